@@ -1,0 +1,163 @@
+"""What a pattern found and what a plan says: plain data, no torch graph, no kernels.
+
+Everything here is the same on every rank of a group: no rank number, pointer or process-local id may enter it,
+because a plan travels inside compiled artifacts that other ranks load.
+
+The one shape under every kind (docs/dev/design.md draws it): a collective moves a tensor `[P, R, Q]`, row-major, where
+R is the rank dimension, P what lies outside it and Q what lies inside. A gather along dim 0 has P = 1; a gather
+along dim 1 of `[B, S/R, D]` has P = B and Q = S/R * D. Matmul operands and results are 2-D views of that tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+Phase = Literal["forward", "backward", "inference"]
+Axis = Literal["rows", "cols"]
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GatherUse:
+    """How one matmul reads the gathered tensor G = `[P, R, Q]`.
+
+    G is viewed as a row-major matrix G2. The rank dimension lies in G2's rows or in its columns (`rank_axis`). The matmul's
+    operand is G2, or its transpose if `transposed`; it is the left or the right operand (`side`). G2's sizes follow
+    from the other operand, so no shape is stored and symbolic sizes need no special case.
+    """
+
+    side: Literal["lhs", "rhs"]
+    transposed: bool
+    rank_axis: Axis
+    dtype: str  # dtype of the matmul, e.g. "bfloat16"; G is cast to it where it differs
+
+    @property
+    def contracts_ranks(self) -> bool:
+        """True if the rank dimension is summed over (a weight gradient), False if it is an output dimension."""
+        operand_axis = self.rank_axis if not self.transposed else ("cols" if self.rank_axis == "rows" else "rows")
+        return operand_axis == ("cols" if self.side == "lhs" else "rows")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The string argument of a fused op: everything its runtime needs beside tensors and the group's name.
+
+    site: stable name of the site in its graph, equal on all ranks; it is what an error message names.
+    executor: name of the template that runs it ("shm" on CPU ranks of one host).
+    uses: all_gather_matmul only, one entry per matmul.
+    rank_axis: matmul_reduce_scatter, matmul_all_gather: where the rank dimension lies in the matmul's result `[M, N]`.
+    coefficients: matmul_reduce_scatter, matmul_all_reduce: factor of each term.
+    collectives: number of original collectives that the op stands for (all_reduces merged by linearity); term i belongs to
+        collective `term_group[i]`. The reference issues them one by one, as the program did.
+    reduce_op: "sum" or "avg".
+    dtype: dtype of the tensor that crosses ranks.
+    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too.
+    """
+
+    kind: str
+    site: str
+    executor: str
+    dtype: str
+    uses: tuple[GatherUse, ...] = ()
+    rank_axis: Axis = "rows"
+    coefficients: tuple[float, ...] = ()
+    collectives: int = 1
+    term_group: tuple[int, ...] = ()
+    reduce_op: Literal["sum", "avg"] = "sum"
+    return_gathered: bool = False
+    version: int = PLAN_VERSION
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def loads(text: str) -> Plan:
+        """Parse a plan; the result is cached, since an op parses its plan at every call."""
+        raw: dict[str, Any] = json.loads(text)
+        if raw.get("version") != PLAN_VERSION:
+            raise ValueError(
+                f"compiled artifact carries plan version {raw.get('version')}, this tscompile reads {PLAN_VERSION}: "
+                "clear the Inductor cache (TORCHINDUCTOR_CACHE_DIR) and run again"
+            )
+        raw["uses"] = tuple(GatherUse(**use) for use in raw["uses"])
+        raw["coefficients"] = tuple(raw["coefficients"])
+        raw["term_group"] = tuple(raw["term_group"])
+        return Plan(**raw)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Sizes of one matmul of a problem as the ranks compute it: local `[m, k] @ [k, n]`; a symbolic size is its hint."""
+
+    m: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class FusionProblem:
+    """What the planner decides on. Sizes are hints where the graph is symbolic (`dynamic`)."""
+
+    kind: str
+    group_size: int
+    intra_host: bool
+    device: str  # "cpu" | "cuda"
+    dtype: str
+    comm_bytes: int  # bytes of the full tensor [P, R, Q] that the original collective moves
+    gemms: tuple[Gemm, ...]
+    dynamic: bool = False
+    reduce_op: str = "sum"
+    return_gathered: bool = False
+    pieces: int = 1  # rows of P: how many strided blocks each chunk consists of
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A refusal: `code` is stable and machine-readable, `reason` is a sentence for the user."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fuse:
+    executor: str
+    predicted_fused_us: float
+    predicted_original_us: float
+
+
+Decision = Fuse | Keep
+
+
+@dataclass
+class Row:
+    """One line of the report: a site that was fused, kept, or a collective that no pattern matched.
+
+    `group` is the process group's name; `collectives` has one op name per original collective, so that every collective of a
+    graph stands in exactly one row. `measured_us` is filled at run time on this rank.
+    """
+
+    site: str
+    graph: str
+    phase: Phase
+    pattern: str | None
+    group: str
+    ranks: int
+    collectives: list[str]
+    decision: Literal["fused", "kept", "unmatched"]
+    code: str
+    reason: str
+    shapes: list[str] = field(default_factory=list)
+    dtype: str = ""
+    bytes: int = 0
+    predicted_us: dict[str, float | None] = field(default_factory=lambda: {"fused": None, "original": None})
+    measured_us: float | None = None
+    source: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
