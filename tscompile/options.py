@@ -144,7 +144,10 @@ class Options:
     )
     dry_run: bool = _option(False, _boolean, "bool", "Plan and report, and keep the original ops.")
     verify: bool = _option(
-        False, _boolean, "bool", "Run the original ops beside each fused op, compare the results and raise if they differ."
+        False,
+        _boolean,
+        "bool",
+        "Run the original ops beside each fused op, compare the results and raise if they differ.",
     )
     disable: tuple[str, ...] = _option(
         (), _kinds, "list of kinds", "Kinds that are never fused: " + ", ".join(f"`{kind}`" for kind in KINDS) + "."
@@ -159,7 +162,8 @@ class Options:
         None,
         _byte_count,
         'bytes, "256M", none',
-        "Upper limit of the shared memory of one process group; a site that needs more runs the original ops. none: as much as the largest site needs.",
+        "Upper limit of the shared memory of one process group; a site that needs more runs the original ops. "
+        "none: as much as the largest site needs.",
     )
 
     def __post_init__(self) -> None:
@@ -232,7 +236,12 @@ def unknown_variables() -> dict[str, str]:
 def _from_environment() -> dict[str, object]:
     for name, nearest in unknown_variables().items():
         if nearest:
-            once(f"variable {name}", "%s is not an option of tscompile and has no effect: did you mean %s?", name, nearest)
+            once(
+                f"variable {name}",
+                "%s is not an option of tscompile and has no effect: did you mean %s?",
+                name,
+                nearest,
+            )
     found: dict[str, object] = {}
     for name in _SPECS:
         variable = VARIABLE_PREFIX + name.upper()
@@ -261,4 +270,6 @@ def _check_prefix(key: str) -> None:
     """Refuse a misspelt prefix here, where the fix can be named, and not deep inside Inductor."""
     prefix, dot, name = key.partition(".")
     if dot and (prefix == "tscompile" or difflib.get_close_matches(prefix, ["tilescale"], cutoff=0.8)):
-        raise OptionError(f'unknown option "{key}": options of this backend start with "{PREFIX}", as in "{PREFIX}{name}"')
+        raise OptionError(
+            f'unknown option "{key}": options of this backend start with "{PREFIX}", as in "{PREFIX}{name}"'
+        )
