@@ -31,7 +31,9 @@ _DEPTH = 16  # longest movement chain that is followed; the longest of the suite
 
 
 def _op(node: torch.fx.Node) -> str:
-    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", "")
+    return (
+        node.target._opname if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", "")
+    )
 
 
 def _is_product(node: torch.fx.Node) -> bool:
@@ -46,7 +48,8 @@ def _is_movement(node: torch.fx.Node) -> bool:
 def _feeds_product(node: torch.fx.Node, depth: int = 0) -> bool:
     users = [user for user in node.users if user.op == "call_function"]
     return any(
-        _is_product(user) or (depth < _DEPTH and _is_movement(user) and _feeds_product(user, depth + 1)) for user in users
+        _is_product(user) or (depth < _DEPTH and _is_movement(user) and _feeds_product(user, depth + 1))
+        for user in users
     )
 
 

@@ -26,7 +26,9 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
-_COLLECTIVE_NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor"})
+_COLLECTIVE_NAMESPACES = frozenset(
+    {"_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor"}
+)
 _NOT_COLLECTIVES = ("wait_tensor", "mesh_get_process_group")
 _SUFFIXES = ("_into_tensor", "_tensor", "_single", "_coalesced", "_out", "_")
 _OUTPUT_CHARS = 6000  # of each failed rank: a traceback and what led to it

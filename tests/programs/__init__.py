@@ -1,6 +1,6 @@
 """Parallel programs as people write them, re-created small: what recall and numerics are measured on.
 
-`FAMILIES` says how many addressable collectives each family's programs (those that are not `extra`) have at world size 4.
+`FAMILIES` says how many addressable collectives each family's programs (those that are not `extra`) have on 4 ranks.
 """
 
 from __future__ import annotations

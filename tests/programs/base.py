@@ -20,6 +20,7 @@ from tscompile.problem import Phase
 
 Context = Literal["grad", "no_grad", "inference_mode", "autocast"]
 Counts = Mapping[str, tuple[int, int]]  # collective -> (how many, how many of them are addressable)
+Expected = Mapping[Phase, Counts]
 
 MODEL_DIM = 64
 HEADS = 8
@@ -106,7 +107,7 @@ class Program:
     name: str
     family: str
     builder: Callable[[Setting], Built]
-    expected: Mapping[Phase, Counts]
+    expected: Expected
     context: Context = "grad"
     dtype: torch.dtype = torch.float32
     extra: bool = False

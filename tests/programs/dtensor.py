@@ -10,16 +10,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.utils import parametrize
 
-from .base import MODEL_DIM, VOCAB, Built, Counts, Program, Setting
+from .base import MODEL_DIM, VOCAB, Built, Counts, Expected, Program, Setting
 from .transformer import Block, Llama, parallelize_block, parallelize_llama
 
 LENGTH = 32  # of the whole sequence
 
 _SEQUENCE_PARALLEL: Counts = {"all_gather": (2, 2), "reduce_scatter": (2, 2)}
-_SP_BLOCK = {"forward": _SEQUENCE_PARALLEL, "backward": _SEQUENCE_PARALLEL}
-_NO_SP_BLOCK = {"forward": {"all_reduce": (2, 2)}, "backward": {"all_reduce": (5, 5)}}
+_SP_BLOCK: Expected = {"forward": _SEQUENCE_PARALLEL, "backward": _SEQUENCE_PARALLEL}
+_NO_SP_BLOCK: Expected = {"forward": {"all_reduce": (2, 2)}, "backward": {"all_reduce": (5, 5)}}
 # Nine parameters, two of which are norm weights that meet no matmul.
-_FSDP_BLOCK = {"forward": {"all_gather": (9, 7)}, "backward": {"reduce_scatter": (9, 7)}}
+_FSDP_BLOCK: Expected = {"forward": {"all_gather": (9, 7)}, "backward": {"reduce_scatter": (9, 7)}}
 
 
 def _mesh(setting: Setting) -> DeviceMesh:
@@ -57,7 +57,7 @@ def _llama(setting: Setting) -> Built:
 
 
 class _Gather(nn.Module):
-    """The parametrisation of SimpleFSDP: a sharded parameter is gathered where it is read, its gradient averaged back."""
+    """The parametrisation of SimpleFSDP: a sharded parameter is gathered where it is read, its gradient averaged."""
 
     def __init__(self, compute: torch.dtype | None, reduce: torch.dtype | None) -> None:
         super().__init__()

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .base import FFN_DIM, MODEL_DIM, Built, Counts, Program, Setting
+from .base import FFN_DIM, MODEL_DIM, Built, Counts, Expected, Program, Setting
 from .transformer import RMSNorm
 
 LENGTH = 8  # of a rank's part of the sequence
 BATCH = 2
 
 _PAIR: Counts = {"all_gather": (1, 1), "reduce_scatter": (1, 1)}
-_MLP = {"forward": _PAIR, "backward": _PAIR}
-_CHECKPOINTED = {"forward": _PAIR, "backward": {"all_gather": (2, 2), "reduce_scatter": (1, 1)}}
+_MLP: Expected = {"forward": _PAIR, "backward": _PAIR}
+_CHECKPOINTED: Expected = {"forward": _PAIR, "backward": {"all_gather": (2, 2), "reduce_scatter": (1, 1)}}
 
 
 def _world() -> dist.ProcessGroup:
@@ -261,8 +261,10 @@ def _checkpointed(setting: Setting, module: type[_Mlp], selective: bool) -> Buil
     return Built(_Checkpointed(module(setting), selective), (x,))
 
 
+_SPELLINGS = "einsum, consumers, gather-output"
+_AC = "AC / SAC"
 _MEGATRON = "Megatron + inference"
-_INFERENCE = {"inference": _PAIR}
+_INFERENCE: Expected = {"inference": _PAIR}
 
 PROGRAMS: tuple[Program, ...] = (
     Program("c1_funcol_sbh_dim0", _MEGATRON, partial(_sequence_first, module=_Functional), _MLP),
@@ -304,9 +306,7 @@ PROGRAMS: tuple[Program, ...] = (
         _INFERENCE,
         context="no_grad",
     ),
-    Program(
-        "i3_noac_savedRS_funcol", _MEGATRON, partial(_sequence_first, module=_FunctionalSaved), _MLP, extra=True
-    ),
+    Program("i3_noac_savedRS_funcol", _MEGATRON, partial(_sequence_first, module=_FunctionalSaved), _MLP, extra=True),
     Program(
         "c3_autogradfn_allreduce",
         "TP no-SP",
@@ -338,16 +338,21 @@ PROGRAMS: tuple[Program, ...] = (
     Program("i1_dyn_bsh_dim1", "dynamic", partial(_batch_first, dynamic=(1,)), _MLP),
     Program("i1_dyn_bsh_both", "dynamic", partial(_batch_first, dynamic=(0, 1), batch=3), _MLP),
     Program(
-        "i3_ac_full_funcol", "AC / SAC", partial(_checkpointed, module=_Functional, selective=False), _CHECKPOINTED
+        "i3_ac_full_funcol", _AC, partial(_checkpointed, module=_Functional, selective=False), _CHECKPOINTED
     ),
     Program(
-        "i3_sac_saveRS_funcol", "AC / SAC", partial(_checkpointed, module=_FunctionalSaved, selective=True), _CHECKPOINTED
+        "i3_sac_saveRS_funcol",
+        "AC / SAC",
+        partial(_checkpointed, module=_FunctionalSaved, selective=True),
+        _CHECKPOINTED,
     ),
-    Program("k_multi_consumer", "einsum, consumers, gather-output", partial(_sequence_first, module=_TwoConsumers), _MLP),
-    Program("k_einsum_bsd_dhk", "einsum, consumers, gather-output", _einsum, _MLP),
+    Program(
+        "k_multi_consumer", _SPELLINGS, partial(_sequence_first, module=_TwoConsumers), _MLP
+    ),
+    Program("k_einsum_bsd_dhk", _SPELLINGS, _einsum, _MLP),
     Program(
         "c7_colpar_gather_output_lastdim",
-        "einsum, consumers, gather-output",
+        _SPELLINGS,
         lambda setting: _replicated(setting, _GatherOutput, LENGTH, BATCH),
         {"forward": {"all_gather": (1, 1)}, "backward": {"reduce_scatter": (1, 1)}},
     ),

@@ -97,7 +97,7 @@ class Llama(nn.Module):
 
 
 def parallelize_block(block: Block, mesh: DeviceMesh, sequence_parallel: bool = True) -> Block:
-    """Split heads and the hidden dim over the mesh; with sequence parallelism the residual stream is split along dim 1."""
+    """Split heads and the hidden dim over the mesh, and with sequence parallelism the residual stream along dim 1."""
     projections = ["wqkv"] if block.attention.fused else ["wq", "wk", "wv"]
     plan: dict[str, ParallelStyle] = {f"attention.{name}": ColwiseParallel() for name in projections}
     plan["feed_forward.w1"] = ColwiseParallel()
