@@ -9,7 +9,6 @@ _SUMMARY = pytest.StashKey[list[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_SUMMARY] = []
-    config.addinivalue_line("markers", "slow: takes more than ten seconds on two cores; part of the default run")
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from tscompile.backend import tilescale
 
 import tscompile
 from tests.programs import PROGRAMS, Built, Program, Setting, scalar_loss
-from tscompile.backend import tilescale
 from tscompile.observe import ledger
 
 Tensors = dict[str, torch.Tensor]
@@ -71,7 +71,7 @@ def _run(program: Program, dtype: torch.dtype, options: dict[str, Any], outcome:
         for name, expected in truth.items():
             label = name if stretch == 1 else f"{name} (x{stretch})"
             outcome.errors[label] = (_error(actual[name], expected), _error(eager[name], expected))
-    outcome.decisions = [f"{row.decision} {row.phase} {row.pattern} {row.code}" for row in tscompile.reports()]
+    outcome.decisions = [f"{row.decision} {row.phase} {row.pattern} {row.code}" for row in tscompile.reports().rows]
 
 
 def _results(program: Program, setting: Setting, built: Built, call: Callable[..., Any] | None = None) -> Tensors:

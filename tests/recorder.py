@@ -22,11 +22,11 @@ from tscompile.problem import Phase
 from tscompile.testing import collective_counts, collective_name
 
 _GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"})
-_MOVEMENT = frozenset(
-    "view reshape _unsafe_view permute transpose t expand unsqueeze squeeze select slice split split_with_sizes chunk "
-    "unbind cat stack clone contiguous copy copy_ alias as_strided constant_pad_nd index _to_copy empty full "
-    "convert_element_type wait_tensor".split()
-)
+_VIEWS = {"view", "reshape", "_unsafe_view", "alias", "as_strided", "permute", "transpose", "t", "expand"}
+_PARTS = {"unsqueeze", "squeeze", "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "getitem", "index"}
+_COPIES = {"cat", "stack", "clone", "contiguous", "copy", "copy_", "constant_pad_nd", "empty", "full"}
+_CASTS = {"_to_copy", "convert_element_type"}
+_MOVEMENT = frozenset(_VIEWS | _PARTS | _COPIES | _CASTS | {"wait_tensor"})
 _DEPTH = 16  # longest movement chain that is followed; the longest of the suite has 9 nodes
 
 
@@ -42,7 +42,7 @@ def _is_product(node: torch.fx.Node) -> bool:
 
 
 def _is_movement(node: torch.fx.Node) -> bool:
-    return _op(node) in _MOVEMENT or _op(node) == "getitem"
+    return _op(node) in _MOVEMENT
 
 
 def _feeds_product(node: torch.fx.Node, depth: int = 0) -> bool:
@@ -65,8 +65,8 @@ def _fed_by_product(node: torch.fx.Node, depth: int = 0) -> bool:
 def addressable_counts(graph: torch.fx.Graph) -> dict[str, int]:
     """Collectives with a matmul or attention next to them, by short name.
 
-    Next to: reached through data movement alone; above the collective also through additions, since a reduction commutes
-    with them. This is the denominator of recall, so it must not depend on what the product can match.
+    Next to: reached through data movement alone; above the collective also through additions, since a reduction
+    commutes with them. This is the denominator of recall, so it must not depend on what the product can match.
     """
     counts: Counter[str] = Counter()
     for node in graph.nodes:
@@ -119,7 +119,7 @@ class Recorder:
             gm.recompile()
             return make_boxed_func(gm.forward)
 
-        return compile_fx(module, inputs, inner_compile=inner)  # type: ignore[no-any-return]
+        return compile_fx(module, inputs, inner_compile=inner)
 
 
 def record(program: Program, setting: Setting) -> list[Snapshot]:
@@ -135,5 +135,5 @@ def record(program: Program, setting: Setting) -> list[Snapshot]:
         with program.enter(setting):
             output = compiled(*built.args)
         if program.backward:
-            scalar_loss(output).backward()
+            torch.autograd.backward(scalar_loss(output))
     return recorder.snapshots

@@ -1,7 +1,7 @@
 """Fused programs compute what eager ones do: outputs and gradients on 2 and 4 gloo ranks, float32 and bfloat16.
 
-The measure is the error against the same program in float64. A fused program may round differently from eager, so they are
-not compared with each other: the compiled program's error must be at most twice that of eager.
+The measure is the error against the same program in float64. A fused program may round differently from eager, so
+they are not compared with each other: the compiled program's error must be at most twice that of eager.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tests.programs import PROGRAMS
 from tscompile.testing import run_ranks
 
 FACTOR = 2.0
-# Eager can be exact by luck (a sum of two products that needs no rounding, say). Nothing can be asked to be better than one
-# correct rounding to its dtype, whose relative error is up to half of eps.
+# Eager can be exact by luck (a sum of two products that needs no rounding, say). Nothing can be asked to be better than
+# one correct rounding to its dtype, whose relative error is up to half of eps.
 FLOOR_EPS = 0.5
 FUSE_ALL = {"tilescale.inner": "eager", "tilescale.fuse": "always"}
 CASES = [
@@ -71,7 +71,6 @@ def test_gradients_reach_every_parameter(world: int, dtype: torch.dtype) -> None
 def test_generated_code() -> None:
     """One program through Inductor's code generation: fused ops must survive its scheduler and buffer reuse."""
     options: dict[str, Any] = {"tilescale.fuse": "always"}
-    for rank, (outcome,) in enumerate(
-        run_ranks(2, run_programs, ["c1_funcol_2d"], torch.float32, options, timeout_s=240)
-    ):
+    ranks = run_ranks(2, run_programs, ["c1_funcol_2d"], torch.float32, options, timeout_s=240)
+    for rank, (outcome,) in enumerate(ranks):
         _check(outcome, rank, torch.float32)

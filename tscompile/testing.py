@@ -1,7 +1,7 @@
 """Helpers for tests of distributed programs, for users of tscompile and for its own suite.
 
-`fake_world` lets one process build and compile the graphs of a rank of any world. `run_ranks` runs a function on real gloo
-ranks of this host and brings back what they returned, or says what they printed. `collective_counts` reads a graph.
+`fake_world` lets one process build and compile the graphs of a rank of any world. `run_ranks` runs a function on real
+gloo ranks of this host and brings back what they returned, or says what they printed. `collective_counts` reads a graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -68,7 +68,7 @@ def collective_name(target: object) -> str | None:
 
 
 def short_name(op: str) -> str:
-    """`op` without namespace, overload and the suffixes that name a spelling: "all_gather_into_tensor" -> "all_gather"."""
+    """`op` without namespace, overload and suffix of its spelling: "all_gather_into_tensor" -> "all_gather"."""
     name = op.split("::")[-1].removeprefix("_c10d_functional.").split(".")[0]
     while True:
         stripped = next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)
@@ -108,19 +108,21 @@ def run_ranks(
 
     `target` is a function that can be imported (or its "module:name"); arguments and results must be picklable. The
     environment is the one that torchrun sets; with a `backend` the default process group exists before `target` starts
-    and is destroyed after it. If a rank fails, or not all are done after `timeout_s`, every rank and its children are killed and
-    RankFailure shows their output, tracebacks included.
+    and is destroyed after it. If a rank fails, or not all are done after `timeout_s`, every rank and its children are
+    killed and RankFailure shows their output, tracebacks included.
     """
     name = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
+    from torch._C._distributed_c10d import TCPStore
+
     # The parent serves the store, as torchrun's agent does: the port is bound before anyone is told about it.
-    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="tscompile-ranks-") as folder:
         root = Path(folder)
         (root / "call").write_bytes(pickle.dumps((name, args, backend, timeout_s)))
         workers: list[_Worker] = []
         try:
-            for rank in range(ranks):
-                workers.append(_start(rank, ranks, root, store.port, env or {}))
+            # extend, not a list: if a later rank cannot start, the earlier ones are known and killed
+            workers.extend(_start(rank, ranks, root, store.port, env or {}) for rank in range(ranks))
             done = _await(workers, timeout_s)
         finally:
             for worker in workers:
@@ -177,10 +179,8 @@ def _await(workers: list[_Worker], timeout_s: float) -> bool:
 
 
 def _kill(worker: _Worker) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(worker.process.pid, signal.SIGKILL)  # the session outlives a worker that left children behind
-    except ProcessLookupError:
-        pass
     worker.process.wait()
     worker.stream.close()
 

@@ -337,18 +337,14 @@ PROGRAMS: tuple[Program, ...] = (
     Program("i1_dyn_sbh_dim0", "dynamic", partial(_sequence_first, module=_Functional, dynamic=True), _MLP),
     Program("i1_dyn_bsh_dim1", "dynamic", partial(_batch_first, dynamic=(1,)), _MLP),
     Program("i1_dyn_bsh_both", "dynamic", partial(_batch_first, dynamic=(0, 1), batch=3), _MLP),
-    Program(
-        "i3_ac_full_funcol", _AC, partial(_checkpointed, module=_Functional, selective=False), _CHECKPOINTED
-    ),
+    Program("i3_ac_full_funcol", _AC, partial(_checkpointed, module=_Functional, selective=False), _CHECKPOINTED),
     Program(
         "i3_sac_saveRS_funcol",
         "AC / SAC",
         partial(_checkpointed, module=_FunctionalSaved, selective=True),
         _CHECKPOINTED,
     ),
-    Program(
-        "k_multi_consumer", _SPELLINGS, partial(_sequence_first, module=_TwoConsumers), _MLP
-    ),
+    Program("k_multi_consumer", _SPELLINGS, partial(_sequence_first, module=_TwoConsumers), _MLP),
     Program("k_einsum_bsd_dhk", _SPELLINGS, _einsum, _MLP),
     Program(
         "c7_colpar_gather_output_lastdim",
