@@ -15,7 +15,8 @@ from tscompile.backend import tilescale
 
 import tscompile
 from tests.programs import PROGRAMS, Built, Program, Setting, scalar_loss
-from tscompile.observe import ledger
+from tscompile.fx_passes.fusion_pass import collect_rows
+from tscompile.problem import Row
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,12 +28,9 @@ class Outcome:
     program: str
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     decisions: list[str] = field(default_factory=list)
+    fused: int = 0
     seconds: float = 0.0
     failure: str = ""
-
-    @property
-    def fused(self) -> int:
-        return sum(decision.startswith("fused") for decision in self.decisions)
 
 
 def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any]) -> list[Outcome]:
@@ -53,10 +51,10 @@ def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any]) 
 
 def _run(program: Program, dtype: torch.dtype, options: dict[str, Any], outcome: Outcome) -> None:
     torch._dynamo.reset()
-    ledger.clear()
     setting = Setting(dist.get_world_size(), dist.get_rank(), dtype)
     built = program.build(setting)
     built.mark_dynamic()
+    planned: list[Row] = []
     compiled = torch.compile(built.call, backend=tilescale, fullgraph=True, options=options)
     # A dynamic program is called again with other sizes, which the graph of the first call must serve.
     for stretch in (1, 2) if built.dynamic else (1,):
@@ -65,13 +63,18 @@ def _run(program: Program, dtype: torch.dtype, options: dict[str, Any], outcome:
         truth = _results(program, truth_setting, program.build(truth_setting))
         eager = _results(program, sized, program.build(sized))
         args = program.build(sized).args if stretch > 1 else built.args
-        with torch._dynamo.config.patch(error_on_recompile=stretch > 1):
+        with torch._dynamo.config.patch(error_on_recompile=stretch > 1), collect_rows(planned.extend):
             actual = _results(program, sized, Built(built.call, args), compiled)
         assert actual.keys() == eager.keys() == truth.keys(), "the same outputs and gradients exist in all three"
         for name, expected in truth.items():
             label = name if stretch == 1 else f"{name} (x{stretch})"
             outcome.errors[label] = (_error(actual[name], expected), _error(eager[name], expected))
-    outcome.decisions = [f"{row.decision} {row.phase} {row.pattern} {row.code}" for row in tscompile.reports().rows]
+    # What was planned for this program, as it stands after its runs: a vote may have turned fused sites into kept ones. A
+    # site counts as fused only if it was launched.
+    sites = {row.site for row in planned}
+    rows = [row for row in tscompile.reports().rows if row.site in sites]
+    outcome.decisions = [f"{row.decision} {row.phase} {row.pattern} {row.code}" for row in rows]
+    outcome.fused = sum(row.decision == "fused" and row.measured_us is not None for row in rows)
 
 
 def _results(program: Program, setting: Setting, built: Built, call: Callable[..., Any] | None = None) -> Tensors:
