@@ -11,11 +11,13 @@ import ast
 import re
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
 
 from tscompile.options import KINDS, OptionRow, Options
-from tscompile.problem import FusionProblem, Gemm, Keep
+from tscompile.problem import FusionProblem, Gemm
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -46,43 +48,52 @@ def variables() -> str:
 
 
 def patterns() -> str:
-    """The docstring of each matcher, as its author wrote it."""
+    """The docstring of each file that registers a pattern, as its author wrote it."""
     parts = []
-    for kind in KINDS:
-        path = ROOT / "tscompile" / "fx_passes" / f"{kind}.py"
-        text = ast.get_docstring(ast.parse(path.read_text())) if path.exists() else None
-        if text:
-            parts.append(f"## {kind}\n\n```text\n{text}\n```")
+    for path in sorted((ROOT / "tscompile" / "fx_passes").glob("*.py")):
+        source = path.read_text()
+        kinds = sorted(re.findall(r'^@register_pattern\(\s*"(\w+)"', source, re.MULTILINE))
+        if not kinds and path.stem in KINDS:
+            kinds = [path.stem]
+        text = ast.get_docstring(ast.parse(source))
+        if kinds and text:
+            parts.append(f"## {', '.join(kinds)}\n\n```text\n{text}\n```")
     return "\n\n".join(parts)
 
 
 def support() -> str:
-    """What the planner answers for one large problem of each kind, on two ranks of one host and on CUDA."""
-    from tscompile.lowering.planner import plan
+    """Which template of the CPU executor takes which problem: each is asked."""
+    from tscompile import templates
+    from tscompile.templates.template import find_template
 
-    def answer(kind: str, device: str, dtype: str, intra_host: bool) -> str:
-        problem = FusionProblem(kind, 2, intra_host, device, dtype, 64 << 20, (Gemm(4096, 4096, 4096),))
-        decision = plan(problem, Options(fuse="always"))
-        return f"`{decision.code}`" if isinstance(decision, Keep) else "fused"
+    for module in iter_modules(templates.__path__):
+        import_module(f"{templates.__name__}.{module.name}")
 
-    header = ["kind", *(f"CPU, {dtype}" for dtype in DTYPES), "CPU, several hosts", "CUDA"]
-    return table(
-        header,
+    def cell(kind: str, **changes: Any) -> str:
+        values: dict[str, Any] = {"device": "cpu", "dtype": "float32", "intra_host": True, **changes}
+        problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(Gemm(4096, 4096, 4096),), **values)
+        template = find_template(kind, "shm")
+        return "fused" if template is not None and template.supports(problem) is None else "original ops"
+
+    header = ["kind", *(f"CPU, {dtype}" for dtype in DTYPES), "CPU ranks of several hosts", "CUDA"]
+    rows = [
         [
-            [
-                f"`{kind}`",
-                *(answer(kind, "cpu", dtype, True) for dtype in DTYPES),
-                answer(kind, "cpu", "float32", False),
-                answer(kind, "cuda", "bfloat16", True),
-            ]
-            for kind in KINDS
-        ],
-    )
+            f"`{kind}`",
+            *(cell(kind, dtype=dtype) for dtype in DTYPES),
+            cell(kind, intra_host=False),
+            cell(kind, device="cuda", dtype="bfloat16"),
+        ]
+        for kind in KINDS
+    ]
+    return table(header, rows)
 
 
-PARTS: dict[str, Callable[[], str]] = {"options": options, "variables": variables, "patterns": patterns}
-if find_spec("tscompile.lowering.planner"):
-    PARTS["support"] = support
+PARTS: dict[str, Callable[[], str]] = {
+    "options": options,
+    "variables": variables,
+    "patterns": patterns,
+    "support": support,
+}
 
 
 def replace_block(text: str, marker: str, content: str) -> str:
