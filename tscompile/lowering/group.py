@@ -1,0 +1,298 @@
+"""What this process knows of one group of ranks: its heap, its epoch, and whether its fused ops may run.
+
+Not for planning or arithmetic. runtime.py finds the state of a group; vote.py decides what all ranks do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import HeapError, PeerError, TscompileError
+from ..nvshmem.heap import Channel, DowngradedError
+from ..nvshmem.shm import ShmHeap
+from ..observe import ledger, log
+from ..problem import Plan
+from ..templates import Template, find_template
+from .vote import Ballot, Post, Verdict, group_store, host_facts, judge_plans, judge_ready
+
+
+@dataclass(frozen=True)
+class Stake:
+    """What a graph has at stake on a group, and the options that its ranks must share. Sizes in bytes."""
+
+    digest: str
+    sites: int
+    scratch_bytes: int
+    timeout_s: float | None = None
+    heap_bytes: int | None = None
+    verify: bool = False
+
+
+class GroupState:
+    """State of one group, identified by its ranks, for the life of the process group.
+
+    Args:
+        ranks: global ranks in the group's order.
+        rank: this process (global).
+        timeout_s: how long to wait for a peer where no option says so.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], rank: int, timeout_s: float) -> None:
+        self.ranks = ranks
+        self.rank = rank
+        self.names: set[str] = set()
+        self.epoch = 0
+        self.refusal: Verdict | None = None  # set: the ranks run the original ops from now on
+        self.error: PeerError | None = None  # set: the group is broken
+        self.heap: ShmHeap | None = None  # set once a vote was won
+        self._lock = threading.RLock()
+        self._agreed: set[str] = set()
+        self._default_timeout_s = timeout_s
+        self._timeout_s = timeout_s
+        self._limit_bytes: int | None = None
+        self._store: dist.Store | None = None
+        self._votes = 0
+        self._growths = 0
+        self._refused_ballots: list[Ballot] = []
+
+    def _ballot(self, key: str) -> Ballot:
+        if self._store is None:
+            self._store = group_store(self.ranks, self.rank)
+        return Ballot(self._store, self.ranks, self.rank, key)
+
+    def open_vote(self, stake: Stake) -> Election | None:
+        """Cast this rank's vote on a graph, without waiting; None if there is nothing to wait for."""
+        if stake.digest in self._agreed and self.refusal is None:
+            return None
+        self._votes += 1
+        ballot = self._ballot(f"vote{self._votes}")
+        code, refusal = "", ""
+        if self.refusal is not None:
+            code, refusal = self.refusal.code, self.refusal.reason
+        elif self.error is not None:
+            code, refusal = "peer_error", str(self.error)
+        elif stake.sites == 0:
+            code, refusal = "no_sites", "its graph has no fused sites on this group: compile the same model on every rank"
+        if refusal:
+            ballot.post(0, {"code": code, "refusal": refusal})
+            self._refused_ballots.append(ballot)
+            if self.refusal is not None and stake.sites:
+                self._tell()
+            return None
+        return Election(self, ballot, stake)
+
+    def adopt(self, stake: Stake, heap: ShmHeap) -> None:
+        """A vote was won: the graph may run fused."""
+        self.heap = heap
+        self._agreed.add(stake.digest)
+        self._timeout_s = stake.timeout_s if stake.timeout_s is not None else self._default_timeout_s
+        self._limit_bytes = stake.heap_bytes
+
+    def refuse(self, verdict: Verdict) -> None:
+        """From the next epoch on the ranks run the original ops; peers that are waiting in it are told."""
+        if self.refusal is not None:
+            return
+        self.refusal = verdict
+        if self.heap is not None:
+            self.heap.downgrade(self.epoch + 1, f"{verdict.code}|{verdict.reason}")
+        self._tell()
+
+    def _tell(self) -> None:
+        assert self.refusal is not None
+        for name in self.names:
+            ledger.keep_group(name, self.refusal.code, self.refusal.reason)
+        log.warning("ranks %s run the original ops: %s", list(self.ranks), self.refusal.reason)
+
+    def vote_is_lost(self) -> Verdict | None:
+        """A reason to stop waiting in a vote, other than time."""
+        for ballot in self._refused_ballots:
+            verdict = ballot.verdict(0)
+            if verdict is not None:
+                return verdict
+        if self.heap is None:
+            return None
+        downgrade = self.heap.downgraded()
+        if downgrade is not None:
+            return _decode(downgrade[1])
+        for index, peer in enumerate(self.ranks):
+            if peer != self.rank and self.heap.entered(index) > self.epoch:
+                return Verdict(
+                    False,
+                    "lone_compile",
+                    f"rank {self.rank} started a new graph while rank {peer} ran one that was agreed on before: "
+                    "let all ranks recompile together, or mark what changed as dynamic",
+                )
+        return None
+
+    def wait_s(self, stake: Stake) -> float:
+        return stake.timeout_s if stake.timeout_s is not None else self._default_timeout_s
+
+    def launch(
+        self, plan: Plan, args: tuple[Any, ...], reference: Callable[[], list[torch.Tensor]]
+    ) -> tuple[list[torch.Tensor], bool]:
+        """Run one op; returns its outputs and whether the template made them.
+
+        Raises:
+            PeerError: a peer died, aborted or did not answer, now or earlier.
+        """
+        if self.refusal is not None or self.heap is None:
+            return reference(), False
+        template = find_template(plan.kind, plan.executor)
+        if template is None:
+            raise TscompileError(
+                f"no template for {plan.kind} on {plan.executor!r} (site {plan.site}): the graph was compiled by another "
+                "tscompile: clear the Inductor cache (TORCHINDUCTOR_CACHE_DIR)"
+            )
+        with self._lock:
+            if self.error is not None:
+                raise PeerError(self.error.rank, self.error.site, str(self.error))
+            self.epoch += 1
+            channel = Channel(self.heap, self.ranks, self.epoch, plan.site, self._timeout_s)
+            try:
+                channel.enter()
+                outputs = self._run(template, channel, plan, args)
+                if outputs is not None:
+                    return outputs, True
+            except DowngradedError as stop:
+                if self.refusal is None:
+                    self.refusal = _decode(stop.reason)
+                    self._tell()
+            except PeerError as error:
+                self.error = error
+                raise
+            except BaseException as error:
+                text = f"rank {self.rank} raised {type(error).__name__}: {str(error)[:300]}"
+                self.error = channel.fail(self.heap.rank, text)
+                raise
+        return reference(), False
+
+    def _run(
+        self, template: Template, channel: Channel, plan: Plan, args: tuple[Any, ...]
+    ) -> list[torch.Tensor] | None:
+        """Outputs of the template; None if it needs more memory than the options allow (on every rank alike)."""
+        assert self.heap is not None
+        need = template.scratch_bytes(plan, len(self.ranks), *args)
+        if need > self.heap.half_bytes:
+            half = max(need, self.heap.half_bytes * 3 // 2)
+            if self._limit_bytes is not None:
+                half = max(need, min(half, self._limit_bytes // 2))
+                if 2 * need > self._limit_bytes:
+                    return None
+            self._grow(half, channel)
+        with torch.no_grad():
+            return template.run(channel, plan, *args)
+
+    def _grow(self, half_bytes: int, channel: Channel) -> None:
+        """Replace the arenas of all ranks by larger ones, in the middle of an op; every rank does so in the same epoch."""
+        heap = self.heap
+        assert heap is not None
+        self._growths += 1
+        ballot = self._ballot(f"growth{self._growths}")
+        deadline = time.monotonic() + self._timeout_s
+
+        def interrupt(missing: list[int]) -> None:
+            channel.check()
+            for rank in missing:
+                index = self.ranks.index(rank)
+                if not heap.alive(index):
+                    raise channel.fail(index, f"the process of rank {rank} has ended: look at its log for the first error")
+                if time.monotonic() > deadline:
+                    raise channel.fail(index, f"rank {rank} did not grow the heap within {self._timeout_s:g} s")
+
+        try:
+            ballot.post(0, _attempt(lambda: heap.prepare(half_bytes)))
+            verdict, posts = ballot.settle(0, judge_ready("no_room", self.ranks), interrupt)
+            if verdict.agreed:
+                ballot.post(1, _attempt(lambda: heap.connect([dict(posts[rank]) for rank in self.ranks])))
+                verdict, _ = ballot.settle(1, judge_ready("no_mapping", self.ranks), interrupt)
+        finally:
+            heap.release_names()
+        if not verdict.agreed:
+            raise DowngradedError(f"{verdict.code}|{verdict.reason}")
+
+
+class Election:
+    """A vote of one graph on one group, in steps, so that a rank with several groups posts to all before it waits for any."""
+
+    def __init__(self, state: GroupState, ballot: Ballot, stake: Stake) -> None:
+        self._state = state
+        self._ballot = ballot
+        self._stake = stake
+        self._posts: dict[int, Post] = {}
+        self._heap = state.heap
+        self._grows = False
+        post: dict[str, Any] = {
+            "digest": stake.digest,
+            "sites": stake.sites,
+            "verify": stake.verify,
+            "heap_bytes": stake.heap_bytes,
+            "arena_bytes": 0,
+            "facts": host_facts(),
+        }
+        half = stake.scratch_bytes if stake.heap_bytes is None else min(stake.scratch_bytes, stake.heap_bytes // 2)
+        try:
+            if self._heap is None:
+                self._heap = ShmHeap(state.ranks.index(state.rank), len(state.ranks))
+            self._grows = not self._heap.connected or half > self._heap.half_bytes
+            if self._grows:
+                post |= self._heap.prepare(half)
+        except HeapError as error:
+            post |= {"code": "no_heap", "refusal": str(error)}
+        ballot.post(0, post)
+        self._deadline = time.monotonic() + state.wait_s(stake)
+        self._verdict = Verdict(False)
+
+    def count(self) -> None:
+        """Wait for the votes; if all agree, map the peers' memory and say so, without waiting."""
+        judge = judge_plans(self._state.ranks)
+        self._verdict, self._posts = self._ballot.settle(0, judge, self._interrupt)
+        if self._verdict.agreed:
+            self._ballot.post(1, _attempt(self._connect))
+
+    def finish(self) -> None:
+        """Wait until all ranks have mapped the memory; then the graph may run fused, or the group runs the original ops."""
+        if self._verdict.agreed:
+            judge = judge_ready("no_mapping", self._state.ranks)
+            self._verdict, _ = self._ballot.settle(1, judge, self._interrupt)
+        self.close()
+        if self._verdict.agreed and self._heap is not None:
+            self._state.adopt(self._stake, self._heap)
+        else:
+            self._state.refuse(self._verdict)
+
+    def close(self) -> None:
+        """Leave no name in /dev/shm behind."""
+        if self._heap is not None:
+            self._heap.release_names()
+
+    def _connect(self) -> None:
+        if self._grows and self._heap is not None:
+            self._heap.connect([dict(self._posts[rank]) for rank in self._state.ranks])
+
+    def _interrupt(self, missing: list[int]) -> Verdict | None:
+        lost = self._state.vote_is_lost()
+        if lost is None and time.monotonic() > self._deadline:
+            waited = self._state.wait_s(self._stake)
+            reason = f"rank {missing[0]} did not vote within {waited:g} s: look for a rank that runs another program path"
+            return Verdict(False, "vote_timeout", reason)
+        return lost
+
+
+def _attempt(action: Callable[[], dict[str, object] | None]) -> dict[str, object]:
+    """Do this rank's part of a stage; returns what to post about it."""
+    try:
+        return action() or {}
+    except HeapError as error:
+        return {"refusal": str(error)}
+
+
+def _decode(text: str) -> Verdict:
+    code, _, reason = text.partition("|")
+    return Verdict(False, code, reason)

@@ -1,0 +1,200 @@
+"""Start of a graph and launch of a fused op at run time.
+
+Not for planning: the plan and the manifest come from the compiled artifact, and this module only looks at what is true now: which
+process group is there, what its ranks have agreed on, and whether it still works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from ..errors import TscompileError
+from ..observe import ledger
+from ..problem import Plan, Row
+from .group import Election, GroupState, Stake
+
+MANIFEST_VERSION = 1
+_NO_REAL_PEERS = ("fake", "threaded")  # backends whose ranks are not processes
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+class _World:
+    """What the runtime knows in one life of the default process group."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = None if group is None else weakref.ref(group)
+        self.begun: set[str] = set()
+        self.verified: set[str] = set()  # sites
+        self.states: dict[tuple[int, ...], GroupState] = {}
+        self.by_name: dict[str, GroupState] = {}
+
+
+_world = _World(None)
+
+
+def _current_world() -> _World:
+    """The state of this life of the process group: destroy_process_group and init_process_group start a new one."""
+    global _world
+    group = distributed_c10d._get_default_group() if dist.is_initialized() else None
+    known = None if _world.group is None else _world.group()
+    if group is not known or (group is None and _world.group is not None):
+        _world = _World(group)
+    return _world
+
+
+def _forget() -> None:
+    """Drop all state. A forked child must not write into the memory of its parent's peers: it runs the original ops."""
+    global _world
+    _world = _World(None)
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _timeout_s(group: dist.ProcessGroup) -> float:
+    """The process group's own time-out in seconds."""
+    try:
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):
+        timeout = distributed_c10d.default_pg_timeout
+    return float(timeout.total_seconds())
+
+
+def _find_state(world: _World, name: str) -> GroupState | None:
+    """State of the group of that name; None if its ranks cannot share memory because they are not other processes."""
+    if name in world.by_name:
+        return world.by_name[name]
+    group = distributed_c10d._resolve_process_group(name)
+    ranks = tuple(dist.get_process_group_ranks(group))
+    if len(ranks) < 2 or dist.get_backend(group) in _NO_REAL_PEERS:
+        return None
+    state = world.states.get(ranks)
+    if state is None:
+        state = world.states[ranks] = GroupState(ranks, dist.get_rank(), _timeout_s(group))
+    state.names.add(name)
+    world.by_name[name] = state
+    return state
+
+
+def begin(manifest: str) -> None:
+    """Start of a graph: the first time, register its report rows and vote with the peers on running it fused.
+
+    Args:
+        manifest: JSON `{"version": 1, "graph": str, "groups": {name: {"digest": str, "sites": int, "scratch_bytes": int}},
+            "rows": [Row as dict], "runtime": {"timeout_s": float | None, "heap_bytes": int | None, "verify": bool}}`;
+            `sites` counts fused sites, `scratch_bytes` is the largest need of one of them.
+
+    Raises:
+        TscompileError: the manifest was written by another version.
+    """
+    world = _current_world()
+    if manifest in world.begun:
+        return
+    parsed: dict[str, Any] = json.loads(manifest)
+    if parsed.get("version") != MANIFEST_VERSION:
+        raise TscompileError(
+            f"compiled artifact carries manifest version {parsed.get('version')}, this tscompile reads {MANIFEST_VERSION}: "
+            "clear the Inductor cache (TORCHINDUCTOR_CACHE_DIR) and run again"
+        )
+    ledger.add(Row(**row) for row in parsed["rows"])
+    options = parsed.get("runtime", {})
+    if options.get("verify"):
+        world.verified.update(row["site"] for row in parsed["rows"] if row["decision"] == "fused")
+    if world.group is not None:
+        _vote(world, parsed["groups"], options)
+    world.begun.add(manifest)
+
+
+def _vote(world: _World, groups: dict[str, dict[str, Any]], options: dict[str, Any]) -> None:
+    elections: list[Election] = []
+    try:
+        for name, entry in groups.items():
+            state = _find_state(world, name)
+            if state is None:
+                if entry["sites"]:
+                    ledger.keep_group(name, "no_peers", "the group has no other processes: there is nothing to overlap")
+                continue
+            stake = Stake(
+                digest=entry["digest"],
+                sites=entry["sites"],
+                scratch_bytes=entry["scratch_bytes"],
+                timeout_s=options.get("timeout_s"),
+                heap_bytes=options.get("heap_bytes"),
+                verify=bool(options.get("verify")),
+            )
+            election = state.open_vote(stake)
+            if election is not None:
+                elections.append(election)
+        # Stage by stage over all groups: a rank never waits in one group while another group lacks its vote.
+        for election in elections:
+            election.count()
+        for election in elections:
+            election.finish()
+    finally:
+        for election in elections:
+            election.close()
+
+
+def launch(
+    plan: Plan, group_name: str, args: tuple[Any, ...], reference: Callable[[], list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Run a fused op, or its reference where the ranks have not agreed to fuse.
+
+    Args:
+        plan: the op's plan.
+        group_name: name of its process group.
+        args: the op's arguments without token, plan and group name.
+        reference: runs the original collectives and matmuls of the op.
+
+    Returns:
+        The op's outputs without the token; fresh memory.
+
+    Raises:
+        PeerError: a peer died, aborted or did not answer in time, now or in an earlier op of these ranks.
+        TscompileError: `verify` is on and the results differ, or no template runs the plan.
+    """
+    start = time.perf_counter()
+    world = _current_world()
+    state = world.by_name.get(group_name)
+    if state is None or plan.executor == "reference":
+        outputs = reference()
+    else:
+        outputs, fused = state.launch(plan, args, reference)
+        if fused and plan.site in world.verified:
+            _compare(plan, outputs, reference())
+    ledger.measured(plan.site, (time.perf_counter() - start) * 1e6)
+    return outputs
+
+
+def _compare(plan: Plan, outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Raise if an output is further from the reference than its dtypes explain."""
+    names = (plan.dtype, *(use.dtype for use in plan.uses))
+    for index, (output, reference) in enumerate(zip(outputs, expected, strict=True)):
+        limit = max(_TOLERANCE.get(dtype, 0.0) for dtype in (output.dtype, *(getattr(torch, name) for name in names)))
+        if output.shape != reference.shape or output.dtype != reference.dtype:
+            found = f"{list(output.shape)} {output.dtype} instead of {list(reference.shape)} {reference.dtype}"
+        elif output.numel() == 0:
+            continue
+        else:
+            exact = reference.double()
+            difference = torch.where(output == reference, 0.0, output.double() - exact)  # equal infinities are equal
+            error = difference[~(output.isnan() & reference.isnan())].abs()
+            scale = exact[exact.isfinite()].abs()
+            worst = error.max().item() if error.numel() else 0.0
+            bound = limit * (scale.max().item() if scale.numel() else 1.0)
+            if worst <= bound:
+                continue
+            found = f"largest error {worst:.3g}, allowed {bound:.3g}"
+        raise TscompileError(
+            f"verify: output {index} of site {plan.site} ({plan.kind}) differs from the original ops: {found}: "
+            f"report this with the output of tscompile.explain(), and run with tilescale.disable={plan.kind} meanwhile"
+        )
