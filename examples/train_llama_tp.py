@@ -41,29 +41,13 @@ from torch.distributed.tensor.parallel import (
 )
 
 VOCAB = 256  # one token per byte
+HEADS, KV_HEADS = 8, 4
+BLOCK = 5  # steps per timed block
 WARMUP_STEPS = 2  # the first compiles, the second settles caches; both train, neither is timed
 LOSS_TOLERANCE = 1e-4  # relative, against backend="eager"; fp32
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    layers: int = 2
-    dim: int = 512
-    heads: int = 8
-    kv_heads: int = 4
-    rope_base: float = 10_000.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
-    def hidden(self) -> int:
-        """Width of the feed-forward: 8/3 of dim, rounded up to a multiple of 128."""
-        return (8 * self.dim // 3 + 127) // 128 * 128
-
-
-def rotate(x: Tensor, base: float) -> Tensor:
+def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
     """Rotary position embedding of `x [batch, heads, seq, head_dim]`."""
     half = x.shape[-1] // 2
     positions = torch.arange(x.shape[2], device=x.device, dtype=torch.float32)
@@ -77,45 +61,41 @@ def rotate(x: Tensor, base: float) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention. Under tensor parallelism a rank sees its own heads and the whole sequence."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.config = config
-        kv_dim = config.kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.head_dim = dim // HEADS
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(dim, KV_HEADS * self.head_dim, bias=False)
+        self.wv = nn.Linear(dim, KV_HEADS * self.head_dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, seq, _ = x.shape
-        q, k, v = (
-            w(x).view(batch, seq, -1, self.config.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv)
-        )
-        q, k = rotate(q, self.config.rope_base), rotate(k, self.config.rope_base)
-        repeats = self.config.heads // self.config.kv_heads
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = (w(x).view(batch, seq, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (rotate(k), v))
+        out = F.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
         return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
-        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+        hidden = (8 * dim // 3 + 127) // 128 * 128
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.attention = Attention(dim)
+        self.ffn_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.feed_forward = FeedForward(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -123,12 +103,12 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, layers: int, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.head = nn.Linear(config.dim, VOCAB, bias=False)
+        self.embedding = nn.Embedding(VOCAB, dim)
+        self.layers = nn.ModuleList(Block(dim) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.head = nn.Linear(dim, VOCAB, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -192,8 +172,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.args.seed)
-        config = ModelConfig(self.args.layers, self.args.dim)
-        model = parallelize(Llama(config).to(self.mesh.device_type), self.mesh)
+        model = parallelize(Llama(self.args.layers, self.args.dim).to(self.mesh.device_type), self.mesh)
         self.model = torch.compile(model, backend=self.backend, fullgraph=True, dynamic=False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.args.lr)
 
@@ -204,9 +183,11 @@ class Trainer:
         windows = self.text[starts + torch.arange(self.args.seq + 1)].long().to(self.mesh.device_type)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
-    def run(self, steps: int) -> None:
-        """Train; the losses are read at the end, so that no step waits for the device."""
-        losses = []
+    def run(self, steps: int) -> float:
+        """Train `steps` steps. Returns their time in seconds on the slowest rank."""
+        dist.barrier()
+        start = time.perf_counter()
+        losses: list[Tensor] = []
         for _ in range(steps):
             tokens, targets = self.batch(len(self.losses) + len(losses))
             loss = F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten())
@@ -214,20 +195,14 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             losses.append(loss.detach())
-        self.losses += torch.stack(losses).tolist()
-
-    def run_timed(self, steps: int) -> None:
-        dist.barrier()
-        start = time.perf_counter()
-        self.run(steps)  # reads the losses, hence waits for the device
+        self.losses += torch.stack(losses).tolist()  # waits for the device, once per call and not once per step
         seconds = torch.tensor(time.perf_counter() - start, device=self.mesh.device_type)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        self.block_seconds.append(seconds.item())
+        return float(seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        tokens = self.args.batch * self.args.seq * self.args.block
-        return tokens / statistics.median(self.block_seconds)
+        return self.args.batch * self.args.seq * BLOCK / statistics.median(self.block_seconds)
 
 
 def say(*text: object) -> None:
@@ -238,79 +213,56 @@ def say(*text: object) -> None:
 def train(trainers: list[Trainer], args: argparse.Namespace) -> None:
     """Compile one trainer after the other, then alternate timed blocks of all of them."""
     for trainer in trainers:
-        say(f"{trainer.backend:>9}: compiling (first step; a cold cache takes up to a minute or two) ...")
-        start = time.perf_counter()
-        trainer.run(1)
-        say(f"{trainer.backend:>9}: compiled in {time.perf_counter() - start:.1f} s, loss {trainer.losses[0]:.4f}")
+        say(f"{trainer.backend:>9}: compiling (first step; with a cold cache up to a minute or two) ...")
+        seconds = trainer.run(1)
+        say(f"{trainer.backend:>9}: first step took {seconds:.1f} s, loss {trainer.losses[0]:.4f}")
         trainer.run(WARMUP_STEPS - 1)
     order = random.Random(args.seed)  # the same order on every rank
-    while len(trainers[0].losses) < args.steps:
-        steps = min(args.block, args.steps - len(trainers[0].losses))
+    for _ in range(-(-args.steps // BLOCK)):
         for trainer in order.sample(trainers, len(trainers)):
-            if steps == args.block:
-                trainer.run_timed(steps)
-            else:
-                trainer.run(steps)
+            trainer.block_seconds.append(trainer.run(BLOCK))
         first = trainers[0]
-        rate = f", {first.tokens_per_second:,.0f} tokens/s" if first.block_seconds else ""
-        say(f"step {len(first.losses):>4}/{args.steps}: loss {first.losses[-1]:.4f}{rate}")
+        say(f"step {len(first.losses):>4}: loss {first.losses[-1]:.4f}, {first.tokens_per_second:,.0f} tokens/s")
 
 
 def summarize(trainers: list[Trainer]) -> tuple[dict[str, Any], list[str]]:
-    """The numbers of a run, and what is wrong with them (nothing, one hopes)."""
-    first = trainers[0]
+    """Print losses and throughput side by side. Returns the numbers, and what is wrong with them."""
+    first, steps = trainers[0], len(trainers[0].losses)
+    say("\n     step" + "".join(f"{'loss ' + trainer.backend:>16}" for trainer in trainers))
+    for step in sorted({*range(0, steps, max(1, steps // 8)), steps - 1}):
+        say(f"{step:>9}" + "".join(f"{trainer.losses[step]:>16.6f}" for trainer in trainers))
+    say(" tokens/s" + "".join(f"{trainer.tokens_per_second:>16,.0f}" for trainer in trainers))
     tail = statistics.mean(first.losses[-5:])
     problems = [] if tail < first.losses[0] else [f"the loss did not fall: {first.losses[0]:.4f} to {tail:.4f}"]
-    result: dict[str, Any] = {"backends": {}, "max_relative_loss_difference": None, "speedup_over_inductor": None}
-    for trainer in trainers:
-        result["backends"][trainer.backend] = {
-            "losses": trainer.losses,
-            "block_seconds": trainer.block_seconds,
-            "tokens_per_second": trainer.tokens_per_second if trainer.block_seconds else None,
-        }
-        if trainer.backend == "eager":
-            pairs = zip(first.losses, trainer.losses, strict=True)
+    result: dict[str, Any] = {t.backend: {"losses": t.losses, "block_seconds": t.block_seconds} for t in trainers}
+    for other in trainers[1:]:
+        if other.backend == "eager":
+            pairs = zip(first.losses, other.losses, strict=True)
             difference = max(abs(ours - eager) / abs(eager) for ours, eager in pairs)
+            say(f"losses agree with eager to {difference:.1e} (relative, worst step; limit {LOSS_TOLERANCE:.0e})")
             result["max_relative_loss_difference"] = difference
             if not difference <= LOSS_TOLERANCE:  # also true for nan
                 problems.append(f"losses differ from eager by {difference:.1e}, more than {LOSS_TOLERANCE:.0e}")
-        if trainer.backend == "inductor" and trainer.block_seconds:
-            ratios = [b / a for a, b in zip(first.block_seconds, trainer.block_seconds, strict=True)]
-            result["speedup_over_inductor"] = statistics.median(ratios)
+        else:
+            ratios = [b / a for a, b in zip(first.block_seconds, other.block_seconds, strict=True)]
+            result[f"speedup_over_{other.backend}"] = statistics.median(ratios)
+            say(f"{statistics.median(ratios):.3f}x the tokens/s of {other.backend} (median of {len(ratios)} rounds)")
     return result, problems
-
-
-def print_summary(trainers: list[Trainer], result: dict[str, Any]) -> None:
-    say("\n     step" + "".join(f"{'loss ' + trainer.backend:>16}" for trainer in trainers))
-    steps = len(trainers[0].losses)
-    for step in sorted({*range(0, steps, max(1, steps // 8)), steps - 1}):
-        say(f"{step:>9}" + "".join(f"{trainer.losses[step]:>16.6f}" for trainer in trainers))
-    if all(trainer.block_seconds for trainer in trainers):
-        say(" tokens/s" + "".join(f"{trainer.tokens_per_second:>16,.0f}" for trainer in trainers))
-    if (difference := result["max_relative_loss_difference"]) is not None:
-        say(f"losses agree with eager to {difference:.1e} (relative, worst step; limit {LOSS_TOLERANCE:.0e})")
-    if (speedup := result["speedup_over_inductor"]) is not None:
-        rounds = len(trainers[0].block_seconds)
-        say(f"{speedup:.3f}x the tokens/s of inductor (median of {rounds} paired rounds)")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="tilescale", help="backend to train with (default: tilescale)")
-    parser.add_argument("--steps", type=int, default=62, help="training steps, the two warm-up steps included")
-    parser.add_argument("--block", type=int, default=5, help="steps per timed block")
+    parser.add_argument("--backend", default="tilescale")
+    parser.add_argument("--steps", type=int, default=60, help=f"timed steps, rounded up to blocks of {BLOCK}")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--dim", type=int, default=512, help="model width; 8 heads")
+    parser.add_argument("--dim", type=int, default=512, help="model width")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=256, help="sequence length, a multiple of the number of ranks")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="run eager and inductor too")
+    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="against other backends")
     parser.add_argument("--save-json", type=Path, metavar="PATH", help="write losses and timings there")
-    args = parser.parse_args()
-    if args.steps <= WARMUP_STEPS:
-        parser.error(f"--steps must be more than {WARMUP_STEPS}: that many are warm-up")
-    return args
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -331,12 +283,11 @@ def main() -> int:
 
             say(f"\n{tscompile.reports()}")
         result, problems = summarize(trainers)
-        print_summary(trainers, result)
         for problem in problems:
             say(f"FAILED: {problem}")
         if args.save_json and dist.get_rank() == 0:
-            settings = {key: value for key, value in vars(args).items() if key != "save_json"}
-            args.save_json.write_text(json.dumps({"settings": settings, "ranks": mesh.size(), **result}, indent=1) + "\n")
+            result = {"settings": vars(args), "ranks": mesh.size(), **result}
+            args.save_json.write_text(json.dumps(result, indent=1, default=str) + "\n")
         return int(bool(problems))
     finally:
         dist.destroy_process_group()
