@@ -1,0 +1,81 @@
+"""What a pattern is, and the registry of patterns.
+
+A pattern file holds its op (schema, fake, reference) and its matcher; importing it registers both. A matcher gets one collective and
+answers None (not mine), Keep (mine, but refused: the reason goes to the report) or a Match that knows how to rewrite the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..problem import FusionProblem, Keep, Plan
+from .collectives import Collective
+from .layout import Prover
+from .rewrite import Builder
+
+
+@dataclass
+class Context:
+    """The graph under rewriting, with everything a matcher may ask."""
+
+    graph: fx.Graph
+    builder: Builder
+    prover: Prover
+    token: fx.Node
+    collectives: dict[fx.Node, Collective]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site that can be fused.
+
+    collectives: the original collectives it replaces; `anchor` is the one it was found from.
+    plan: complete but for its site name and executor.
+    rewrite: edits the graph for a finished plan and returns the fused op's node.
+    """
+
+    kind: str
+    collectives: tuple[Collective, ...]
+    problem: FusionProblem
+    plan: Plan
+    shapes: tuple[str, ...]
+    rewrite: Callable[[Context, Plan], fx.Node]
+
+
+Finder = Callable[[Context, Collective], Match | Keep | None]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """kind: the op's name; anchor: the kind of collective it starts from; priority: lower is asked first."""
+
+    kind: str
+    anchor: str
+    priority: int
+    find: Finder
+
+
+_patterns: dict[str, Pattern] = {}
+
+
+def register_pattern(kind: str, anchor: str, priority: int = 0) -> Callable[[Finder], Finder]:
+    """Decorator for a matcher; a kind has one matcher."""
+
+    def add(find: Finder) -> Finder:
+        if kind in _patterns:
+            raise ValueError(f"pattern {kind} is registered twice")
+        _patterns[kind] = Pattern(kind, anchor, priority, find)
+        return find
+
+    return add
+
+
+def patterns_for(anchor: str) -> list[Pattern]:
+    return sorted((p for p in _patterns.values() if p.anchor == anchor), key=lambda p: (p.priority, p.kind))
+
+
+def kinds() -> tuple[str, ...]:
+    return tuple(sorted(_patterns))

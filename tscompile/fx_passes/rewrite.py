@@ -1,0 +1,136 @@
+"""Editing a graph: nodes that carry their fake value from the start, and sizes as graph values."""
+
+from __future__ import annotations
+
+import operator
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .sizes import Size, known_eq
+
+aten = torch.ops.aten
+
+
+class UnresolvedSizeError(Exception):
+    """A symbolic size that no available graph value spells."""
+
+
+class Builder:
+    """Inserts nodes before a given node and computes their fake values; sources of symbolic sizes are searched in `sources`."""
+
+    def __init__(self, graph: fx.Graph, fake_mode: Any) -> None:
+        self.graph = graph
+        self._fake_mode = fake_mode
+        self._before: fx.Node | None = None
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        outer, self._before = self._before, node
+        try:
+            with self.graph.inserting_before(node):
+                yield
+        finally:
+            self._before = outer
+
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
+        """A call_function node with its meta["val"]; `like` passes on its stack trace."""
+        node = self.graph.call_function(target, args)
+        values = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], args)
+        with self._fake_mode:
+            node.meta["val"] = target(*values)
+        if like is not None:
+            for key in ("stack_trace", "nn_module_stack", "original_aten"):
+                if key in like.meta:
+                    node.meta[key] = like.meta[key]
+        return node
+
+    def size(self, size: Size, sources: Sequence[fx.Node]) -> Any:
+        """`size` as a node argument: an int, or a node that computes it from dims of `sources`.
+
+        Raises:
+            UnresolvedSizeError: no product of neighbouring dims of a source equals it.
+        """
+        if isinstance(size, int):
+            return size
+        for source in sources:
+            shape = source.meta["val"].shape
+            for start in range(len(shape)):
+                total: Size = 1
+                for end in range(start, len(shape)):
+                    total = total * shape[end]
+                    if known_eq(total, size):
+                        return self._product(source, range(start, end + 1))
+        raise UnresolvedSizeError(f"size {size} is not spelled by the shape of {[s.name for s in sources]}")
+
+    def _product(self, source: fx.Node, dims: range) -> fx.Node:
+        result: fx.Node | None = None
+        for dim in dims:
+            size = self.call(aten.sym_size.int, source, dim)
+            if result is None:
+                result = size
+            else:
+                value = result.meta["val"] * size.meta["val"]
+                result = self.graph.call_function(operator.mul, (result, size))
+                result.meta["val"] = value
+        assert result is not None
+        return result
+
+    def shape(self, shape: Sequence[Size], sources: Sequence[fx.Node]) -> list[Any]:
+        """`shape` as node arguments for reshape; one size that nothing spells may become -1."""
+        args: list[Any] = []
+        for size in shape:
+            try:
+                args.append(self.size(size, sources))
+            except UnresolvedSizeError:
+                if -1 in args:
+                    raise
+                args.append(-1)
+        return args
+
+    def reshape(self, node: fx.Node, shape: Sequence[Size], sources: Sequence[fx.Node] = ()) -> fx.Node:
+        """`node` reshaped; no node if the shape is already right."""
+        old = node.meta["val"].shape
+        if len(old) == len(shape) and all(known_eq(a, b) for a, b in zip(old, shape, strict=True)):
+            return node
+        return self.call(aten.reshape.default, node, self.shape(shape, [node, *sources]))
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if node.meta["val"].dtype == dtype:
+            return node
+        return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
+
+
+
+
+def descendants(node: fx.Node) -> set[fx.Node]:
+    """Every node that depends on `node`, itself included."""
+    seen = {node}
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
+def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Erase those of `nodes` that nothing uses any more, and what only they used; waits and collectives included.
+
+    Plain dead-code elimination keeps a wait_tensor, which has side effects: the original collective would then still run, and a
+    fused op would communicate twice.
+    """
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node.users or node.op in ("placeholder", "output") or node._erased:
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        stack.extend(inputs)
