@@ -2,23 +2,24 @@
 
     python -m benchmarks.bench_cpu [--quick] [--out DIR]
 
-Run it from the root of the repository; it starts its own two ranks (gloo, one thread each) and takes about 15 minutes, or
-two with `--quick`.
+Run it from the root of the repository; it starts its own two ranks (gloo, one thread each) and takes about 15
+minutes, or two with `--quick`.
 
-Method: for every function and size of `benchmarks.cases`, three sides race (`benchmarks.harness` has the protocol and
-its traps): the function compiled with our backend and its default options, so that the planner decides whether the site is fused;
-the same with Inductor; and the matmul alone, compiled by Inductor, which is the roof. Exposed communication is what a side takes
-longer than the matmul alone. Float32, forward, no gradients; the gathered tensor is not a result.
+Method: for every function and size of `benchmarks.cases`, three sides race (`benchmarks.harness` has the protocol
+and its traps): the function compiled with our backend and its default options, so that the planner decides whether
+the site is fused; the same with Inductor; and the matmul alone, compiled by Inductor, which is the roof. Exposed
+communication is what a side takes longer than the matmul alone. Float32, forward, no gradients; the gathered tensor
+is not a result.
 
-Targets: exposed communication of a fused site at most 25 % of Inductor's; any function, fused or kept, at least 0.97 times
-as fast as with Inductor; our pass at most 10 % of Inductor's compile time (`benchmarks.compile_time`). A target counts as met or
-missed only if the whole 95 % interval lies on that side.
+Targets: exposed communication of a fused site at most 25 % of Inductor's; any function, fused or kept, at least
+0.97 times as fast as with Inductor; our pass at most 10 % of Inductor's compile time (`benchmarks.compile_time`). A
+target counts as met or missed only if the whole 95 % interval lies on that side.
 
 Traps of this benchmark beyond those of the harness:
-* Gloo's threads need a core too. With as many ranks as cores they compete with the matmul, for both backends alike; what the roof
-  leaves out is then not only waiting. The number of cores is in the result.
-* A kept site is Inductor's own program. Where its ratio is not 1 within the interval, the difference is noise or our overhead
-  outside the site, and a sign of how far the fused ones can be trusted.
+* Gloo's threads need a core too. With as many ranks as cores they compete with the matmul, for both backends alike;
+  what the roof leaves out is then not only waiting. The number of cores is in the result.
+* A kept site is Inductor's own program. Where its ratio is not 1 within the interval, the difference is noise or
+  our overhead outside the site, and a sign of how far the fused ones can be trusted.
 * Sizes alternate within a process, and Dynamo would turn to dynamic shapes: `dynamic=False`, and a reset per case.
 """
 

@@ -84,7 +84,8 @@ def feed_forward_alone(x: Tensor, gathered: Tensor, w1: Tensor, w3: Tensor, w2: 
 
 @dataclass(frozen=True)
 class Case:
-    """One function at one size. `inputs` and `inputs_alone` are made fresh from a seed; ranks differ where they hold shards."""
+    """One function at one size. `inputs` and `inputs_alone` are made fresh from a seed; ranks differ where they
+    hold shards."""
 
     function: str
     m: int

@@ -1,11 +1,13 @@
 """How much of the compile time of a training graph is spent in our pass.
 
-Method: a stack of Llama blocks (the example's, tensor and sequence parallel) runs forward and backward once with cold
-Inductor caches, which compiles both graphs. The wall time of that first step with `backend="inductor"` is the base; with our
-backend, the calls of our pass are timed from within. The share is pass time / base, on the slowest rank.
+Method: a stack of Llama blocks (the example's, tensor and sequence parallel) runs forward and backward once with
+cold Inductor caches, which compiles both graphs. The wall time of that first step with `backend="inductor"` is the
+base; with our backend, the calls of our pass are timed from within. The share is pass time / base, on the slowest
+rank.
 
-Traps: a warm C++ cache makes Inductor look ten times faster than a user's first run, and one rank warms it for the other;
-hence a fresh cache directory per rank and compile. The pass runs once per graph, and not at all on a cache hit.
+Traps: a warm C++ cache makes Inductor look ten times faster than a user's first run, and one rank warms it for the
+other; hence a fresh cache directory per rank and compile. The pass runs once per graph, and not at all on a cache
+hit.
 """
 
 from __future__ import annotations

@@ -1,21 +1,24 @@
 """Interleaved races between several ways of computing one thing on all ranks, and the statistics of their outcome.
 
-Method. A race has *sides* (for instance this backend, Inductor, and the matmul alone). It consists of rounds; each round times every
-side once, in an order shuffled anew, and everything that is reported is computed within rounds and only then
-condensed: the median of per-round ratios or differences, never the ratio of two medians of different moments. The uncertainty
-is a percentile bootstrap over rounds.
+Method. A race has *sides* (for instance this backend, Inductor, and the matmul alone). It consists of rounds; each
+round times every side once, in an order shuffled anew, and everything that is reported is computed within rounds
+and only then condensed: the median of per-round ratios or differences, never the ratio of two medians of different
+moments. The uncertainty is a percentile bootstrap over rounds.
 
-Protocol of one timing: barrier, then as many back-to-back calls as make 50 ms or more, then the clock; the number of calls is
-agreed between ranks, and the slowest rank counts.
+Protocol of one timing: barrier, then as many back-to-back calls as make 50 ms or more, then the clock; the number
+of calls is agreed between ranks, and the slowest rank counts.
 
 Traps that have produced wrong conclusions elsewhere, and what stands against each here:
-* Fixed order. A side that is timed after a light one starts on cooler clocks and emptier caches; with an order that never changes
-  that has passed for a gain of several per cent. Hence the shuffle, with one seed on all ranks.
-* One rank's clock. Fast ranks wait for slow ones inside a collective, so a single rank's time says little: slowest rank.
-* Short timings. Ranks leave a barrier up to some 100 us apart, which is more than what a call may take: hence the 50 ms.
-* A roof from an idle machine. The matmul alone is timed on all ranks at once too, since ranks share memory bandwidth and clocks.
-* Fast because wrong. An op that does not wait for its peers is quick and, on unchanged inputs, even right from the second
-  call on: `check` uses new inputs at every call and hands the ops memory full of NaN.
+* Fixed order. A side that is timed after a light one starts on cooler clocks and emptier caches; with an order that
+  never changes that has passed for a gain of several per cent. Hence the shuffle, with one seed on all ranks.
+* One rank's clock. Fast ranks wait for slow ones inside a collective, so a single rank's time says little: slowest
+  rank.
+* Short timings. Ranks leave a barrier up to some 100 us apart, which is more than what a call may take: hence the
+  50 ms.
+* A roof from an idle machine. The matmul alone is timed on all ranks at once too, since ranks share memory
+  bandwidth and clocks.
+* Fast because wrong. An op that does not wait for its peers is quick and, on unchanged inputs, even right from the
+  second call on: `check` uses new inputs at every call and hands the ops memory full of NaN.
 
 Not for deciding what to measure: the cases are in the benchmarks.
 """
@@ -78,8 +81,8 @@ class Statistics:
     """What a race between `ours`, `inductor` and `alone` (the matmul without communication) says.
 
     exposed_*: time that is not hidden behind the matmul, in seconds: side - alone.
-    exposed_ratio: exposed_ours / exposed_inductor. None where Inductor's own exposed time is not clearly above zero: there is
-        nothing to hide then, and a quotient by noise would be noise.
+    exposed_ratio: exposed_ours / exposed_inductor. None where Inductor's own exposed time is not clearly above
+        zero: there is nothing to hide then, and a quotient by noise would be noise.
     speedup: inductor / ours.
     """
 
@@ -143,7 +146,10 @@ def time_calls(function: Callable[[], object], calls: int) -> float:
 def race(
     sides: Mapping[str, Callable[[], object]], rounds: int, seed: int, min_seconds: float = 0.05
 ) -> tuple[list[dict[str, float]], dict[str, int]]:
-    """Race the sides; every rank calls this with the same arguments. Returns the rounds, and the calls per timing of each side."""
+    """Race the sides. Every rank calls this with the same arguments.
+
+    Returns the rounds, and how many calls one timing of each side consists of.
+    """
     for function in sides.values():
         time_calls(function, 2)  # warm-up
     estimates = slowest([time_calls(function, 3) for function in sides.values()])
@@ -152,8 +158,7 @@ def race(
     gc.collect()
     gc.disable()  # a collection inside one timing would be charged to one side
     try:
-        for order in orders(list(sides), rounds, seed):
-            local.append({side: time_calls(sides[side], calls[side]) for side in order})
+        local += [{s: time_calls(sides[s], calls[s]) for s in order} for order in orders(list(sides), rounds, seed)]
     finally:
         gc.enable()
     # the maximum over ranks is taken at the end, so that no other collective runs between timings
@@ -177,10 +182,10 @@ def check(
     make_inputs: Callable[[int], list[Tensor]],
     calls: int = 3,
 ) -> float:
-    """Compare `function` with `reference` in float64, on new inputs at each call; raise on every rank if one of them is off.
+    """Compare `function` with `reference` in float64, on new inputs at each call; if one rank is off, all raise.
 
-    The limit is four times the error of the reference in the inputs' own dtype: rounding may differ, no more. Returns the
-    largest error over calls and ranks, relative to the largest element of the truth.
+    The limit is four times the error of the reference in the inputs' own dtype: rounding may differ, no more.
+    Returns the largest error over calls and ranks, relative to the largest element of the truth.
     """
     worst, allowed = 0.0, 0.0
     for call in range(calls):

@@ -2,7 +2,8 @@
 
     python -m benchmarks.plot benchmarks/results/cpu-2026-01-31.json [PICTURE]
 
-Every statistic is computed again from the rounds in the file, so a result can be judged by another rule without measuring anew.
+Every statistic is computed again from the rounds in the file, so a result can be judged by another rule without
+measuring anew.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ COMPILE_LIMIT = 0.10  # of Inductor's compile time, spent in our pass
 
 
 def decision(case: Mapping[str, Any]) -> str:
-    """What the report says of the case's sites: "fused", "kept (code)", both if they differ, "not reported" if empty."""
+    """What the report says of the case's sites: "fused", "kept (code)", both if they differ, "not reported" if
+    empty."""
     words = [site["decision"] if site["decision"] == "fused" else f"kept ({site['code']})" for site in case["sites"]]
     return ", ".join(dict.fromkeys(words)) or "not reported"
 
