@@ -75,7 +75,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{env['dtype']}, torch {env['torch']}, tscompile {env['tscompile']}, backend {result['backend']}. "
         "Medians of paired rounds with 95 % bootstrap intervals.",
         "",
-        "| function | m, n, k | report | matmul alone, ms | exposed ours, ms | exposed inductor, ms | ours / inductor | speed-up |",
+        "| function | m, n, k | report | matmul, ms | exposed ours, ms | exposed inductor, ms | ours / inductor | speed-up |",
         "|---|---|---|---|---|---|---|---|",
     ]
     counts: dict[str, list[str]] = {"exposed": [], "speed": []}

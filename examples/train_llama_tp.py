@@ -218,11 +218,10 @@ def train(trainers: list[Trainer], args: argparse.Namespace) -> None:
         seconds = trainer.run(1)
         say(f"{trainer.backend:>9}: first step took {seconds:.1f} s, loss {trainer.losses[0]:.4f}")
         trainer.run(WARMUP_STEPS - 1)
-    order = random.Random(args.seed)  # the same order on every rank
+    order, first = random.Random(args.seed), trainers[0]  # the same order on every rank
     for _ in range(-(-args.steps // BLOCK)):
         for trainer in order.sample(trainers, len(trainers)):
             trainer.block_seconds.append(trainer.run(BLOCK))
-        first = trainers[0]
         say(f"step {len(first.losses):>4}: loss {first.losses[-1]:.4f}, {first.tokens_per_second:,.0f} tokens/s")
 
 
@@ -239,7 +238,9 @@ def summarize(trainers: list[Trainer]) -> tuple[dict[str, Any], list[str]]:
     for other in trainers[1:]:
         if other.backend == "eager":
             ours, eager = torch.tensor(first.losses), torch.tensor(other.losses)
-            difference = float(((ours - eager) / eager).abs().max())  # nan if one of them is: Python's max would not say
+            difference = float(
+                ((ours - eager) / eager).abs().max()
+            )  # nan if one of them is: Python's max would not say
             say(f"losses agree with eager to {difference:.1e} (relative, worst step; limit {LOSS_TOLERANCE:.0e})")
             result["max_relative_loss_difference"] = difference
             if not difference <= LOSS_TOLERANCE:  # also if it is nan

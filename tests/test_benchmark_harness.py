@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from benchmarks import harness
+from benchmarks import harness, plot
 from benchmarks.harness import Interval
 
 
@@ -83,3 +83,38 @@ def test_order_is_shuffled_and_shared() -> None:
     assert order == harness.orders(sides, rounds=20, seed=3)
     assert all(sorted(o) == sorted(sides) for o in order)
     assert {o[0] for o in order} == set(sides)
+
+
+def result() -> dict:
+    """A result file with a fused, a kept and an unreported case."""
+    fused, kept = (
+        {"decision": "fused", "code": "", "reason": ""},
+        {"decision": "kept", "code": "small", "reason": "too small"},
+    )
+    sizes = {"function": "all_gather_matmul", "m": 2048, "n": 128, "k": 1024}
+    environment = {"date": "2026-01-31 10:00 UTC", "cpu": "a CPU", "cores": 2, "ranks": 2, "threads_per_rank": 1}
+    return {
+        "environment": {**environment, "dtype": "float32", "torch": "2", "tscompile": "0"},
+        "backend": "tilescale",
+        "cases": [
+            {**sizes, "sites": [fused], "rounds": noisy_rounds(1.0, 1.5, 1.0)},
+            {**sizes, "sites": [fused, kept], "rounds": noisy_rounds(1.5, 1.5, 1.0)},
+            {**sizes, "sites": [], "rounds": noisy_rounds(2.0, 1.5, 1.0)},
+        ],
+        "compile_time": {"inductor_s": 20.0, "ours_s": 21.0, "pass_s": 1.0, "share": 0.05},
+    }
+
+
+def test_table_judges_exposed_time_of_fused_sites_only() -> None:
+    table = plot.markdown(result())
+    assert "| fused |" in table
+    assert "| fused, kept (small) |" in table
+    assert "| not reported |" in table
+    assert "Inductor's: met 1, undecided 0, missed 0 (of 1)" in table
+    assert "fused or kept: met 2, undecided 0, missed 1 (of 3)" in table
+    assert "5.0 % (target <= 10 %: met)" in table
+
+
+def test_picture_from_the_result_alone(tmp_path) -> None:
+    plot.picture(result(), tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").stat().st_size > 10_000
