@@ -1,0 +1,170 @@
+"""The door: `torch.compile(model, backend="tilescale")`.
+
+Everything but the fused sites is Inductor's: this module composes our pass with the user's Inductor configuration and hands the graph on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import observe
+from .options import Options
+
+Compiled = Callable[..., Any]
+_HOOK = "post_grad_custom_post_pass"
+
+
+def tilescale(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Compiled:
+    """Compile one Dynamo graph; registered as the torch.compile backend "tilescale".
+
+    Args:
+        mode: an Inductor mode ("reduce-overhead", "max-autotune", ...).
+        options: `tilescale.*` options (tscompile.options) and Inductor's own, which are passed through.
+
+    Raises:
+        OptionError: an unknown `tilescale.*` option or a bad value.
+    """
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    ours, inductor = Options.parse(options or {})
+    patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **inductor}
+    tell_graph_break(gm)
+    if not _communicates():
+        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value, arg-type, unused-ignore]
+    patches.update(pass_patches(ours, patches))
+    if ours.inner == "eager":
+        from .eager_inner import NO_CACHE, eager_inner, no_caches
+
+        with no_caches():
+            return compile_fx(gm, example_inputs, eager_inner, {**patches, **NO_CACHE})  # type: ignore[return-value, arg-type, unused-ignore]
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value, arg-type, unused-ignore]
+
+
+def install(**options: Any) -> None:
+    """Put the pass into Inductor's own configuration, for code that insists on `backend="inductor"`.
+
+    Args:
+        options: as `tilescale.*`, without the prefix. `inner` cannot be chosen here.
+
+    Raises:
+        OptionError: an unknown option or a bad value.
+    """
+    from torch._inductor import config
+
+    ours, _ = Options.parse({f"tilescale.{name}": value for name, value in options.items()})
+    for name, value in pass_patches(ours, {}).items():
+        setattr(config, name, value)
+
+
+def pass_patches(ours: Options, patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor settings that run our pass after the user's own pass, and keep async TP out of its way."""
+    from torch._inductor import config
+
+    from .fx_passes.fusion_pass import FusionPass
+
+    before = patches.get(_HOOK, getattr(config, _HOOK))
+    users = [p for p in _as_list(before) if not isinstance(p, FusionPass)]
+    return {_HOOK: _chain([*users, FusionPass(ours, lambda: pass_identity(ours))]), "_micro_pipeline_tp": False}
+
+
+def _as_list(passes: Any) -> list[Any]:
+    if passes is None:
+        return []
+    return list(passes) if isinstance(passes, (list, tuple)) else [passes]
+
+
+def _chain(passes: list[Any]) -> Any:
+    if len(passes) == 1:
+        return passes[0]
+    if hasattr(torch._inductor.custom_graph_pass, "get_custom_graph_passes"):  # torch >= 2.13 takes a list
+        return passes
+    from .fx_passes.fusion_pass import chained
+
+    return chained(passes)
+
+
+def pass_identity(ours: Options) -> str:
+    """Cache identity of the pass: its sources, its options, and what its decisions read of the machine.
+
+    Groups enter by name and size only, never by their ranks: rank 1 may load what rank 0 compiled.
+    """
+    facts = [source_digest(), ours.digest(), platform.machine(), repr(sorted(_group_sizes().items()))]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Hash over the package's sources and the version of the tile compiler."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.c"))):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    try:
+        digest.update(importlib.metadata.version("tilelang").encode())
+    except importlib.metadata.PackageNotFoundError:
+        digest.update(b"no tilelang")
+    return digest.hexdigest()
+
+
+def _group_sizes() -> dict[str, int]:
+    from torch.distributed import distributed_c10d as c10d
+
+    if not c10d.is_initialized():
+        return {}
+    return {name: pg.size() for pg, name in c10d._world.pg_names.items()}
+
+
+def _communicates() -> bool:
+    """True if there is anybody to communicate with; otherwise one line says that Inductor does everything."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        observe.once(
+            "no-process-group",
+            'backend "tilescale" without an initialised process group: everything runs through Inductor as it is. '
+            "Call torch.distributed.init_process_group before the first compiled call (torchrun sets its environment).",
+        )
+        return False
+    if dist.get_world_size() == 1:
+        observe.once("one-rank", 'backend "tilescale" on one rank: there is no communication, everything is Inductor\'s.')
+        return False
+    return True
+
+
+_BREAK_WORDS = ("async_op", "distributed", "collective", "fsdp", "c10d", "ProcessGroup", "all_to_all", "all_gather")
+
+
+def tell_graph_break(gm: fx.GraphModule) -> None:
+    """Say once per cause that a graph break on a collective hides it from every FX pass, ours included."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return
+    text = str(reason.reason)
+    frames = " ".join(str(getattr(frame, "filename", "")) for frame in getattr(reason, "user_stack", None) or ())
+    if not any(word in text or word in frames for word in _BREAK_WORDS):
+        return
+    first = text.strip().splitlines()[0] if text.strip() else "unknown cause"
+    observe.once(
+        f"graph-break:{first}",
+        "A graph break on communication: %s. A collective outside the graph cannot be fused: async_op=True handles and the hooks of "
+        "FSDP2 and DDP never reach it. Use the blocking call and let the compiler overlap it, or functional collectives.",
+        first,
+    )

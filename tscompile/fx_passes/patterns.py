@@ -1,0 +1,17 @@
+"""All patterns: importing this registers them and their ops."""
+
+from . import (
+    all_gather_matmul,
+    collective_then_matmul,
+    matmul_all_gather,
+    matmul_all_reduce,
+    matmul_reduce_scatter,
+)
+
+__all__ = [
+    "all_gather_matmul",
+    "collective_then_matmul",
+    "matmul_all_gather",
+    "matmul_all_reduce",
+    "matmul_reduce_scatter",
+]

@@ -1,0 +1,39 @@
+"""Fuse or keep: a pure function of the problem, the options and the machine kind, so every rank decides alike."""
+
+from __future__ import annotations
+
+from .. import templates as _templates  # noqa: F401  (importing it registers the templates)
+from ..options import Options
+from ..problem import Decision, Fuse, FusionProblem, Keep
+from ..templates.template import find_template
+from . import cost_model
+
+EXECUTORS = {"cpu": "shm"}
+
+
+def plan(problem: FusionProblem, options: Options) -> Decision:
+    """Decide on one site. Reads nothing that may differ between ranks.
+
+    Returns:
+        Fuse with the executor's name and both predicted times, or Keep with a stable code and a reason for the user.
+    """
+    if problem.kind in options.disable:
+        return Keep("disabled", f'kind {problem.kind} is disabled by the option "tilescale.disable"')
+    if problem.group_size < 2:
+        return Keep("one-rank", "the group has one rank: there is no communication to hide")
+    executor = EXECUTORS.get(problem.device)
+    template = find_template(problem.kind, executor) if executor else None
+    if executor is None or template is None:
+        return Keep("no-executor", f"no kernel for {problem.kind} on {problem.device} tensors in this version")
+    if problem.comm_bytes == 0:
+        return Keep("empty", "a tensor without elements is exchanged")
+    refusal = template.supports(problem)
+    if refusal is not None:
+        return Keep("unsupported", refusal)
+    prediction = cost_model.predict(problem)
+    if options.fuse == "auto" and prediction.fused_us >= prediction.original_us * cost_model.MUST_GAIN:
+        return Keep(
+            "no-gain",
+            f"predicted {prediction.fused_us:.0f} us fused against {prediction.original_us:.0f} us as it is",
+        )
+    return Fuse(executor, prediction.fused_us, prediction.original_us)
