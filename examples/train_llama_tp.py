@@ -255,7 +255,7 @@ def summarize(trainers: list[Trainer]) -> tuple[dict[str, Any], list[str]]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="tilescale")
-    parser.add_argument("--steps", type=int, default=60, help=f"timed steps, rounded up to blocks of {BLOCK}")
+    parser.add_argument("--steps", type=int, default=50, help=f"timed steps, rounded up to blocks of {BLOCK}")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dim", type=int, default=512, help="model width")
     parser.add_argument("--batch", type=int, default=8)
