@@ -214,7 +214,7 @@ def say(*text: object) -> None:
 def train(trainers: list[Trainer], args: argparse.Namespace) -> None:
     """Compile one trainer after the other, then alternate timed blocks of all of them."""
     for trainer in trainers:
-        say(f"{trainer.backend:>9}: compiling (first step; with a cold cache up to a minute or two) ...")
+        say(f"{trainer.backend:>9}: compiling (first step; a minute or two if Inductor's cache is cold) ...")
         seconds = trainer.run(1)
         say(f"{trainer.backend:>9}: first step took {seconds:.1f} s, loss {trainer.losses[0]:.4f}")
         trainer.run(WARMUP_STEPS - 1)
