@@ -178,7 +178,7 @@ def launch() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="12 cases and 7 rounds instead of 72 and 15")
+    parser.add_argument("--quick", action="store_true", help="24 cases and 7 rounds instead of 96 and 15")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
     parser.add_argument("--rounds", type=int, help="rounds per case")
     parser.add_argument("--only", default="", metavar="TEXT", help="only functions whose name contains TEXT")
