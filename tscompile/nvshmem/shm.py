@@ -242,7 +242,8 @@ class ShmHeap:
     def view(self, owner: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         base = self._typed.get((owner, dtype))
         if base is None:
-            base = self._arena[owner].view(dtype)
+            with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
+                base = self._arena[owner].view(dtype)
             self._typed[owner, dtype] = base
         strides = [1] * len(shape)
         for dim in range(len(shape) - 2, -1, -1):
