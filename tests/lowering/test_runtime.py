@@ -172,8 +172,9 @@ def no_room_to_grow(life: Life) -> str:
 
 
 def _full(fd: int, nbytes: int) -> None:
-    if nbytes > 1 << 17:  # control words fit everywhere
+    if nbytes > 1 << 17:
         raise OSError(errno.ENOSPC, "No space left on device")
+    os.ftruncate(fd, nbytes)  # control words fit everywhere
 
 
 def _own_segments() -> list[str]:

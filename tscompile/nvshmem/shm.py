@@ -99,7 +99,7 @@ class Segment:
         try:
             _allocate(fd, nbytes)
             return cls(name, fd, nbytes)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             path.unlink(missing_ok=True)
             mib = 1 << 20
             raise HeapError(
