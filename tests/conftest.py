@@ -1,0 +1,24 @@
+"""Settings of the whole suite, and what tests want to be seen at its end."""
+
+from __future__ import annotations
+
+import pytest
+
+_SUMMARY = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SUMMARY] = []
+
+
+@pytest.fixture(scope="session")
+def summary(pytestconfig: pytest.Config) -> list[str]:
+    """Lines that are printed after the run, whether or not its tests pass."""
+    return pytestconfig.stash[_SUMMARY]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash[_SUMMARY]:
+        terminalreporter.section("recall")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -1,0 +1,217 @@
+"""Helpers for tests of distributed programs, for users of tscompile and for its own suite.
+
+`fake_world` lets one process build and compile the graphs of a rank of any world. `run_ranks` runs a function on real
+gloo ranks of this host and brings back what they returned, or says what they printed. `collective_counts` reads a graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+_COLLECTIVE_NAMESPACES = frozenset(
+    {"_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor"}
+)
+_NOT_COLLECTIVES = ("wait_tensor", "mesh_get_process_group")
+_SUFFIXES = ("_into_tensor", "_tensor", "_single", "_coalesced", "_out", "_")
+_OUTPUT_CHARS = 6000  # of each failed rank: a traceback and what led to it
+_GRACE_S = 5.0  # after the first failure, the time in which peers may still say what they saw
+
+
+@contextmanager
+def fake_world(size: int, rank: int = 0) -> Iterator[dist.ProcessGroup]:
+    """A process group of `size` ranks in which this process is `rank` and nobody else exists.
+
+    Its collectives finish at once and leave arbitrary data, so programs can be traced and compiled but not checked for
+    values. Dynamo is reset on both sides, because compiled code holds group names of the world it was made in.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a process group exists already: leave it before entering a fake world")
+    torch._dynamo.reset()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield dist.group.WORLD  # type: ignore[misc]
+    finally:
+        torch._dynamo.reset()
+        dist.destroy_process_group()
+
+
+def collective_name(target: object) -> str | None:
+    """Short name ("all_gather", "reduce_scatter", "all_reduce", ...) of a collective's overload or op name, else None.
+
+    The short name does not tell the spellings of one collective apart (into_tensor, coalesced, out, in place).
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    if target.namespace not in _COLLECTIVE_NAMESPACES or target._opname.startswith(_NOT_COLLECTIVES):
+        return None
+    return short_name(target._opname)
+
+
+def short_name(op: str) -> str:
+    """`op` without namespace, overload and suffix of its spelling: "all_gather_into_tensor" -> "all_gather"."""
+    name = op.split("::")[-1].removeprefix("_c10d_functional.").split(".")[0]
+    while True:
+        stripped = next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)
+        if stripped == name:
+            return name
+        name = stripped
+
+
+def collective_counts(graph: torch.fx.Graph) -> dict[str, int]:
+    """Number of collectives of each kind in a graph, by short name; waits do not count."""
+    names = (collective_name(node.target) for node in graph.nodes if node.op == "call_function")
+    return dict(Counter(name for name in names if name is not None))
+
+
+class RankFailure(AssertionError):
+    """A rank of `run_ranks` raised, died or ran past the time limit; the message carries what the ranks printed."""
+
+
+@dataclass
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    result: Path
+    stream: IO[bytes]
+
+
+def run_ranks(
+    ranks: int,
+    target: Callable[..., Any] | str,
+    *args: Any,
+    timeout_s: float = 120.0,
+    backend: str | None = "gloo",
+    env: dict[str, str] | None = None,
+) -> list[Any]:
+    """Run `target(*args)` on `ranks` processes of this host and return what each returned, in rank order.
+
+    `target` is a function that can be imported (or its "module:name"); arguments and results must be picklable. The
+    environment is the one that torchrun sets; with a `backend` the default process group exists before `target` starts
+    and is destroyed after it. If a rank fails, or not all are done after `timeout_s`, every rank and its children are
+    killed and RankFailure shows their output, tracebacks included.
+    """
+    name = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
+    from torch._C._distributed_c10d import TCPStore
+
+    # The parent serves the store, as torchrun's agent does: the port is bound before anyone is told about it.
+    store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="tscompile-ranks-") as folder:
+        root = Path(folder)
+        (root / "call").write_bytes(pickle.dumps((name, args, backend, timeout_s)))
+        workers: list[_Worker] = []
+        try:
+            # extend, not a list: if a later rank cannot start, the earlier ones are known and killed
+            workers.extend(_start(rank, ranks, root, store.port, env or {}) for rank in range(ranks))
+            done = _await(workers, timeout_s)
+        finally:
+            for worker in workers:
+                _kill(worker)
+        if not done or any(worker.process.returncode for worker in workers):
+            why = "a rank failed" if done else f"not done after {timeout_s:.0f} s"
+            raise RankFailure(f"{name} on {ranks} ranks: {why}\n" + "\n".join(_story(w) for w in workers))
+        return [pickle.loads(worker.result.read_bytes()) for worker in workers]
+
+
+def _start(rank: int, ranks: int, root: Path, port: int, extra: dict[str, str]) -> _Worker:
+    log, result = root / f"log.{rank}", root / f"result.{rank}"
+    env = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RUN_ID": root.name,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        # pytest puts test folders on sys.path; workers must be able to import what the parent can.
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    stream = log.open("wb")
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import _work; _work()", str(root / "call"), str(result)],
+        env=env | extra,
+        stdout=stream,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # so that a kill reaches the worker's children too
+    )
+    return _Worker(rank, process, log, result, stream)
+
+
+def _await(workers: list[_Worker], timeout_s: float) -> bool:
+    """Wait for all workers; after the first failure its peers get a short grace. False if the time is up."""
+    deadline = time.monotonic() + timeout_s
+    failed = False
+    while any(worker.process.poll() is None for worker in workers):
+        if not failed and any(worker.process.returncode for worker in workers):
+            failed, deadline = True, min(deadline, time.monotonic() + _GRACE_S)
+        if time.monotonic() > deadline:
+            return failed
+        time.sleep(0.05)
+    return True
+
+
+def _kill(worker: _Worker) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(worker.process.pid, signal.SIGKILL)  # the session outlives a worker that left children behind
+    worker.process.wait()
+    worker.stream.close()
+
+
+def _story(worker: _Worker) -> str:
+    text = worker.log.read_text(errors="replace")
+    code = worker.process.returncode
+    state = "finished" if code == 0 else "killed" if code == -signal.SIGKILL else f"exit status {code}"
+    return f"--- rank {worker.rank}: {state} ---\n{text[-_OUTPUT_CHARS:]}"
+
+
+def _work() -> None:
+    """Entry point of a worker process: argv holds the pickled call and the path of the result."""
+    call, result = Path(sys.argv[1]), Path(sys.argv[2])
+    name, args, backend, timeout_s = pickle.loads(call.read_bytes())
+    status = 0
+    try:
+        module, _, attribute = name.partition(":")
+        function = importlib.import_module(module)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+        if backend is not None:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        value = function(*args)  # type: ignore[operator]
+        result.write_bytes(pickle.dumps(value))
+        if backend is not None:
+            dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Leave at once: a failed rank's process group may wait for its peers in a destructor.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
