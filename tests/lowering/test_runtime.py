@@ -78,9 +78,7 @@ def lives(rank: int, size: int, scenarios: list[str]) -> dict[str, Any]:
     for index, scenario in enumerate(scenarios):
         dist.barrier()
         dist.destroy_process_group()
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore(f"life{index}", store), rank=rank, world_size=size
-        )
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"life{index}", store), rank=rank, world_size=size)
         ledger.clear()
         print("scenario", scenario, flush=True)
         results[scenario] = SCENARIOS[scenario](Life(rank, size))
@@ -307,7 +305,9 @@ def verify(life: Life) -> str:
         return [out + 1]
 
     type(template).run = wrong  # type: ignore[method-assign, union-attr]
-    with pytest.raises(TscompileError, match=r"site matmul_all_reduce3 .* differs from the original ops: largest error") as caught:
+    with pytest.raises(
+        TscompileError, match=r"site matmul_all_reduce3 .* differs from the original ops: largest error"
+    ) as caught:
         life.call(case)
     type(template).run = original  # type: ignore[method-assign, union-attr]
     return str(caught.value)
@@ -380,9 +380,9 @@ def test_two_ranks_that_disagree_or_fail() -> None:
     assert first["late_vote"] == second["late_vote"]
     assert "rank 1 did not answer within 0.5 s" in first["late_call"]
     assert "rank 1 did not answer within 0.5 s" in second["late_call"]
-    assert any("rank 1 runs site ag11 where rank 0 runs ag10" in result["other_site"] for result in (first, second)) or any(
-        "rank 0 runs site ag10 where rank 1 runs ag11" in result["other_site"] for result in (first, second)
-    )
+    assert any(
+        "rank 1 runs site ag11 where rank 0 runs ag10" in result["other_site"] for result in (first, second)
+    ) or any("rank 0 runs site ag10 where rank 1 runs ag11" in result["other_site"] for result in (first, second))
     assert "sends another number of bytes" in first["other_size"]
     assert "rank 0 raised" in second["local_error"]
     assert "rank 1: no C compiler: install gcc" in first["no_compiler"]

@@ -203,7 +203,9 @@ class GroupState:
             for rank in missing:
                 index = self.ranks.index(rank)
                 if not heap.alive(index):
-                    raise channel.fail(index, f"the process of rank {rank} has ended: look at its log for the first error")
+                    raise channel.fail(
+                        index, f"the process of rank {rank} has ended: look at its log for the first error"
+                    )
                 if time.monotonic() > deadline:
                     raise channel.fail(index, f"rank {rank} did not grow the heap within {self._timeout_s:g} s")
 
@@ -281,13 +283,17 @@ class Election:
         lost = self._state.vote_is_lost()
         if lost is None and time.monotonic() > self._deadline:
             waited = self._state.wait_s(self._stake)
-            reason = f"rank {missing[0]} did not vote within {waited:g} s: look for a rank that runs another program path"
+            reason = (
+                f"rank {missing[0]} did not vote within {waited:g} s: look for a rank that runs another program path"
+            )
             return Verdict(False, "vote-timeout", reason)
         if lost is None:
             for rank in missing:
                 post = self._posts.get(rank, {})
                 if "pid" in post and process_start(post["pid"]) != post["start"]:
-                    return Verdict(False, "peer-ended", f"rank {rank} ended during the vote: look at its log for the first error")
+                    return Verdict(
+                        False, "peer-ended", f"rank {rank} ended during the vote: look at its log for the first error"
+                    )
         return lost
 
 

@@ -116,7 +116,9 @@ class Segment:
         try:
             fd = os.open(SHM_DIR / name, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise HeapError(f"cannot map a peer's segment ({error.strerror}): give the ranks one /dev/shm and user") from error
+            raise HeapError(
+                f"cannot map a peer's segment ({error.strerror}): give the ranks one /dev/shm and user"
+            ) from error
         try:
             if os.fstat(fd).st_size != nbytes:
                 raise HeapError("a peer's segment has another size: run the same tscompile on every rank")
