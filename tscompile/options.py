@@ -162,7 +162,7 @@ class Options:
         None,
         _byte_count,
         'bytes, "256M", none',
-        "Upper limit of the shared memory of one process group; a site that needs more runs the original ops. "
+        "Upper limit of each rank's shared memory for one process group; a site that needs more runs the original ops. "
         "none: as much as the largest site needs.",
     )
 

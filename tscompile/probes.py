@@ -145,10 +145,12 @@ def _probe_compilers() -> Iterator[Check]:
         yield Check("ok", "C++ compiler", path)
     else:
         yield Check("warn", "C++ compiler", f"{cxx} not found; Inductor needs it on CPU", f"install g++ {eager}")
-    if path := shutil.which("cc") or shutil.which("gcc"):
+    candidates = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    if path := next(filter(None, (shutil.which(name) for name in candidates if name)), None):
         yield Check("ok", "C compiler", path)
     else:
-        yield Check("warn", "C compiler", "neither cc nor gcc found", "install gcc")
+        detail = "none of $CC, cc, gcc, clang found; the signals of the shared heap are built with it once"
+        yield Check("warn", "C compiler", detail, "install gcc", fallback=True)
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
     if os.path.exists(header):
         yield Check("ok", "Python.h", header)
@@ -230,8 +232,9 @@ def _probe_shared_memory() -> Iterator[Check]:
         yield Check("ok", SHM, f"{free >> 20} MiB free")
     if stale := stale_segments():
         size = sum(os.stat(path).st_blocks * 512 for path in stale if os.path.exists(path))
-        detail = f"{len(stale)} segments of {size >> 20} MiB in all that no process of this user uses"
-        yield Check("warn", "stale segments", detail, "rm " + " ".join(stale))
+        detail = f"{len(stale)} segments of {size >> 20} MiB in all that no visible process maps"
+        action = "if no rank runs in another container: rm " + " ".join(stale)
+        yield Check("warn", "stale segments", detail, action)
 
 
 def stale_segments(folder: str = SHM) -> list[str]:

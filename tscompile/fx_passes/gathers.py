@@ -97,7 +97,7 @@ class Reader:
 class Gathered:
     """What was proved about one all_gather."""
 
-    chain: set[fx.Node]
+    chain: Chain
     readers: list[Reader] = field(default_factory=list)
     refusals: list[Keep] = field(default_factory=list)
     touches_matmul: bool = False
@@ -134,14 +134,18 @@ def full_view(view: View, ranks: int, shard_numel: Size) -> tuple[tuple[Digits, 
     return tuple(dims), rank
 
 
-def movement_users(node: fx.Node) -> set[fx.Node]:
-    """Movement ops that `node` reaches through movement ops only."""
-    chain: set[fx.Node] = set()
+# Sets of nodes are dicts: they iterate in graph order on every rank, where a set would follow addresses.
+Chain = dict[fx.Node, None]
+
+
+def movement_users(node: fx.Node) -> Chain:
+    """Movement ops that `node` reaches through movement ops only, in an order that is the same on every rank."""
+    chain: Chain = {}
     stack = [node]
     while stack:
         for user in stack.pop().users:
             if user not in chain and is_movement(user):
-                chain.add(user)
+                chain[user] = None
                 stack.append(user)
     return chain
 
@@ -207,13 +211,13 @@ def size_readers(node: fx.Node) -> list[fx.Node]:
 class LiveOuts:
     """Readers of a gathered tensor other than the fused matmuls, and how they get their value back."""
 
-    def __init__(self, gather: Collective, chain: set[fx.Node], fused: Sequence[Reader], prover: Prover, home: Home) -> None:
+    def __init__(self, gather: Collective, chain: Chain, fused: Sequence[Reader], prover: Prover, home: Home) -> None:
         self._gather = gather
         self._home = home
         self.nodes: list[fx.Node] = []  # full views that must be rebuilt
         gone = {reader.matmul.node for reader in fused}
         operands = {reader.matmul.node: reader.operand for reader in fused}
-        members = {gather.node, *chain}
+        members = dict.fromkeys([gather.node, *chain])
         wanted = [
             node
             for node in members
@@ -277,7 +281,7 @@ def _raw_digits(home: Home) -> Digits:
     return tuple(home.digits[i] for i in order)
 
 
-def replace_size_readers(builder: Builder, gather: Collective, chain: set[fx.Node]) -> None:
+def replace_size_readers(builder: Builder, gather: Collective, chain: Chain) -> None:
     """Sizes that were read off the gathered tensor are computed from its shard, so that nothing needs the tensor itself."""
     for node in [gather.node, *chain]:
         for reader in size_readers(node):

@@ -77,9 +77,9 @@ class GroupState:
         if self.refusal is not None:
             code, refusal = self.refusal.code, self.refusal.reason
         elif self.error is not None:
-            code, refusal = "peer_error", str(self.error)
+            code, refusal = "peer-error", str(self.error)
         elif stake.sites == 0:
-            code, refusal = "no_sites", "its graph has no fused sites on this group: compile the same model on every rank"
+            code, refusal = "no-sites", "its graph has no fused sites on this group: compile the same model on every rank"
         if refusal:
             ballot.post(0, {"code": code, "refusal": refusal})
             self._refused_ballots.append(ballot)
@@ -125,7 +125,7 @@ class GroupState:
             if peer != self.rank and self.heap.entered(index) > self.epoch:
                 return Verdict(
                     False,
-                    "lone_compile",
+                    "lone-compile",
                     f"rank {self.rank} started a new graph while rank {peer} ran one that was agreed on before: "
                     "let all ranks recompile together, or mark what changed as dynamic",
                 )
@@ -208,10 +208,10 @@ class GroupState:
 
         try:
             ballot.post(0, _attempt(lambda: heap.prepare(half_bytes)))
-            verdict, posts = ballot.settle(0, judge_ready("no_room", self.ranks), interrupt)
+            verdict, posts = ballot.settle(0, judge_ready("no-room", self.ranks), interrupt)
             if verdict.agreed:
                 ballot.post(1, _attempt(lambda: heap.connect([dict(posts[rank]) for rank in self.ranks])))
-                verdict, _ = ballot.settle(1, judge_ready("no_mapping", self.ranks), interrupt)
+                verdict, _ = ballot.settle(1, judge_ready("no-mapping", self.ranks), interrupt)
         finally:
             heap.release_names()
         if not verdict.agreed:
@@ -244,7 +244,7 @@ class Election:
             if self._grows:
                 post |= self._heap.prepare(half)
         except HeapError as error:
-            post |= {"code": "no_heap", "refusal": str(error)}
+            post |= {"code": "no-heap", "refusal": str(error)}
         ballot.post(0, post)
         self._deadline = time.monotonic() + state.wait_s(stake)
         self._verdict = Verdict(False)
@@ -259,7 +259,7 @@ class Election:
     def finish(self) -> None:
         """Wait until all ranks have mapped the memory; then the graph may run fused, or the group runs the original ops."""
         if self._verdict.agreed:
-            judge = judge_ready("no_mapping", self._state.ranks)
+            judge = judge_ready("no-mapping", self._state.ranks)
             self._verdict, _ = self._ballot.settle(1, judge, self._interrupt)
         self.close()
         if self._verdict.agreed and self._heap is not None:
@@ -281,7 +281,7 @@ class Election:
         if lost is None and time.monotonic() > self._deadline:
             waited = self._state.wait_s(self._stake)
             reason = f"rank {missing[0]} did not vote within {waited:g} s: look for a rank that runs another program path"
-            return Verdict(False, "vote_timeout", reason)
+            return Verdict(False, "vote-timeout", reason)
         return lost
 
 

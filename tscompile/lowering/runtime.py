@@ -121,7 +121,7 @@ def _vote(world: _World, groups: dict[str, dict[str, Any]], options: dict[str, A
             state = _find_state(world, name)
             if state is None:
                 if entry["sites"]:
-                    ledger.keep_group(name, "no_peers", "the group has no other processes: there is nothing to overlap")
+                    ledger.keep_group(name, "no-peers", "the group has no other processes: there is nothing to overlap")
                 continue
             stake = Stake(
                 digest=entry["digest"],

@@ -165,16 +165,16 @@ def _difference(first: int, expected: Post, rank: int, post: Post) -> Verdict | 
             continue
         if fact in ("host", "boot"):
             reason = f"rank {rank} is on another host than rank {first}: shared memory reaches one host"
-            return Verdict(False, "other_host", reason)
+            return Verdict(False, "other-host", reason)
         return Verdict(
             False,
-            "other_environment",
+            "other-environment",
             f"rank {rank} differs from rank {first} in {fact} ({other} and {value}): start the ranks in one environment",
         )
     if post["digest"] != expected["digest"]:
         return Verdict(
             False,
-            "other_sites",
+            "other-sites",
             f"rank {rank} planned other sites: {post['sites']} (digest {post['digest'][:12]}) where rank {first} planned "
             f"{expected['sites']} (digest {expected['digest'][:12]}): compile the same model with the same options on every rank",
         )
@@ -182,7 +182,7 @@ def _difference(first: int, expected: Post, rank: int, post: Post) -> Verdict | 
         if post[fact] != expected[fact]:
             return Verdict(
                 False,
-                "other_options",
+                "other-options",
                 f"rank {rank} has {fact} = {post[fact]} where rank {first} has {expected[fact]}: "
                 "set the same tilescale options on every rank",
             )

@@ -1,0 +1,165 @@
+"""Picture, table and verdicts of a benchmark result, from its JSON alone.
+
+    python -m benchmarks.plot benchmarks/results/cpu-2026-01-31.json [PICTURE]
+
+Every statistic is computed again from the rounds in the file, so a result can be judged by another rule without
+measuring anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Interval, Statistics, at_least, at_most, summarize
+
+EXPOSED_LIMIT = 0.25  # of Inductor's exposed communication, at fused sites
+SPEED_LIMIT = 0.97  # of Inductor's speed, everywhere
+COMPILE_LIMIT = 0.10  # of Inductor's compile time, spent in our pass
+
+
+def decision(case: Mapping[str, Any]) -> str:
+    """What the report says of the case's sites: "fused", "kept (code)", both if they differ, "not reported" if
+    empty."""
+    words = [site["decision"] if site["decision"] == "fused" else f"kept ({site['code']})" for site in case["sites"]]
+    return ", ".join(dict.fromkeys(words)) or "not reported"
+
+
+def is_fused(case: Mapping[str, Any]) -> bool:
+    """True if every site of the case is fused: only then is the exposed time ours to answer for."""
+    return bool(case["sites"]) and all(site["decision"] == "fused" for site in case["sites"])
+
+
+def _ms(interval: Interval) -> str:
+    return f"{1e3 * interval.value:.2f} [{1e3 * interval.low:.2f}, {1e3 * interval.high:.2f}]"
+
+
+def _percent(interval: Interval | None) -> str:
+    if interval is None:
+        return "nothing to hide"
+    return f"{100 * interval.value:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
+def _times(interval: Interval) -> str:
+    return f"{interval.value:.3f}x [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def verdicts(case: Mapping[str, Any], stats: Statistics) -> tuple[str, str]:
+    """Verdicts on exposed communication ("-" where the target does not apply) and on speed."""
+    applies = is_fused(case) and stats.exposed_ratio is not None
+    exposed = at_most(stats.exposed_ratio, EXPOSED_LIMIT) if applies and stats.exposed_ratio else "-"
+    return exposed, at_least(stats.speedup, SPEED_LIMIT)
+
+
+def verdict_lines(case: Mapping[str, Any]) -> list[str]:
+    """A case in three lines, for the terminal."""
+    stats = summarize(case["rounds"])
+    exposed, speed = verdicts(case, stats)
+    return [
+        f"{decision(case)}; matmul alone {1e3 * stats.alone:.2f} ms, {len(case['rounds'])} rounds",
+        f"exposed, ms: ours {_ms(stats.exposed_ours)}, inductor {_ms(stats.exposed_inductor)}: "
+        f"{_percent(stats.exposed_ratio)} (target at fused sites <= {100 * EXPOSED_LIMIT:.0f} %: {exposed})",
+        f"speed against inductor {_times(stats.speedup)} (target >= {SPEED_LIMIT}: {speed})",
+    ]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The whole result as a table, with the machine and a count of the verdicts."""
+    env = result["environment"]
+    lines = [
+        f"{env['date']}, {env['cpu']}, {env['cores']} cores, {env['ranks']} ranks with {env['threads_per_rank']} thread each, "
+        f"{env['dtype']}, torch {env['torch']}, tscompile {env['tscompile']}, backend {result['backend']}. "
+        "Medians of paired rounds with 95 % bootstrap intervals.",
+        "",
+        "| function | m, n, k | report | matmul, ms | exposed ours, ms | exposed inductor, ms | ours / inductor | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    counts: dict[str, list[str]] = {"exposed": [], "speed": []}
+    for case in result["cases"]:
+        stats = summarize(case["rounds"])
+        exposed, speed = verdicts(case, stats)
+        counts["exposed"] += [exposed] if exposed != "-" else []
+        counts["speed"].append(speed)
+        sizes = f"{case['m']}, {case['n']}, {case['k']}"
+        cells = [case["function"], sizes, decision(case), f"{1e3 * stats.alone:.2f}", _ms(stats.exposed_ours)]
+        cells += [_ms(stats.exposed_inductor), _percent(stats.exposed_ratio), _times(stats.speedup)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for name, rule in {
+        "exposed": f"exposed communication of fused sites at most {100 * EXPOSED_LIMIT:.0f} % of Inductor's",
+        "speed": f"speed at least {SPEED_LIMIT} of Inductor's, fused or kept",
+    }.items():
+        told = ", ".join(f"{v} {counts[name].count(v)}" for v in ("met", "undecided", "missed"))
+        lines.append(f"* {rule}: {told} (of {len(counts[name])})")
+    if share := result.get("compile_time"):
+        met = "met" if share["share"] <= COMPILE_LIMIT else "missed"
+        lines.append(
+            f"* compile time: {share['pass_s']:.2f} s in our pass, {share['inductor_s']:.1f} s with Inductor alone, "
+            f"{share['ours_s']:.1f} s with ours: {100 * share['share']:.1f} % "
+            f"(target <= {100 * COMPILE_LIMIT:.0f} %: {met})"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of exposed communication per case; zero is the matmul alone, the black marks are the target."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    functions = list(dict.fromkeys(case["function"] for case in result["cases"]))
+    columns = min(2, len(functions))
+    rows = math.ceil(len(functions) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(7 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(functions) :]:
+        axis.set_visible(False)
+    for axis, function in zip(axes.flat, functions, strict=False):
+        group = [case for case in result["cases"] if case["function"] == function]
+        stats = [summarize(case["rounds"]) for case in group]
+        sides = {
+            "inductor": ([s.exposed_inductor for s in stats], ["#9a9a9a"] * len(group)),
+            "ours": ([s.exposed_ours for s in stats], ["#1b7f5c" if is_fused(case) else "#d9c48f" for case in group]),
+        }
+        for shift, (intervals, colours) in zip((-0.2, 0.2), sides.values(), strict=True):
+            values = [1e3 * i.value for i in intervals]
+            below = [1e3 * (i.value - i.low) for i in intervals]
+            above = [1e3 * (i.high - i.value) for i in intervals]
+            places = [x + shift for x in range(len(group))]
+            axis.bar(places, values, 0.4, color=colours, yerr=[below, above], error_kw={"lw": 0.8, "ecolor": "#444444"})
+        for x, s in enumerate(stats):
+            target = 1e3 * EXPOSED_LIMIT * max(0.0, s.exposed_inductor.value)
+            axis.plot([x, x + 0.4], [target, target], color="black", lw=1.6)
+        axis.axhline(0, color="black", lw=0.8)
+        axis.set_title(function, fontsize=10)
+        axis.set_ylabel("exposed, ms")
+        labels = [f"m {case['m']}\nn {case['n']}" for case in group]
+        axis.set_xticks(range(len(group)), labels, fontsize=7)
+    legend = {"inductor": "#9a9a9a", "ours, fused": "#1b7f5c", "ours, kept": "#d9c48f", "25 % of inductor": "black"}
+    handles = [mpl.patches.Patch(color=colour, label=label) for label, colour in legend.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    env = result["environment"]
+    figure.suptitle(
+        f"Communication that the matmul does not hide (zero = matmul alone)\n"
+        f"{env['cpu']}, {env['cores']} cores, {env['ranks']} ranks, {env['dtype']}, {env['date'][:10]}",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    source = Path(sys.argv[1])
+    result = json.loads(source.read_text())
+    print(markdown(result))
+    picture(result, Path(sys.argv[2]) if len(sys.argv) == 3 else source.parent / "cpu.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Writes the generated parts of README.md and docs/; run through `./dev docs`.
+
+A generated part stands between `<!-- generated:<name> -->` and `<!-- /generated:<name> -->`. A capture, between
+`<!-- capture:<name> -->` and `<!-- /capture:<name> -->`, is the output of a real run and changes only with --capture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from tscompile.options import KINDS, OptionRow, Options
+from tscompile.problem import FusionProblem, Gemm
+
+ROOT = Path(__file__).parents[1]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def default_of(row: OptionRow) -> str:
+    return (
+        "none"
+        if row.default in (None, ())
+        else f'`"{row.default}"`'
+        if isinstance(row.default, str)
+        else f"`{row.default}`"
+    )
+
+
+def options() -> str:
+    rows = [[f"`{row.key}`", row.takes, default_of(row), row.doc] for row in Options.table()]
+    return table(["option", "takes", "default", "meaning"], rows)
+
+
+def variables() -> str:
+    return table(["option", "environment"], [[f"`{row.key}`", f"`{row.variable}`"] for row in Options.table()])
+
+
+def patterns() -> str:
+    """The docstring of each file that registers a pattern, as its author wrote it."""
+    parts = []
+    for path in sorted((ROOT / "tscompile" / "fx_passes").glob("*.py")):
+        source = path.read_text()
+        kinds = sorted(re.findall(r'^@register_pattern\(\s*"(\w+)"', source, re.MULTILINE))
+        if not kinds and path.stem in KINDS:
+            kinds = [path.stem]
+        text = ast.get_docstring(ast.parse(source))
+        if kinds and text:
+            parts.append(f"## {', '.join(kinds)}\n\n```text\n{text}\n```")
+    return "\n\n".join(parts)
+
+
+def support() -> str:
+    """Which template of the CPU executor takes which problem: each is asked."""
+    from tscompile import templates
+    from tscompile.templates.template import find_template
+
+    for module in iter_modules(templates.__path__):
+        import_module(f"{templates.__name__}.{module.name}")
+
+    def cell(kind: str, **changes: Any) -> str:
+        values: dict[str, Any] = {"device": "cpu", "dtype": "float32", "intra_host": True, **changes}
+        problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(Gemm(4096, 4096, 4096),), **values)
+        template = find_template(kind, "shm")
+        return "fused" if template is not None and template.supports(problem) is None else "original ops"
+
+    header = ["kind", *(f"CPU, {dtype}" for dtype in DTYPES), "CPU ranks of several hosts", "CUDA"]
+    rows = [
+        [
+            f"`{kind}`",
+            *(cell(kind, dtype=dtype) for dtype in DTYPES),
+            cell(kind, intra_host=False),
+            cell(kind, device="cuda", dtype="bfloat16"),
+        ]
+        for kind in KINDS
+    ]
+    return table(header, rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "options": options,
+    "variables": variables,
+    "patterns": patterns,
+    "support": support,
+}
+
+
+def replace_block(text: str, marker: str, content: str) -> str:
+    """`text` with what stands between the markers replaced, wherever they occur."""
+    block = re.compile(rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- /{re.escape(marker)} -->)", re.DOTALL)
+    return block.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def report_in(output: str) -> str:
+    """The last report table in the output of a program."""
+    reports = re.findall(
+        r"^site +phase +pattern .*?^\d+ of \d+ collectives? fused, .*?$", output, re.DOTALL | re.MULTILINE
+    )
+    if not reports:
+        raise SystemExit("docs: no report in the captured output; nothing changed")
+    return f"```text\n{reports[-1]}\n```"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="regenerate the generated parts of README.md and docs/")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a part is stale")
+    parser.add_argument("--capture", metavar="NAME", help="put the report found in stdin into the capture NAME")
+    arguments = parser.parse_args()
+    if arguments.capture:
+        new_parts = {f"capture:{arguments.capture}": report_in(sys.stdin.read())}
+    else:
+        new_parts = {f"generated:{name}": part() for name, part in PARTS.items()}
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = new = path.read_text()
+        for marker, content in new_parts.items():
+            new = replace_block(new, marker, content)
+        if new != old:
+            stale.append(str(path.relative_to(ROOT)))
+            if not arguments.check:
+                path.write_text(new)
+    if not stale:
+        print("docs: up to date")
+    elif arguments.check:
+        print(f"docs: stale: {', '.join(stale)}; run ./dev docs")
+    else:
+        print(f"docs: wrote {', '.join(stale)}")
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The documents agree with the code: generated tables are fresh, links lead somewhere, every code of a refusal is explained."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tscompile.options import Options
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/options.md"])
+def test_every_option_is_documented(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for row in Options.table():
+        assert f"| `{row.key}` | {row.takes} |" in text, "stale: run ./dev docs"
+        assert row.doc in text, "stale: run ./dev docs"
+
+
+def test_every_code_of_a_refusal_is_explained() -> None:
+    explained = set(re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE))
+    used = {
+        node.args[0].value
+        for path in (ROOT / "tscompile").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Keep"
+        if node.args and isinstance(node.args[0], ast.Constant)
+    }
+    assert used <= explained, "add the code to docs/troubleshooting.md"
+
+
+def test_dev_script_says_what_it_can() -> None:
+    good = subprocess.run([ROOT / "dev", "help"], capture_output=True, text=True, timeout=20)
+    bad = subprocess.run([ROOT / "dev", "tset"], capture_output=True, text=True, timeout=20)
+    assert good.returncode == 0 and "test [args]" in good.stdout
+    assert bad.returncode == 1 and "unknown command: tset" in bad.stderr
+
+
+def test_generator_finds_the_report_in_the_output_of_a_program() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'docs'); import generate\n"
+        "from tscompile.report import Report; from tscompile.problem import Row\n"
+        "row = Row('s', 'g', 'forward', None, '0', 2, ['all_reduce'], 'unmatched', 'c', 'why')\n"
+        "found = generate.report_in(f'step 1\\n\\n{Report([row])}\\nloss 3\\n')\n"
+        "assert found == f'```text\\n{Report([row])}\\n```', found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,78 @@
+"""Worlds of gloo ranks for tests in which ranks may die on purpose; ranks start from a fork server that has torch loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "tscompile.lowering.runtime"])
+
+
+def _rank_main(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    log = os.open(f"{folder}/log.{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        result = function(rank, size, *args)
+        Path(f"{folder}/result.{rank}").write_bytes(pickle.dumps(result))
+        dist.destroy_process_group()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
+def run_world(
+    size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0, dying: tuple[int, ...] = ()
+) -> list[Any]:
+    """Run `function(rank, size, *args)` on `size` gloo ranks; returns the results, None for the ranks that are to die.
+
+    Fails with the output of all ranks if one fails or the world is not done in time.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _context.Process(target=_rank_main, args=(rank, size, store.port, folder, function, args))
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        for process in ranks:
+            process.kill()
+            process.join()
+        failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0 and rank not in dying]
+        if late or failed:
+            story = []
+            for rank, process in enumerate(ranks):
+                with contextlib.suppress(OSError):
+                    output = Path(f"{folder}/log.{rank}").read_text(errors="replace")[-4000:]
+                    story.append(f"--- rank {rank}, exit code {process.exitcode}\n{output}")
+            why = f"ranks {late} were not done after {timeout_s} s" if late else f"ranks {failed} failed"
+            raise AssertionError(why + "\n" + "\n".join(story))
+        return [
+            None if rank in dying else pickle.loads(Path(f"{folder}/result.{rank}").read_bytes()) for rank in range(size)
+        ]
