@@ -181,11 +181,12 @@ def _rewrite(
             if reader.matmul.batched:
                 out = builder.call(aten.unsqueeze.default, out, 0)
                 out.meta[TAKEN] = plan.site
+            if reader.matmul.plus is not None:
+                out = builder.call(aten.add.Tensor, out, reader.matmul.plus, like=reader.matmul.node)
             reader.matmul.node.replace_all_uses_with(out)
         live.replace(rebuilt)
     replace_size_readers(builder, gather, found.chain)
-    erase_unused(context.graph, [r.matmul.node for r in readers])
-    erase_unused(context.graph, [gather.result, gather.node])
+    erase_unused(context.graph, [*(r.matmul.node for r in readers), *reversed(found.chain), gather.result, gather.node])
     return node
 
 

@@ -85,8 +85,11 @@ def _collect(path: Path, scale: float, prover: Prover, total: Sum) -> NotStrided
         found = as_matmul(view.root)
         matmul = found if isinstance(found, Matmul) else None
         refusal = found if isinstance(found, Keep) else None
-        total.terms.append(Term(view.root, view, scale, matmul, refusal))
-        return None
+        alpha = matmul.alpha if matmul is not None else 1.0
+        total.terms.append(Term(view.root, view, scale * alpha, matmul, refusal))
+        if matmul is None or matmul.plus is None:
+            return None
+        parts = [(matmul.plus, matmul.beta)]
     for operand, factor in parts:
         _add_cone(operand, total.cone)
         failure = _collect((*path, (view.root, operand)), scale * factor, prover, total)
