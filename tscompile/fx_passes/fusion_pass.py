@@ -205,8 +205,9 @@ class _Fusion:
                     row.reason = "every supported match is fused (tilescale.fuse = always)"
         elif not first.node._erased and isinstance(first.node.args[0], fx.Node):
             value = first.input.meta["val"]
+            full = first.group_size if first.kind == "all_gather" else 1
             row.shapes, row.dtype = [shape_text(first.input)], dtype_name(value.dtype)
-            row.bytes = hint(product(value.shape)) * value.dtype.itemsize
+            row.bytes = hint(product(value.shape)) * value.dtype.itemsize * full
         self.rows.append(row)
 
     def _finish(self) -> None:
