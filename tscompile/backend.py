@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import observe
+from . import hidden, observe
 from .options import Options
 
 Compiled = Callable[..., Any]
@@ -46,7 +46,7 @@ def tilescale(
 
     ours, inductor = Options.parse(options or {})
     patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **inductor}
-    tell_graph_break(gm)
+    hidden.tell(gm)
     if not _communicates():
         return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value, arg-type, unused-ignore]
     patches.update(pass_patches(ours, patches))
@@ -150,24 +150,3 @@ def _communicates() -> bool:
         )
         return False
     return True
-
-
-_BREAK_WORDS = ("async_op", "distributed", "collective", "fsdp", "c10d", "ProcessGroup", "all_to_all", "all_gather")
-
-
-def tell_graph_break(gm: fx.GraphModule) -> None:
-    """Say once per cause that a graph break on a collective hides it from every FX pass, ours included."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not getattr(reason, "graph_break", False):
-        return
-    text = str(reason.reason)
-    frames = " ".join(str(getattr(frame, "filename", "")) for frame in getattr(reason, "user_stack", None) or ())
-    if not any(word in text or word in frames for word in _BREAK_WORDS):
-        return
-    first = text.strip().splitlines()[0] if text.strip() else "unknown cause"
-    observe.once(
-        f"graph-break:{first}",
-        "A graph break on communication: %s. A collective outside the graph cannot be fused: async_op=True handles and the hooks of "
-        "FSDP2 and DDP never reach it. Use the blocking call and let the compiler overlap it, or functional collectives.",
-        first,
-    )

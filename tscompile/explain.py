@@ -30,7 +30,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | Non
     Raises:
         OptionError: an unknown option or a bad value.
     """
-    from . import backend
+    from . import backend, hidden
     from .eager_inner import NO_CACHE, eager_inner, no_caches
     from .fx_passes.fusion_pass import collect_rows
 
@@ -40,7 +40,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | Non
     def plan(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        backend.tell_graph_break(gm)
+        hidden.tell(gm)
         reason = getattr(gm, "compile_subgraph_reason", None)
         goes_on = bool(getattr(reason, "graph_break", False))
         patches = {**backend.pass_patches(ours, {}), **NO_CACHE}

@@ -1,0 +1,63 @@
+"""Communication outside of compiled graphs is named, once."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tscompile.backend import tilescale
+from tscompile.testing import run_ranks
+
+OPTIONS = {"tilescale.inner": "eager"}
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x)) + x
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def train_wrapped(wrapper: str) -> list[str]:
+    """Train two compiled layers under a data-parallel wrapper; what was logged."""
+    records = Records()
+    logging.getLogger("tscompile").addHandler(records)
+    model: nn.Module = nn.Sequential(Layer(), Layer())
+    if wrapper == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    compiled = torch.compile(model, backend=tilescale, options=OPTIONS)
+    for _ in range(2):
+        compiled(torch.randn(4, 16)).sum().backward()
+    return records.texts
+
+
+def test_fsdp2_is_named_once() -> None:
+    for texts in run_ranks(2, train_wrapped, "fsdp2", timeout_s=120):
+        assert len([t for t in texts if "fully_shard" in t]) == 1, texts
+
+
+def test_ddp_is_named_once() -> None:
+    for texts in run_ranks(2, train_wrapped, "ddp", timeout_s=120):
+        assert len([t for t in texts if "DistributedDataParallel" in t]) == 1, texts
