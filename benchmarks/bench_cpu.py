@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_cpu [--quick] [--out DIR]
 
-Run it from the root of the repository; it starts its own two ranks (gloo, one thread each) and takes about 15
-minutes, or two with `--quick`.
+Run it from the root of the repository; it starts its own two ranks (gloo, one thread each) and takes about 20
+minutes, or five with `--quick`, half of which measure compile times (`--no-compile-time` leaves that out).
 
 Method: for every function and size of `benchmarks.cases`, three sides race (`benchmarks.harness` has the protocol
 and its traps): the function compiled with our backend and its default options, so that the planner decides whether

@@ -157,7 +157,10 @@ def reduction(
     def total(convert: Any, narrow: torch.dtype) -> Tensor:
         partials = []
         for lhs, rhs, biases, extra, *_ in args:
-            values = [_matmul(convert(a), convert(b), None if c is None else convert(c)) for a, b, c in zip(lhs, rhs, biases, strict=True)]
+            values = [
+                _matmul(convert(a), convert(b), None if c is None else convert(c))
+                for a, b, c in zip(lhs, rhs, biases, strict=True)
+            ]
             values += [convert(addend) for addend in extra]
             partials.append(sum(value.to(narrow) * factor for value, factor in zip(values, factors, strict=True)))
         result = sum(partials[1:], partials[0])
@@ -204,12 +207,16 @@ def all_gather_result(
     def whole(convert: Any) -> Tensor:
         dim = 0 if axis == "rows" else 1
         products = [_matmul(convert(a), convert(b), None if c is None else convert(c)) for a, b, c, _ in args]
-        return torch.stack([product.unflatten(dim, (outer, inner)) for product in products], dim + 1).flatten(dim, dim + 2)
+        return torch.stack([product.unflatten(dim, (outer, inner)) for product in products], dim + 1).flatten(
+            dim, dim + 2
+        )
 
     return Case(plan, args, [[whole(_wide)]] * size, [[whole(lambda t: t).to(getattr(torch, dtype))]] * size)
 
 
-GATHER_USES = [(side, transposed, axis) for side in ("lhs", "rhs") for transposed in (False, True) for axis in ("rows", "cols")]
+GATHER_USES = [
+    (side, transposed, axis) for side in ("lhs", "rhs") for transposed in (False, True) for axis in ("rows", "cols")
+]
 
 
 def all_cases(size: int, seed: int = 0) -> list[Case]:
@@ -221,14 +228,28 @@ def all_cases(size: int, seed: int = 0) -> list[Case]:
                 seed += 1
                 odd = seed % 3 == 0
                 cases.append(
-                    all_gather(size, seed, dtype, [use], pieces=pieces, inner=inner, bias=seed % 2 == 0, returned=odd, strided=odd)
+                    all_gather(
+                        size,
+                        seed,
+                        dtype,
+                        [use],
+                        pieces=pieces,
+                        inner=inner,
+                        bias=seed % 2 == 0,
+                        returned=odd,
+                        strided=odd,
+                    )
                 )
         seed += 1
         cases.append(all_gather(size, seed, dtype, GATHER_USES[:1] + GATHER_USES[2:3], inner=66, returned=True))
         for axis in ("rows", "cols"):
             for outer, inner in ((1, 6), (2, 5), (2, 70)):
                 seed += 1
-                cases.append(reduction("matmul_reduce_scatter", size, seed, dtype, axis=axis, outer=outer, inner=inner, bias=True))
+                cases.append(
+                    reduction(
+                        "matmul_reduce_scatter", size, seed, dtype, axis=axis, outer=outer, inner=inner, bias=True
+                    )
+                )
                 seed += 1
                 cases.append(
                     reduction(
@@ -247,7 +268,9 @@ def all_cases(size: int, seed: int = 0) -> list[Case]:
                     )
                 )
                 seed += 1
-                cases.append(all_gather_result(size, seed, dtype, axis=axis, outer=outer, inner=inner, bias=seed % 2 == 0))
+                cases.append(
+                    all_gather_result(size, seed, dtype, axis=axis, outer=outer, inner=inner, bias=seed % 2 == 0)
+                )
         for rows, columns, bias in ((1, 33, False), (size + 2, 7, True), (257, 1100, True)):
             seed += 1
             cases.append(reduction("matmul_all_reduce", size, seed, dtype, inner=rows, free=columns, bias=bias))
@@ -268,7 +291,9 @@ def all_cases(size: int, seed: int = 0) -> list[Case]:
             )
     cases.append(all_gather(size, seed + 1, "bfloat16", GATHER_USES[:1], use_dtype="float32"))
     cases.append(all_gather(size, seed + 2, "float32", [("lhs", True, "rows")], use_dtype="bfloat16", inner=80))
-    cases.append(reduction("matmul_reduce_scatter", size, seed + 3, "float32", term_dtype="bfloat16", terms=2, addends=1))
+    cases.append(
+        reduction("matmul_reduce_scatter", size, seed + 3, "float32", term_dtype="bfloat16", terms=2, addends=1)
+    )
     cases.append(reduction("matmul_all_reduce", size, seed + 4, "bfloat16", term_dtype="float32", inner=9, bias=True))
     cases.append(reduction("matmul_all_reduce", size, seed + 5, "float32", terms=0, addends=2, inner=9))
     cases.append(all_gather_result(size, seed + 6, "bfloat16", own_dtype="float32", inner=40))
@@ -280,10 +305,17 @@ def all_cases(size: int, seed: int = 0) -> list[Case]:
 
 
 def manifest(
-    groups: dict[str, int], *, digest: str = "d", scratch_bytes: int = 4096, rows: list[dict[str, Any]] | None = None, **runtime: Any
+    groups: dict[str, int],
+    *,
+    digest: str = "d",
+    scratch_bytes: int = 4096,
+    rows: list[dict[str, Any]] | None = None,
+    **runtime: Any,
 ) -> str:
     """Manifest of a graph with that many fused sites per group."""
-    entries = {name: {"digest": digest, "sites": sites, "scratch_bytes": scratch_bytes} for name, sites in groups.items()}
+    entries = {
+        name: {"digest": digest, "sites": sites, "scratch_bytes": scratch_bytes} for name, sites in groups.items()
+    }
     return json.dumps({"version": 1, "graph": digest, "groups": entries, "rows": rows or [], "runtime": runtime})
 
 

@@ -21,7 +21,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "tscompile.lowering.runtime"])
 
 
-def _rank_main(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank_main(
+    rank: int, size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     log = os.open(f"{folder}/log.{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -74,5 +76,6 @@ def run_world(
             why = f"ranks {late} were not done after {timeout_s} s" if late else f"ranks {failed} failed"
             raise AssertionError(why + "\n" + "\n".join(story))
         return [
-            None if rank in dying else pickle.loads(Path(f"{folder}/result.{rank}").read_bytes()) for rank in range(size)
+            None if rank in dying else pickle.loads(Path(f"{folder}/result.{rank}").read_bytes())
+            for rank in range(size)
         ]

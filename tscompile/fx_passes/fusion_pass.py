@@ -20,7 +20,7 @@ from torch._inductor.virtualized import V
 
 from .. import observe
 from ..errors import KeptError
-from ..lowering import ops, planner
+from ..lowering import planner
 from ..options import Options
 from ..problem import Fuse, Keep, Phase, Plan, Row
 from . import patterns  # noqa: F401  (importing it registers the patterns)
@@ -225,7 +225,9 @@ class _Fusion:
 
     def _name_graph(self) -> str:
         """Name graph, rows and plans by what was decided, so that every rank finds the same names."""
-        facts = [(r.site, r.decision, r.code, r.shapes, r.dtype) for r in self.rows] + [p.dumps() for _, p, _ in self.fused]
+        facts = [(r.site, r.decision, r.code, r.shapes, r.dtype) for r in self.rows] + [
+            p.dumps() for _, p, _ in self.fused
+        ]
         graph_id = f"{self.phase}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
         for row in self.rows:
             row.graph, row.site = graph_id, f"{graph_id}/{row.site}"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..errors import HeapError, PeerError, TscompileError
 from ..nvshmem.heap import Channel, DowngradedError
-from ..nvshmem.shm import ShmHeap
+from ..nvshmem.shm import ShmHeap, process_start
 from ..observe import ledger, log
 from ..problem import Plan
 from ..templates import Template, find_template
@@ -79,7 +79,8 @@ class GroupState:
         elif self.error is not None:
             code, refusal = "peer-error", str(self.error)
         elif stake.sites == 0:
-            code, refusal = "no-sites", "its graph has no fused sites on this group: compile the same model on every rank"
+            code = "no-sites"
+            refusal = f"rank {self.rank} has no fused sites on this group: compile the same model on every rank"
         if refusal:
             ballot.post(0, {"code": code, "refusal": refusal})
             self._refused_ballots.append(ballot)
@@ -202,15 +203,17 @@ class GroupState:
             for rank in missing:
                 index = self.ranks.index(rank)
                 if not heap.alive(index):
-                    raise channel.fail(index, f"the process of rank {rank} has ended: look at its log for the first error")
+                    raise channel.fail(
+                        index, f"the process of rank {rank} has ended: look at its log for the first error"
+                    )
                 if time.monotonic() > deadline:
                     raise channel.fail(index, f"rank {rank} did not grow the heap within {self._timeout_s:g} s")
 
         try:
-            ballot.post(0, _attempt(lambda: heap.prepare(half_bytes)))
+            ballot.post(0, _attempt(self.rank, lambda: heap.prepare(half_bytes)))
             verdict, posts = ballot.settle(0, judge_ready("no-room", self.ranks), interrupt)
             if verdict.agreed:
-                ballot.post(1, _attempt(lambda: heap.connect([dict(posts[rank]) for rank in self.ranks])))
+                ballot.post(1, _attempt(self.rank, lambda: heap.connect([dict(posts[rank]) for rank in self.ranks])))
                 verdict, _ = ballot.settle(1, judge_ready("no-mapping", self.ranks), interrupt)
         finally:
             heap.release_names()
@@ -244,7 +247,7 @@ class Election:
             if self._grows:
                 post |= self._heap.prepare(half)
         except HeapError as error:
-            post |= {"code": "no-heap", "refusal": str(error)}
+            post |= {"code": "no-heap", "refusal": f"rank {state.rank}: {error}"}
         ballot.post(0, post)
         self._deadline = time.monotonic() + state.wait_s(stake)
         self._verdict = Verdict(False)
@@ -254,7 +257,7 @@ class Election:
         judge = judge_plans(self._state.ranks)
         self._verdict, self._posts = self._ballot.settle(0, judge, self._interrupt)
         if self._verdict.agreed:
-            self._ballot.post(1, _attempt(self._connect))
+            self._ballot.post(1, _attempt(self._state.rank, self._connect))
 
     def finish(self) -> None:
         """Wait until all ranks have mapped the memory; then the graph may run fused, or the group runs the original ops."""
@@ -280,17 +283,26 @@ class Election:
         lost = self._state.vote_is_lost()
         if lost is None and time.monotonic() > self._deadline:
             waited = self._state.wait_s(self._stake)
-            reason = f"rank {missing[0]} did not vote within {waited:g} s: look for a rank that runs another program path"
+            reason = (
+                f"rank {missing[0]} did not vote within {waited:g} s: look for a rank that runs another program path"
+            )
             return Verdict(False, "vote-timeout", reason)
+        if lost is None:
+            for rank in missing:
+                post = self._posts.get(rank, {})
+                if "pid" in post and process_start(post["pid"]) != post["start"]:
+                    return Verdict(
+                        False, "peer-ended", f"rank {rank} ended during the vote: look at its log for the first error"
+                    )
         return lost
 
 
-def _attempt(action: Callable[[], dict[str, object] | None]) -> dict[str, object]:
+def _attempt(rank: int, action: Callable[[], dict[str, object] | None]) -> dict[str, object]:
     """Do this rank's part of a stage; returns what to post about it."""
     try:
         return action() or {}
     except HeapError as error:
-        return {"refusal": str(error)}
+        return {"refusal": f"rank {rank}: {error}"}
 
 
 def _decode(text: str) -> Verdict:

@@ -73,7 +73,7 @@ def _find_state(world: _World, name: str) -> GroupState | None:
     """State of the group of that name; None if its ranks cannot share memory because they are not other processes."""
     if name in world.by_name:
         return world.by_name[name]
-    group = distributed_c10d._resolve_process_group(name)
+    group = distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, unused-ignore]
     ranks = tuple(dist.get_process_group_ranks(group))
     if len(ranks) < 2 or dist.get_backend(group) in _NO_REAL_PEERS:
         return None

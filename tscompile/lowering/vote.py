@@ -140,12 +140,15 @@ def host_facts() -> dict[str, str]:
 
 
 def judge_plans(ranks: tuple[int, ...]) -> Callable[[dict[int, Post]], Verdict | None]:
-    """Judge of the first stage of a vote on a graph: every rank is willing, shares memory and has planned the same sites."""
+    """Judge of the first stage of a vote on a graph: every rank is willing, shares memory and has planned the same sites.
+
+    A rank that is not willing posts `code` and `refusal`, a sentence that names the rank.
+    """
 
     def judge(posts: dict[int, Post]) -> Verdict | None:
-        for rank, post in sorted(posts.items()):
+        for _, post in sorted(posts.items()):
             if post.get("refusal"):
-                return Verdict(False, str(post["code"]), f"rank {rank}: {post['refusal']}")
+                return Verdict(False, str(post["code"]), str(post["refusal"]))
         if not posts:
             return None
         first = min(posts)
@@ -193,9 +196,9 @@ def judge_ready(code: str, ranks: tuple[int, ...]) -> Callable[[dict[int, Post]]
     """Judge of a stage in which each rank only says whether it managed its part."""
 
     def judge(posts: dict[int, Post]) -> Verdict | None:
-        for rank, post in sorted(posts.items()):
+        for _, post in sorted(posts.items()):
             if post.get("refusal"):
-                return Verdict(False, code, f"rank {rank}: {post['refusal']}")
+                return Verdict(False, code, str(post["refusal"]))
         return AGREED if len(posts) == len(ranks) else None
 
     return judge

@@ -190,10 +190,14 @@ class Channel:
                 return
             if status == WaitStatus.MISMATCH:
                 other = self.heap.site_of(peer, self.epoch)
-                detail = f"rank {self.ranks[peer]} runs site {other} where rank {self.ranks[self.rank]} runs {self.site}"
+                detail = (
+                    f"rank {self.ranks[peer]} runs site {other} where rank {self.ranks[self.rank]} runs {self.site}"
+                )
                 if other == self.site:
                     detail = f"rank {self.ranks[peer]} sends another number of bytes than rank {self.ranks[self.rank]} expects"
-                advice = "make every rank run the same graphs on the same shapes, or disable fusion with backend='inductor'"
+                advice = (
+                    "make every rank run the same graphs on the same shapes, or disable fusion with backend='inductor'"
+                )
                 raise self.fail(peer, f"{detail}: {advice}")
             if status != WaitStatus.TICK:
                 self.check()
@@ -206,7 +210,9 @@ class Channel:
                 if self.ready(peer, flag):  # it sent this, finished and left
                     return
                 self.check()  # somebody may know more about the cause
-                raise self.fail(peer, f"the process of rank {self.ranks[peer]} has ended: look at its log for the first error")
+                raise self.fail(
+                    peer, f"the process of rank {self.ranks[peer]} has ended: look at its log for the first error"
+                )
             if now >= deadline:
                 raise self.fail(peer, self._late(peer))
 

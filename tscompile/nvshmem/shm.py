@@ -99,7 +99,7 @@ class Segment:
         try:
             _allocate(fd, nbytes)
             return cls(name, fd, nbytes)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             path.unlink(missing_ok=True)
             mib = 1 << 20
             raise HeapError(
@@ -116,7 +116,9 @@ class Segment:
         try:
             fd = os.open(SHM_DIR / name, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise HeapError(f"cannot map a peer's segment ({error.strerror}): give the ranks one /dev/shm and user") from error
+            raise HeapError(
+                f"cannot map a peer's segment ({error.strerror}): give the ranks one /dev/shm and user"
+            ) from error
         try:
             if os.fstat(fd).st_size != nbytes:
                 raise HeapError("a peer's segment has another size: run the same tscompile on every rank")
@@ -242,7 +244,8 @@ class ShmHeap:
     def view(self, owner: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         base = self._typed.get((owner, dtype))
         if base is None:
-            base = self._arena[owner].view(dtype)
+            with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
+                base = self._arena[owner].view(dtype)
             self._typed[owner, dtype] = base
         strides = [1] * len(shape)
         for dim in range(len(shape) - 2, -1, -1):

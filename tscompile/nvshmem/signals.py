@@ -56,7 +56,9 @@ def _build(target: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
         if done.returncode != 0:
-            raise HeapError(f"the C compiler failed: run `{' '.join(command)}` and mend what it says: {done.stderr[-500:]}")
+            raise HeapError(
+                f"the C compiler failed: run `{' '.join(command)}` and mend what it says: {done.stderr[-500:]}"
+            )
         os.replace(scratch, target)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HeapError(f"the C compiler {compiler} does not run ({error}): set CC to one that does") from error
@@ -91,9 +93,7 @@ class SignalLibrary:
     def wait(
         self, flag: int, downgrade: int, abort: int, epoch: int, site: int, payload: int, spin_ns: int, budget_ns: int
     ) -> int:
-        return cast(
-            int, self._library.tsc_wait(flag, downgrade, abort, epoch, site, payload, spin_ns, budget_ns)
-        )
+        return cast(int, self._library.tsc_wait(flag, downgrade, abort, epoch, site, payload, spin_ns, budget_ns))
 
     def lower(self, word: int, value: int) -> None:
         """`*word = min(*word, value)`, atomically."""
@@ -111,7 +111,9 @@ def load() -> SignalLibrary:
     Raises:
         HeapError: there is no C compiler, or no place to put the result; the message says what to do.
     """
-    tag = sha256(_SOURCE.read_bytes() + " ".join((*_FLAGS, platform.machine(), platform.system())).encode()).hexdigest()[:16]
+    tag = sha256(
+        _SOURCE.read_bytes() + " ".join((*_FLAGS, platform.machine(), platform.system())).encode()
+    ).hexdigest()[:16]
     target = _cache_dir() / f"signals-{tag}.so"
     if not target.exists():
         with FileLock(str(target) + ".lock"):

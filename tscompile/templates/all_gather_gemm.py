@@ -130,7 +130,8 @@ class ShmAllGatherGemm:
         own.copy_(shard)
         channel.signal_all()
         uses = [
-            _Use(use, shard, channel.size, other, bias) for use, other, bias in zip(plan.uses, others, biases, strict=True)
+            _Use(use, shard, channel.size, other, bias)
+            for use, other, bias in zip(plan.uses, others, biases, strict=True)
         ]
         late = [use for use in uses if use.waits_for_all]
         early = [use for use in uses if not use.waits_for_all]

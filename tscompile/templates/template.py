@@ -57,7 +57,9 @@ def register_template(kind: str, executor: str = "shm") -> Callable[[_T], _T]:
 
     def register(cls: _T) -> _T:
         if (kind, executor) in _templates:
-            raise ValueError(f"kind {kind!r} has a template for executor {executor!r} already: choose another executor name")
+            raise ValueError(
+                f"kind {kind!r} has a template for executor {executor!r} already: choose another executor name"
+            )
         _templates[kind, executor] = cls()
         return cls
 
