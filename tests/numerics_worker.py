@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from tscompile.backend import tilescale
 
 import tscompile
 from tests.programs import PROGRAMS, Built, Program, Setting, scalar_loss
+from tscompile.backend import tilescale
 from tscompile.fx_passes.fusion_pass import collect_rows
 from tscompile.problem import Row
 
