@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from tscompile.backend import tilescale
 
 import tscompile
 from tests.programs import PROGRAMS, Built, Program, Setting, scalar_loss
+from tscompile.backend import tilescale
 from tscompile.fx_passes.fusion_pass import collect_rows
 from tscompile.problem import Row
 
@@ -55,6 +55,7 @@ def _run(program: Program, dtype: torch.dtype, options: dict[str, Any], outcome:
     built = program.build(setting)
     built.mark_dynamic()
     planned: list[Row] = []
+    before = {row.site for row in tscompile.reports().rows}
     compiled = torch.compile(built.call, backend=tilescale, fullgraph=True, options=options)
     # A dynamic program is called again with other sizes, which the graph of the first call must serve.
     for stretch in (1, 2) if built.dynamic else (1,):
@@ -69,10 +70,11 @@ def _run(program: Program, dtype: torch.dtype, options: dict[str, Any], outcome:
         for name, expected in truth.items():
             label = name if stretch == 1 else f"{name} (x{stretch})"
             outcome.errors[label] = (_error(actual[name], expected), _error(eager[name], expected))
-    # What was planned for this program, as it stands after its runs: a vote may have turned fused sites into kept ones. A
-    # site counts as fused only if it was launched.
+    # This program's rows as they stand after its runs: a vote may have turned fused sites into kept ones. They are those
+    # that the pass planned (an equal graph of an earlier program may have registered them already) and, where a cache
+    # spared the pass, those that are new. A site counts as fused only if it was launched.
     sites = {row.site for row in planned}
-    rows = [row for row in tscompile.reports().rows if row.site in sites]
+    rows = [row for row in tscompile.reports().rows if row.site in sites or row.site not in before]
     outcome.decisions = [f"{row.decision} {row.phase} {row.pattern} {row.code}" for row in rows]
     outcome.fused = sum(row.decision == "fused" and row.measured_us is not None for row in rows)
 

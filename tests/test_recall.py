@@ -21,6 +21,10 @@ PATTERNS = {
     "all_reduce_matmul",
     "reduce_scatter_matmul",
 }
+# Addressable collectives that are fused when every supported match is: a floor, so that recognising never stands in for
+# fusing. The three that are missing have no kernel (a reduction before a matmul, twice) or lost their matmul to another
+# site (the gather after llama's output layer).
+FUSED = FAMILIES | {"llama": 18, "TP no-SP": 18, "einsum, consumers, gather-output": 9}
 # DTensor code may depend on the rank (a vocabulary-parallel embedding does), so all ranks are tried; of programs that
 # never ask for their rank one other rank is enough.
 OTHER_RANKS = [
@@ -102,5 +106,6 @@ def test_recall_of_the_whole_table(summary: list[str]) -> None:
         )
         summary.append(f"{family:<34}{addressable:>12}{recognised:>12}{fused:>8}")
         total += recognised
+        assert fused >= FUSED[family], f"{family}: fewer collectives are fused than before"
     summary.append(f"{'total':<34}{ADDRESSABLE:>12}{total:>12}")
     assert total == ADDRESSABLE
