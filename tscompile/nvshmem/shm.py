@@ -28,7 +28,7 @@ _NEVER = 2**62
 _SPIN_NS = 30_000  # about what a signal takes between busy cores; longer would rob a rank that shares the core
 
 # Control segment, in bytes: words of its owner, two site names, one record per writer, flags per parity and writer.
-_ENTERED, _DOWNGRADE, _DOWNGRADE_BY, _ABORT = 64, 192, 200, 256
+_ENTERED, _STARTED, _DOWNGRADE, _DOWNGRADE_BY, _ABORT = 64, 128, 192, 200, 256
 _SITES, _SITE_BYTES = 512, 512
 _RECORDS, _RECORD_BYTES = 2048, 2048  # downgrade text in the first half, abort record in the second
 _FLAG_BYTES = 64
@@ -270,6 +270,12 @@ class ShmHeap:
 
     def entered(self, peer: int) -> int:
         return self._signals.load(self._address(peer) + _ENTERED)
+
+    def start(self, graph: int) -> None:
+        self._signals.store(self._own + _STARTED, graph)
+
+    def started(self, peer: int) -> int:
+        return self._signals.load(self._address(peer) + _STARTED)
 
     def site_of(self, peer: int, epoch: int) -> str:
         raw = ctypes.string_at(self._address(peer) + _SITES + (epoch & 1) * _SITE_BYTES, _SITE_BYTES)
