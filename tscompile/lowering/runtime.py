@@ -121,16 +121,18 @@ def begin(manifest: str) -> None:
 def _vote(world: _World, groups: dict[str, dict[str, Any]], options: dict[str, Any]) -> None:
     elections: list[Election] = []
     try:
+        at_stake: dict[GroupState, list[dict[str, Any]]] = {}
         for name, entry in groups.items():
             state = _find_state(world, name)
-            if state is None:
-                if entry["sites"]:
-                    ledger.keep_group(name, "no-peers", "the group has no other processes: there is nothing to overlap")
-                continue
+            if state is not None:
+                at_stake.setdefault(state, []).append(entry)  # several names may mean the same ranks
+            elif entry["sites"]:
+                ledger.keep_group(name, "no-peers", "the group has no other processes: there is nothing to overlap")
+        for state, entries in at_stake.items():
             stake = Stake(
-                digest=entry["digest"],
-                sites=entry["sites"],
-                scratch_bytes=entry["scratch_bytes"],
+                digest="+".join(entry["digest"] for entry in entries),
+                sites=sum(entry["sites"] for entry in entries),
+                scratch_bytes=max(entry["scratch_bytes"] for entry in entries),
                 timeout_s=options.get("timeout_s"),
                 heap_bytes=options.get("heap_bytes"),
                 verify=bool(options.get("verify")),
