@@ -201,6 +201,17 @@ def growth(life: Life) -> int:
     return life.state.heap.half_bytes
 
 
+def other_hints(life: Life) -> int:
+    life.begin("a", scratch_bytes=4096 * (1 + life.rank))
+    assert life.state.heap is not None and life.state.heap.half_bytes == 4096
+    life.begin("b", scratch_bytes=4096 * (1 + life.rank))
+    assert life.state.heap.half_bytes == 4096
+    life.gather(inner=900)
+    assert life.references == 0
+    assert not _own_segments()
+    return life.state.heap.half_bytes
+
+
 def heap_limit(life: Life) -> None:
     life.begin(scratch_bytes=64, heap_bytes=64 << 10)
     life.gather(inner=5)
@@ -358,6 +369,7 @@ SCENARIOS: dict[str, Callable[[Life], Any]] = {
         no_room,
         no_room_to_grow,
         growth,
+        other_hints,
         heap_limit,
         late_vote,
         late_call,
@@ -388,6 +400,7 @@ def test_two_ranks_that_disagree_or_fail() -> None:
     assert first["no_room"] == second["no_room"]
     assert "no-room: rank 0: no room in /dev/shm: needs" in second["no_room_to_grow"]
     assert first["growth"] == second["growth"] == 4 << 20
+    assert first["other_hints"] == second["other_hints"] == 36864
     assert "vote-timeout: rank 1 did not vote within 0.4 s" in first["late_vote"]
     assert first["late_vote"] == second["late_vote"]
     assert "rank 1 did not answer within 0.5 s" in first["late_call"]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..errors import HeapError, PeerError, TscompileError
 from ..nvshmem.heap import Channel, DowngradedError
-from ..nvshmem.shm import ShmHeap, process_start
+from ..nvshmem.shm import ShmHeap, process_is_alive
 from ..observe import ledger, log
 from ..problem import Plan
 from ..templates import Template, find_template
@@ -244,21 +244,18 @@ class Election:
         self._stake = stake
         self._posts: dict[int, Post] = {}
         self._heap = state.heap
-        self._grows = False
         post: dict[str, Any] = {
             "digest": stake.digest,
             "sites": stake.sites,
             "verify": stake.verify,
             "heap_bytes": stake.heap_bytes,
-            "arena_bytes": 0,
             "facts": host_facts(),
         }
         half = stake.scratch_bytes if stake.heap_bytes is None else min(stake.scratch_bytes, stake.heap_bytes // 2)
         try:
             if self._heap is None:
                 self._heap = ShmHeap(state.ranks.index(state.rank), len(state.ranks))
-            self._grows = not self._heap.connected or half > self._heap.half_bytes
-            if self._grows:
+            if not self._heap.connected or half > self._heap.half_bytes:
                 post |= self._heap.prepare(half)
         except HeapError as error:
             post |= {"code": "no-heap", "refusal": f"rank {state.rank}: {error}"}
@@ -290,8 +287,11 @@ class Election:
             self._heap.release_names()
 
     def _connect(self) -> None:
-        if self._grows and self._heap is not None:
-            self._heap.connect([dict(self._posts[rank]) for rank in self._state.ranks])
+        # Sizes are hints where shapes are symbolic, so the ranks may differ in what they think they need. Then nothing
+        # grows now; the op that needs more grows the arenas.
+        posts = [dict(self._posts[rank]) for rank in self._state.ranks]
+        if self._heap is not None and all("arena" in post for post in posts):
+            self._heap.connect(posts)
 
     def _interrupt(self, missing: list[int]) -> Verdict | None:
         lost = self._state.vote_is_lost()
@@ -304,7 +304,7 @@ class Election:
         if lost is None:
             for rank in missing:
                 post = self._posts.get(rank, {})
-                if "pid" in post and process_start(post["pid"]) != post["start"]:
+                if "pid" in post and not process_is_alive(post["pid"], post["start"]):
                     return Verdict(
                         False, "peer-ended", f"rank {rank} ended during the vote: look at its log for the first error"
                     )

@@ -44,6 +44,19 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def process_is_alive(pid: int, start: int) -> bool:
+    """Whether the process that started at `start` still runs; without /proc (`start` is 0) as far as signals can tell."""
+    if start:
+        return process_start(pid) == start
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _pid_namespace() -> int:
     try:
         return os.stat("/proc/self/ns/pid").st_ino
@@ -58,7 +71,7 @@ def remove_stale(directory: Path = SHM_DIR) -> list[str]:
         parts = path.name[len(PREFIX) :].split("-")
         if len(parts) != 4 or not all(part.isdigit() for part in parts[:3]) or int(parts[0]) != _pid_namespace():
             continue
-        if process_start(int(parts[1])) != int(parts[2]):
+        if not process_is_alive(int(parts[1]), int(parts[2])):
             with contextlib.suppress(OSError):
                 path.unlink()
                 removed.append(path.name)
@@ -203,6 +216,8 @@ class ShmHeap:
     def connect(self, peers: list[dict[str, object]]) -> None:
         """Map the segments that every rank's `prepare` described, in rank order, and use the new arenas from now on.
 
+        If they differ in size, the smallest counts.
+
         Raises:
             HeapError: a segment cannot be mapped; the old arenas stay in use.
         """
@@ -217,7 +232,7 @@ class ShmHeap:
             self._pids[rank] = (int(str(peer["pid"])), int(str(peer["start"])))
         self._arena = tensors
         self._typed = {}
-        self.half_bytes = self._next.nbytes // 2
+        self.half_bytes = min(int(str(peer["arena_bytes"])) for peer in peers) // 2
 
     def release_names(self) -> None:
         """Remove the names of this rank's segments: every peer has mapped them, or will not."""
@@ -282,8 +297,7 @@ class ShmHeap:
         return raw.split(b"\0", 1)[0].decode(errors="replace")
 
     def alive(self, peer: int) -> bool:
-        pid, start = self._pids[peer]
-        return process_start(pid) == start
+        return process_is_alive(*self._pids[peer])
 
     def _write_record(self, owner: int, part: int, guilty: int, text: str) -> None:
         """Record of this rank in the control segment of `owner`: guilty rank, then text."""
