@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_cpu [--quick] [--out DIR]
 
-Run it from the root of the repository; it starts its own two ranks (gloo, one thread each) and takes about 15
-minutes, or two with `--quick`.
+Run it from the root of the repository; it starts its own two ranks (gloo, one thread each) and takes about 20
+minutes, or five with `--quick`, half of which measure compile times (`--no-compile-time` leaves that out).
 
 Method: for every function and size of `benchmarks.cases`, three sides race (`benchmarks.harness` has the protocol
 and its traps): the function compiled with our backend and its default options, so that the planner decides whether
@@ -178,7 +178,7 @@ def launch() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="12 cases and 7 rounds instead of 72 and 15")
+    parser.add_argument("--quick", action="store_true", help="24 cases and 7 rounds instead of 96 and 15")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
     parser.add_argument("--rounds", type=int, help="rounds per case")
     parser.add_argument("--only", default="", metavar="TEXT", help="only functions whose name contains TEXT")

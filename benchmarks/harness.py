@@ -82,7 +82,7 @@ class Statistics:
 
     exposed_*: time that is not hidden behind the matmul, in seconds: side - alone.
     exposed_ratio: exposed_ours / exposed_inductor. None where Inductor's own exposed time is not clearly above
-        zero: there is nothing to hide then, and a quotient by noise would be noise.
+        zero: either there is nothing to hide, or the machine was too noisy, and a quotient by noise would be noise.
     speedup: inductor / ours.
     """
 

@@ -40,7 +40,7 @@ def _ms(interval: Interval) -> str:
 
 def _percent(interval: Interval | None) -> str:
     if interval is None:
-        return "nothing to hide"
+        return "not resolved"
     return f"{100 * interval.value:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
@@ -50,9 +50,10 @@ def _times(interval: Interval) -> str:
 
 def verdicts(case: Mapping[str, Any], stats: Statistics) -> tuple[str, str]:
     """Verdicts on exposed communication ("-" where the target does not apply) and on speed."""
-    applies = is_fused(case) and stats.exposed_ratio is not None
-    exposed = at_most(stats.exposed_ratio, EXPOSED_LIMIT) if applies and stats.exposed_ratio else "-"
-    return exposed, at_least(stats.speedup, SPEED_LIMIT)
+    speed = at_least(stats.speedup, SPEED_LIMIT)
+    if not is_fused(case):
+        return "-", speed
+    return at_most(stats.exposed_ratio, EXPOSED_LIMIT) if stats.exposed_ratio else "undecided", speed
 
 
 def verdict_lines(case: Mapping[str, Any]) -> list[str]:

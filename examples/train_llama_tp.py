@@ -214,7 +214,7 @@ def say(*text: object) -> None:
 def train(trainers: list[Trainer], args: argparse.Namespace) -> None:
     """Compile one trainer after the other, then alternate timed blocks of all of them."""
     for trainer in trainers:
-        say(f"{trainer.backend:>9}: compiling (first step; with a cold cache up to a minute or two) ...")
+        say(f"{trainer.backend:>9}: compiling (first step; a minute or two if Inductor's cache is cold) ...")
         seconds = trainer.run(1)
         say(f"{trainer.backend:>9}: first step took {seconds:.1f} s, loss {trainer.losses[0]:.4f}")
         trainer.run(WARMUP_STEPS - 1)
@@ -255,7 +255,7 @@ def summarize(trainers: list[Trainer]) -> tuple[dict[str, Any], list[str]]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="tilescale")
-    parser.add_argument("--steps", type=int, default=60, help=f"timed steps, rounded up to blocks of {BLOCK}")
+    parser.add_argument("--steps", type=int, default=50, help=f"timed steps, rounded up to blocks of {BLOCK}")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dim", type=int, default=512, help="model width")
     parser.add_argument("--batch", type=int, default=8)

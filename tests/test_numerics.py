@@ -34,7 +34,7 @@ CASES = [
 def _world(world: int, dtype: torch.dtype) -> dict[str, list[Outcome]]:
     """All programs in one world, since starting ranks costs more than a program: name -> outcome of each rank."""
     names = [program.name for program in PROGRAMS.values() if dtype in program.numerics]
-    ranks: list[list[Outcome]] = run_ranks(world, run_programs, names, dtype, FUSE_ALL, timeout_s=300)
+    ranks: list[list[Outcome]] = run_ranks(world, run_programs, names, dtype, FUSE_ALL, timeout_s=280)
     return {name: [outcomes[index] for outcomes in ranks] for index, name in enumerate(names)}
 
 

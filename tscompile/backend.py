@@ -1,6 +1,7 @@
 """The door: `torch.compile(model, backend="tilescale")`.
 
-Everything but the fused sites is Inductor's: this module composes our pass with the user's Inductor configuration and hands the graph on.
+Everything but the fused sites is Inductor's: this module composes our pass with the user's Inductor configuration
+and hands the graph on.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ def _communicates() -> bool:
         )
         return False
     if dist.get_world_size() == 1:
-        observe.once("one-rank", 'backend "tilescale" on one rank: there is no communication, everything is Inductor\'s.')
+        observe.once(
+            "one-rank", 'backend "tilescale" on one rank: there is no communication, everything is Inductor\'s.'
+        )
         return False
     return True
 

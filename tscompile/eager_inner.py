@@ -27,7 +27,7 @@ def no_caches() -> Iterator[None]:
 
 def eager_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
     """Run the post-grad passes on `gm` and return it as a boxed callable."""
-    from functorch.compile import make_boxed_func
+    from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import _recursive_post_grad_passes, fake_tensor_prop, view_to_reshape
     from torch._inductor.virtualized import V
 

@@ -27,6 +27,12 @@ def once(key: str, message: str, *args: object, level: int = logging.WARNING) ->
     log.log(level, message, *args)
 
 
+def forget_said() -> None:
+    """Let every message be said again; for tests."""
+    with _said_lock:
+        _said.clear()
+
+
 class Ledger:
     """Rows of every graph that this process has started to run, in order of first launch. Thread-safe."""
 

@@ -75,7 +75,11 @@ def factorizations(size: int) -> list[tuple[int, ...]]:
     found = [(size,)]
     found += [(a, size // a) for a in range(1, size + 1) if size % a == 0]
     found += [
-        (a, b, size // (a * b)) for a in range(2, size) if size % a == 0 for b in range(2, size // a) if size // a % b == 0
+        (a, b, size // (a * b))
+        for a in range(2, size)
+        if size % a == 0
+        for b in range(2, size // a)
+        if size // a % b == 0
     ]
     return found
 
@@ -85,7 +89,9 @@ def moves(draw: st.DrawFn, chain: Chain, node: fx.Node) -> fx.Node:
     shape = tuple(node.meta["val"].shape)
     kind = draw(st.sampled_from(["reshape", "permute", "slice", "select", "split_cat", "unsqueeze", "expand", "stack"]))
     if kind == "reshape":
-        return chain.call(aten.reshape.default, node, draw(st.sampled_from(factorizations(int(torch.Size(shape).numel())))))
+        return chain.call(
+            aten.reshape.default, node, draw(st.sampled_from(factorizations(int(torch.Size(shape).numel()))))
+        )
     if kind == "unsqueeze":
         return chain.call(aten.unsqueeze.default, node, draw(st.integers(0, len(shape))))
     if not shape:

@@ -59,7 +59,9 @@ def reference(
     return [*outputs, gathered] if plan.return_gathered else outputs
 
 
-def fake(plan: Plan, ranks: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def fake(
+    plan: Plan, ranks: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
     total = product([shard.shape[0], ranks, shard.shape[1]])
     outputs: list[Tensor] = []
     for use, other in zip(plan.uses, others, strict=True):
@@ -90,9 +92,7 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
         wire = gather.input.meta["val"].dtype
     uses = tuple(use for r in readers if (use := r.use_of(home)) is not None)
     value = gather.node.meta["val"]
-    plan = Plan(
-        kind=KIND, site="", executor="", dtype=dtype_name(wire), uses=uses, return_gathered=bool(live.nodes)
-    )
+    plan = Plan(kind=KIND, site="", executor="", dtype=dtype_name(wire), uses=uses, return_gathered=bool(live.nodes))
     problem = FusionProblem(
         kind=KIND,
         group_size=gather.group_size,
@@ -105,7 +105,10 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
         return_gathered=bool(live.nodes),
         pieces=hint(home.outer),
     )
-    shapes = (f"gather {shape_text(gather.input)}", *(f"mm {shape_text(r.matmul.lhs)} @ {shape_text(r.matmul.rhs)}" for r in readers))
+    shapes = (
+        f"gather {shape_text(gather.input)}",
+        *(f"mm {shape_text(r.matmul.lhs)} @ {shape_text(r.matmul.rhs)}" for r in readers),
+    )
     return Match(
         KIND,
         (gather,),
@@ -160,20 +163,30 @@ def _rewrite(
         shard = _shard(context, source, home)
         others = [_matrix(context, r.other, r.matmul.batched) for r in readers]
         node = builder.call(
-            ops.op(KIND), shard, others, [r.matmul.bias for r in readers], context.token, plan.dumps(), gather.group, like=gather.node
+            ops.op(KIND),
+            shard,
+            others,
+            [r.matmul.bias for r in readers],
+            context.token,
+            plan.dumps(),
+            gather.group,
+            like=gather.node,
         )
-        rebuilt = live.rebuild(builder, _output(context, node, len(readers), gather.node), gather.input) if live.nodes else []
+        rebuilt = (
+            live.rebuild(builder, _output(context, node, len(readers), gather.node), gather.input) if live.nodes else []
+        )
         for i, reader in enumerate(readers):
             out = _output(context, node, i, reader.matmul.node)
             out.meta[TAKEN] = plan.site
             if reader.matmul.batched:
                 out = builder.call(aten.unsqueeze.default, out, 0)
                 out.meta[TAKEN] = plan.site
+            if reader.matmul.plus is not None:
+                out = builder.call(aten.add.Tensor, out, reader.matmul.plus, like=reader.matmul.node)
             reader.matmul.node.replace_all_uses_with(out)
         live.replace(rebuilt)
     replace_size_readers(builder, gather, found.chain)
-    erase_unused(context.graph, [r.matmul.node for r in readers])
-    erase_unused(context.graph, [gather.result, gather.node])
+    erase_unused(context.graph, [*(r.matmul.node for r in readers), *reversed(found.chain), gather.result, gather.node])
     return node
 
 

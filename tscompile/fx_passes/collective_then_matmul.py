@@ -14,6 +14,8 @@ from .gathers import movement_users
 from .matmuls import as_matmul
 from .pattern import Context, register_pattern
 
+_NO_KERNEL = Keep("no-kernel", "no kernel overlaps this reduction with the matmul that reads its result")
+
 
 def _read_by_matmul(collective: Collective) -> bool:
     members = [collective.node, *movement_users(collective.node)]
@@ -22,13 +24,9 @@ def _read_by_matmul(collective: Collective) -> bool:
 
 @register_pattern("reduce_scatter_matmul", anchor="reduce_scatter", priority=1)
 def find_reduce_scatter(context: Context, collective: Collective) -> Keep | None:
-    return _keep("reduce_scatter") if _read_by_matmul(collective) else None
+    return _NO_KERNEL if _read_by_matmul(collective) else None
 
 
 @register_pattern("all_reduce_matmul", anchor="all_reduce", priority=1)
 def find_all_reduce(context: Context, collective: Collective) -> Keep | None:
-    return _keep("all_reduce") if _read_by_matmul(collective) else None
-
-
-def _keep(op: str) -> Keep:
-    return Keep("no-kernel", f"no kernel overlaps an {op} with the matmul that reads its result")
+    return _NO_KERNEL if _read_by_matmul(collective) else None

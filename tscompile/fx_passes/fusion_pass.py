@@ -20,7 +20,7 @@ from torch._inductor.virtualized import V
 
 from .. import observe
 from ..errors import KeptError
-from ..lowering import ops, planner
+from ..lowering import planner
 from ..options import Options
 from ..problem import Fuse, Keep, Phase, Plan, Row
 from . import patterns  # noqa: F401  (importing it registers the patterns)
@@ -205,8 +205,9 @@ class _Fusion:
                     row.reason = "every supported match is fused (tilescale.fuse = always)"
         elif not first.node._erased and isinstance(first.node.args[0], fx.Node):
             value = first.input.meta["val"]
+            full = first.group_size if first.kind == "all_gather" else 1
             row.shapes, row.dtype = [shape_text(first.input)], dtype_name(value.dtype)
-            row.bytes = hint(product(value.shape)) * value.dtype.itemsize
+            row.bytes = hint(product(value.shape)) * value.dtype.itemsize * full
         self.rows.append(row)
 
     def _finish(self) -> None:
@@ -225,7 +226,9 @@ class _Fusion:
 
     def _name_graph(self) -> str:
         """Name graph, rows and plans by what was decided, so that every rank finds the same names."""
-        facts = [(r.site, r.decision, r.code, r.shapes, r.dtype) for r in self.rows] + [p.dumps() for _, p, _ in self.fused]
+        facts = [(r.site, r.decision, r.code, r.shapes, r.dtype) for r in self.rows] + [
+            p.dumps() for _, p, _ in self.fused
+        ]
         graph_id = f"{self.phase}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
         for row in self.rows:
             row.graph, row.site = graph_id, f"{graph_id}/{row.site}"

@@ -180,6 +180,8 @@ def _reader(
         return Keep("both-operands", "both operands of the matmul come from the same gather") if sides else None
     side: Literal["lhs", "rhs"] = "lhs" if sides[0] == "lhs" else "rhs"
     other = matmul.rhs if side == "lhs" else matmul.lhs
+    if (matmul.alpha, matmul.beta) != (1.0, 1.0):
+        return Keep("scaled-addmm", "addmm with alpha or beta other than 1 reads the gathered tensor")
     if other in after or (matmul.bias is not None and matmul.bias in after):
         return Keep("other-operand-depends", "the matmul's other operand is computed from the gathered tensor itself")
     view = prover.view(operand)

@@ -18,12 +18,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx
 
-from .sizes import Size, divides, known_eq, known_le, product, quotient
+from .sizes import Size, divides, known_eq, known_le, product, quotient, remainder
 
 aten = torch.ops.aten
 Digits = tuple["Digit", ...]
@@ -78,11 +79,8 @@ def make_digits(*pairs: tuple[Size, Size]) -> Digits:
 def identity(node: fx.Node) -> View:
     """`node` as a view of itself."""
     shape = node.meta["val"].shape
-    strides: list[Size] = []
-    for size in reversed(shape):
-        strides.insert(0, product([strides[0], last]) if strides else 1)
-        last = size
-    return View(node, tuple(make_digits(pair) for pair in zip(shape, strides, strict=True)))
+    dims = [make_digits((size, product(shape[d + 1 :]))) for d, size in enumerate(shape)]
+    return View(node, tuple(dims))
 
 
 def merge(digits: Sequence[Digit], apart: Digit | None = None) -> Digits:
@@ -159,7 +157,7 @@ def _narrow(digits: Digits, start: Size, length: Size) -> tuple[Digits, Size]:
         first = quotient(start, inner) if not known_eq(start, 0) else 0
         offset = product([first, outer.stride]) if not known_eq(first, 0) else 0
         return make_digits((quotient(length, inner), outer.stride)) + rest, offset
-    position = start % inner
+    position = remainder(start, inner)
     if known_le(position + length, inner):
         narrowed, offset = _narrow(rest, position, length)
         return narrowed, offset + (start // inner) * outer.stride
@@ -180,7 +178,7 @@ def _join(pieces: Sequence[View], dim: int) -> View:
         len(p.dims) == len(first.dims) and all(same_digits(a, b) for a, b in zip(p.dims, first.dims, strict=True))
         for p in pieces
     )
-    if alike and all(known_eq(b.offset - a.offset, step) for a, b in zip(pieces, pieces[1:], strict=False)):
+    if alike and all(known_eq(b.offset - a.offset, step) for a, b in pairwise(pieces)):
         digits = make_digits((len(pieces), step)) + first.dims[dim]
         return replace(first, dims=(*first.dims[:dim], digits, *first.dims[dim + 1 :]))
     size: Size = 0
@@ -358,7 +356,9 @@ class Prover:
             if not is_movement(top):
                 memo[top] = self._root(top)
                 continue
-            waiting = [n for n in top.all_input_nodes if n not in memo and isinstance(_val(n), (torch.Tensor, tuple, list))]
+            waiting = [
+                n for n in top.all_input_nodes if n not in memo and isinstance(_val(n), (torch.Tensor, tuple, list))
+            ]
             if waiting:
                 stack.extend(waiting)
                 continue
@@ -413,7 +413,7 @@ def _val(node: fx.Node) -> Any:
 
 def effective_cast(view: View) -> torch.dtype | None:
     """The one dtype that `view.casts` amount to, or None if an intermediate cast loses bits that the last one has."""
-    start = view.root.meta["val"].dtype
+    start: torch.dtype = view.root.meta["val"].dtype
     if not view.casts:
         return start
     final = view.casts[-1]
@@ -423,4 +423,6 @@ def effective_cast(view: View) -> torch.dtype | None:
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """True if every value of `narrow` is exact in `wide`."""
-    return wide == narrow or (wide.is_floating_point and narrow.is_floating_point and torch.promote_types(wide, narrow) == wide)
+    return wide == narrow or (
+        wide.is_floating_point and narrow.is_floating_point and torch.promote_types(wide, narrow) == wide
+    )

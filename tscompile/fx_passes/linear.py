@@ -7,7 +7,7 @@ by constants. `dY1 @ W1 + dY3 @ W3 -> split + cat -> reduce_scatter` is two matm
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ from .layout import (
 )
 from .matmuls import Matmul, as_matmul
 from .rewrite import Builder
-from .sizes import Size, known_eq, known_le, product
+from .sizes import known_eq
 
 aten = torch.ops.aten
 _MAX_TERMS = 32
@@ -85,8 +85,11 @@ def _collect(path: Path, scale: float, prover: Prover, total: Sum) -> NotStrided
         found = as_matmul(view.root)
         matmul = found if isinstance(found, Matmul) else None
         refusal = found if isinstance(found, Keep) else None
-        total.terms.append(Term(view.root, view, scale, matmul, refusal))
-        return None
+        alpha = matmul.alpha if matmul is not None else 1.0
+        total.terms.append(Term(view.root, view, scale * alpha, matmul, refusal))
+        if matmul is None or matmul.plus is None:
+            return None
+        parts = [(matmul.plus, matmul.beta)]
     for operand, factor in parts:
         _add_cone(operand, total.cone)
         failure = _collect((*path, (view.root, operand)), scale * factor, prover, total)
@@ -149,12 +152,16 @@ def _add_cone(node: fx.Node, cone: set[fx.Node]) -> None:
         if top not in cone:
             cone.add(top)
             if is_movement(top):
-                stack.extend(n for n in top.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list)))
+                stack.extend(
+                    n for n in top.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list))
+                )
 
 
 def _escaping(total: Sum, consumers: set[fx.Node]) -> set[fx.Node]:
     """Nodes of the cone that something outside it reads, and everything in the cone that they are computed from."""
-    stack = [n for n in total.cone if any(u not in total.cone and not (n is total.node and u in consumers) for u in n.users)]
+    stack = [
+        n for n in total.cone if any(u not in total.cone and not (n is total.node and u in consumers) for u in n.users)
+    ]
     escaping: set[fx.Node] = set()
     while stack:
         node = stack.pop()
@@ -205,34 +212,37 @@ def common_reduction(total: Sum) -> Reduction | Keep:
         )
         if not same_shape or not same_digits(merge(term.view.digits), merge(digits)):
             return Keep("terms-differ", "the summed matmuls are laid out differently (one is transposed, say)")
-    columns = matmuls[0].root.meta["val"].shape[-1]
     for term in addends:
-        if addend_layout(term, digits, columns) is None:
+        if addend_digits(term, digits) is None:
             return Keep("addend-layout", "a tensor is added to the matmul in another layout than the matmul's")
     return Reduction(matmuls, addends, digits)
 
 
-def addend_layout(term: Term, digits: Digits, columns: Size) -> Literal["same", "row"] | None:
-    """How an addend lies on the matmul's result: element by element, one row for all rows (a bias), or otherwise."""
-    if not known_eq(term.view.offset, 0):
-        return None
-    if same_digits(merge(term.view.digits), merge(digits)):
-        return "same"
+def addend_digits(term: Term, digits: Digits) -> tuple[Digits, Digits] | None:
+    """An addend on the matmul's result: the result's digits by falling stride, and for each the addend's digit there.
+
+    A digit over which the addend is broadcast has stride 0. None if the addend lies in another order than the result.
+    """
     parts = carve(term.view.digits, [d.size for d in digits])
-    if parts is None:
+    order = natural_order(digits)
+    if parts is None or order is None or not known_eq(term.view.offset, 0):
         return None
-    for part, digit in zip(parts, digits, strict=True):
-        in_row = known_le(product([digit.size, digit.stride]), columns)
-        if not same_digits(merge(part), make_digits((digit.size, digit.stride if in_row else 0))):
-            return None
-    return "row"
+    single = [merge(part) for part in parts]
+    if any(len(part) != 1 for part in single):
+        return None
+    own = tuple(single[i][0] for i in order)
+    there = [d for d in own if not known_eq(d.stride, 0)]
+    return (tuple(digits[i] for i in order), own) if natural_order(there) == list(range(len(there))) else None
 
 
 def addend_matrix(builder: Builder, term: Term, reduction: Reduction) -> fx.Node:
-    """The addend as a node `[M, N]` in the layout of the matmul's result."""
-    m, n = reduction.result.shape[-2:]
+    """The addend as a node `[M, N]` in the layout of the matmul's result, expanded where it is broadcast."""
     sources = [reduction.matmuls[0].root, term.root]
-    if addend_layout(term, reduction.digits, n) == "same":
-        return builder.reshape(term.root, [m, n], sources)
-    row = builder.reshape(term.root, [1, n], sources)
-    return builder.call(aten.expand.default, row, builder.shape([m, n], sources))
+    found = addend_digits(term, reduction.digits)
+    assert found is not None, "common_reduction accepted the addend"
+    full, own = found
+    node = term.root
+    if any(known_eq(d.stride, 0) for d in own):
+        node = builder.reshape(node, [1 if known_eq(d.stride, 0) else d.size for d in own], sources)
+        node = builder.call(aten.expand.default, node, builder.shape([d.size for d in full], sources))
+    return builder.reshape(node, reduction.result.shape[-2:], sources)

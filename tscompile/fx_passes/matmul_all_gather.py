@@ -144,5 +144,5 @@ def _rewrite(context: Context, gather: Collective, matmul: Matmul, placement: Pl
         out.meta[TAKEN] = plan.site
         live.replace(live.rebuild(builder, out, gather.input))
     replace_size_readers(builder, gather, chain)
-    erase_unused(context.graph, [gather.result, gather.node])
+    erase_unused(context.graph, [*reversed(chain), gather.result, gather.node])
     return node

@@ -133,7 +133,9 @@ def _alike(a: Collective, b: Collective) -> bool:
     return same_call and x.dtype == y.dtype and tuple(x.shape) == tuple(y.shape)
 
 
-def _rewrite(context: Context, members: Sequence[Collective], top: fx.Node, reduction: Reduction, plan: Plan) -> fx.Node:
+def _rewrite(
+    context: Context, members: Sequence[Collective], top: fx.Node, reduction: Reduction, plan: Plan
+) -> fx.Node:
     builder, first = context.builder, members[0]
     value = first.input.meta["val"]
     sources = [*roots(reduction.matmuls), first.input]

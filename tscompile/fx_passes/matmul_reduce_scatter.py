@@ -152,7 +152,9 @@ def _rewrite(context: Context, scatter: Collective, reduction: Reduction, where:
     with builder.before(scatter.node):
         arguments = term_arguments(builder, reduction)
         outer = builder.size(where.outer, sources)
-        node = builder.call(ops.op(KIND), *arguments, outer, context.token, plan.dumps(), scatter.group, like=scatter.node)
+        node = builder.call(
+            ops.op(KIND), *arguments, outer, context.token, plan.dumps(), scatter.group, like=scatter.node
+        )
         out = builder.call(operator.getitem, node, 0, like=scatter.node)
         order = sorted_by_stride(where.rest, where.rank)
         shape = scatter.node.meta["val"].shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,19 +18,25 @@ _UNSUPPORTED = (
     aten._scaled_mm.default,
     aten._int_mm.default,
     aten._grouped_mm.default,
-    aten.baddbmm.default,
     aten._scaled_grouped_mm.default,
 )
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """One matmul node; with `batched`, operands and result carry a leading dimension of size 1."""
+    """One matmul node, `alpha * lhs @ rhs + bias + beta * plus`.
+
+    bias is a vector [n]. plus is what else addmm adds: Inductor turns `x + a @ b` into addmm, so it may be a residual or another
+    matmul. With `batched`, operands and result carry a leading dimension of size 1.
+    """
 
     node: fx.Node
     lhs: fx.Node
     rhs: fx.Node
     bias: fx.Node | None = None
+    plus: fx.Node | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
     batched: bool = False
 
     @property
@@ -49,24 +56,29 @@ def as_matmul(node: fx.Node) -> Matmul | Keep | None:
         return Keep("matmul-taken", f"its matmul is already fused in site {node.meta[TAKEN]}")
     if node.op != "call_function":
         return None
-    args = node.args
+    args: tuple[Any, ...] = node.args
     if node.target is aten.mm.default:
-        return Matmul(node, args[0], args[1])  # type: ignore[arg-type]
-    if node.target is aten.addmm.default:
-        if any(float(node.kwargs.get(name, 1)) != 1.0 for name in ("alpha", "beta")):  # type: ignore[arg-type]
-            return Keep("scaled-addmm", "addmm with alpha or beta other than 1")
-        bias: fx.Node = args[0]  # type: ignore[assignment]
-        n = node.meta["val"].shape[1]
-        if bias.meta["val"].dim() != 1 or not known_eq(bias.meta["val"].shape[0], n):
-            return Keep("bias-not-1d", "addmm adds a tensor that is no bias vector")
-        return Matmul(node, args[1], args[2], bias)  # type: ignore[arg-type]
+        return Matmul(node, args[0], args[1])
+    if node.target in (aten.bmm.default, aten.baddbmm.default) and not known_eq(node.meta["val"].shape[0], 1):
+        return Keep("batched-matmul", "a batched matmul (bmm) with a batch size other than 1")
     if node.target is aten.bmm.default:
-        if not known_eq(node.meta["val"].shape[0], 1):
-            return Keep("batched-matmul", "a batched matmul (bmm) with a batch size other than 1")
-        return Matmul(node, args[0], args[1], batched=True)  # type: ignore[arg-type]
+        return Matmul(node, args[0], args[1], batched=True)
+    if node.target in (aten.addmm.default, aten.baddbmm.default):
+        return _as_addmm(node, *args[:3])
     if node.target in _UNSUPPORTED:
         return Keep("matmul-unsupported", f"{node.target} has no fused kernel")
     return None
+
+
+def _as_addmm(node: fx.Node, added: fx.Node, lhs: fx.Node, rhs: fx.Node) -> Matmul | Keep:
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
+        return Keep("scaled-addmm", "addmm with a symbolic alpha or beta")
+    batched = node.target is aten.baddbmm.default
+    shape = added.meta["val"].shape
+    if alpha == beta == 1 and len(shape) == 1 and known_eq(shape[0], node.meta["val"].shape[-1]) and not batched:
+        return Matmul(node, lhs, rhs, bias=added)
+    return Matmul(node, lhs, rhs, plus=added, alpha=float(alpha), beta=float(beta), batched=batched)
 
 
 def operand_sides(matmul: Matmul, operand: fx.Node) -> list[str]:

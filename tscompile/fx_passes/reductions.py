@@ -86,7 +86,9 @@ def term_arguments(builder: Builder, reduction: Reduction) -> list[Any]:
     ]
 
 
-def in_order(builder: Builder, node: fx.Node, digits: Digits, shape: Sequence[Size], sources: Sequence[fx.Node]) -> fx.Node:
+def in_order(
+    builder: Builder, node: fx.Node, digits: Digits, shape: Sequence[Size], sources: Sequence[fx.Node]
+) -> fx.Node:
     """`node`, whose elements lie by falling stride of `digits`, permuted to the order of `digits` and reshaped to `shape`."""
     order = sorted_by_stride(digits)
     if order != list(range(len(digits))):

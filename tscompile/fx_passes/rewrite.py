@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .sizes import Size, known_eq
+from .sizes import Size, known_eq, plain
 
 aten = torch.ops.aten
 
@@ -54,19 +53,21 @@ class Builder:
         """`size` as a node argument: an int, or a node that computes it from dims of `sources`.
 
         Raises:
-            UnresolvedSizeError: no product of neighbouring dims of a source equals it.
+            UnresolvedSizeError: no product of neighbouring dims of a source or of a graph input equals it.
         """
+        size = plain(size)
         if isinstance(size, int):
             return size
-        for source in sources:
-            shape = source.meta["val"].shape
-            for start in range(len(shape)):
-                total: Size = 1
-                for end in range(start, len(shape)):
-                    total = total * shape[end]
-                    if known_eq(total, size):
-                        return self._product(source, range(start, end + 1))
-        raise UnresolvedSizeError(f"size {size} is not spelled by the shape of {[s.name for s in sources]}")
+        # The graph's inputs come last: a symbol that no operand spells is usually a dim of one of them, or one itself.
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        for source in [*sources, *inputs]:
+            value = source.meta.get("val")
+            if isinstance(value, torch.SymInt) and known_eq(value, size):
+                return source
+            found = _spelled(size, value.shape) if isinstance(value, torch.Tensor) else None
+            if found is not None:
+                return self._product(source, found)
+        raise UnresolvedSizeError(f"size {size} is not spelled by the shape of {[s.name for s in sources]} or an input")
 
     def _product(self, source: fx.Node, dims: range) -> fx.Node:
         result: fx.Node | None = None
@@ -106,6 +107,15 @@ class Builder:
         return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
 
 
+def _spelled(size: Size, shape: Sequence[Size]) -> range | None:
+    """Neighbouring dims of `shape` whose product is `size`."""
+    for start in range(len(shape)):
+        total: Size = 1
+        for end in range(start, len(shape)):
+            total = total * shape[end]
+            if known_eq(total, size):
+                return range(start, end + 1)
+    return None
 
 
 def descendants(node: fx.Node) -> set[fx.Node]:
