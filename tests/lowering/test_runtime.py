@@ -136,6 +136,16 @@ def lone_recompile(life: Life) -> str:
     return life.kept()
 
 
+def lone_recompile_before_a_plain_collective(life: Life) -> str:
+    """The peers wait for the lone rank outside fused ops, where its vote cannot see them enter an epoch."""
+    for step in range(4):
+        life.begin("second" if step == 3 and life.rank == 0 else "first")
+        dist.all_reduce(torch.ones(1))
+        life.gather(step)
+    assert life.references == 1
+    return life.kept()
+
+
 def lone_recompile_of_the_same_plans(life: Life) -> None:
     life.begin("first")
     if life.rank == 0:
@@ -188,6 +198,17 @@ def growth(life: Life) -> int:
     assert life.references == 0
     assert not _own_segments()
     assert life.state.heap is not None
+    return life.state.heap.half_bytes
+
+
+def other_hints(life: Life) -> int:
+    life.begin("a", scratch_bytes=4096 * (1 + life.rank))
+    assert life.state.heap is not None and life.state.heap.half_bytes == 4096
+    life.begin("b", scratch_bytes=4096 * (1 + life.rank))
+    assert life.state.heap.half_bytes == 4096
+    life.gather(inner=900)
+    assert life.references == 0
+    assert not _own_segments()
     return life.state.heap.half_bytes
 
 
@@ -343,10 +364,12 @@ SCENARIOS: dict[str, Callable[[Life], Any]] = {
         nothing_to_fuse_on_one_rank,
         nothing_to_fuse_at_first,
         lone_recompile,
+        lone_recompile_before_a_plain_collective,
         lone_recompile_of_the_same_plans,
         no_room,
         no_room_to_grow,
         growth,
+        other_hints,
         heap_limit,
         late_vote,
         late_call,
@@ -372,10 +395,12 @@ def test_two_ranks_that_disagree_or_fail() -> None:
     assert first["nothing_to_fuse_on_one_rank"] == second["nothing_to_fuse_on_one_rank"]
     assert "lone-compile: rank 1 started a new graph while rank 0 ran one" in first["lone_recompile"]
     assert first["lone_recompile"] == second["lone_recompile"]
+    assert first["lone_recompile_before_a_plain_collective"].startswith("lone-compile: rank 0 started a new graph")
     assert "no-heap: rank 1: no room in /dev/shm: needs 10 MiB, has " in first["no_room"]
     assert first["no_room"] == second["no_room"]
     assert "no-room: rank 0: no room in /dev/shm: needs" in second["no_room_to_grow"]
     assert first["growth"] == second["growth"] == 4 << 20
+    assert first["other_hints"] == second["other_hints"] == 36864
     assert "vote-timeout: rank 1 did not vote within 0.4 s" in first["late_vote"]
     assert first["late_vote"] == second["late_vote"]
     assert "rank 1 did not answer within 0.5 s" in first["late_call"]
@@ -390,7 +415,13 @@ def test_two_ranks_that_disagree_or_fail() -> None:
 
 
 def test_three_ranks_of_which_one_compiles_alone() -> None:
-    names = ["lone_recompile", "growth", "lone_recompile_of_the_same_plans", "nothing_to_fuse_at_first"]
+    names = [
+        "lone_recompile",
+        "lone_recompile_before_a_plain_collective",
+        "growth",
+        "lone_recompile_of_the_same_plans",
+        "nothing_to_fuse_at_first",
+    ]
     results = run_world(3, lives, names, timeout_s=60)
     assert len({result["lone_recompile"] for result in results}) == 1
     assert "rank 2 started a new graph while rank" in results[0]["lone_recompile"]

@@ -103,7 +103,7 @@ def test_a_wait_names_the_peer_that_is_late_and_the_one_at_another_site() -> Non
     heaps = connected(2)
     here, there = (Channel(heap, (0, 1), 1, f"site{heap.rank}", 0.2) for heap in heaps)
     here.enter()
-    with pytest.raises(PeerError, match="did not answer within 0.2 s") as late:
+    with pytest.raises(PeerError, match="did not answer") as late:
         here.wait(1)
     assert late.value.rank == 1
     heaps = connected(2)

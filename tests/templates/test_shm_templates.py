@@ -65,8 +65,8 @@ def groups_in_a_world(rank: int, size: int) -> None:
     swapped = dist.new_group([3, 1], sort_ranks=False)
     mine: list[tuple[str, tuple[int, ...]]] = []
     names: dict[str, Any] = {}
-    whole = dist.group.WORLD
-    for group in (whole, every_other, swapped):
+    whole, again = dist.group.WORLD, dist.new_group()  # two names of the same ranks
+    for group in (whole, every_other, swapped, again):
         if group == dist.GroupMember.NON_GROUP_MEMBER:
             continue
         ranks = tuple(dist.get_process_group_ranks(group))

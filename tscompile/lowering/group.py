@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..errors import HeapError, PeerError, TscompileError
 from ..nvshmem.heap import Channel, DowngradedError
-from ..nvshmem.shm import ShmHeap, process_start
+from ..nvshmem.shm import ShmHeap, process_is_alive
 from ..observe import ledger, log
 from ..problem import Plan
 from ..templates import Template, find_template
@@ -49,6 +49,7 @@ class GroupState:
         self.rank = rank
         self.names: set[str] = set()
         self.epoch = 0
+        self.graphs = 0  # graphs started on this group, voted on or not
         self.refusal: Verdict | None = None  # set: the ranks run the original ops from now on
         self.error: PeerError | None = None  # set: the group is broken
         self.heap: ShmHeap | None = None  # set once a vote was won
@@ -67,10 +68,18 @@ class GroupState:
             self._store = group_store(self.ranks, self.rank)
         return Ballot(self._store, self.ranks, self.rank, key)
 
+    def start_again(self) -> None:
+        """A graph starts that needs no vote any more. A peer that holds a vote instead learns that it is alone with it."""
+        self.graphs += 1
+        if self.heap is not None:
+            self.heap.start(self.graphs)
+
     def open_vote(self, stake: Stake) -> Election | None:
         """Cast this rank's vote on a graph, without waiting; None if there is nothing to wait for."""
         if stake.digest in self._agreed and self.refusal is None:
+            self.start_again()
             return None
+        self.graphs += 1
         self._votes += 1
         ballot = self._ballot(f"vote{self._votes}")
         code, refusal = "", ""
@@ -84,8 +93,7 @@ class GroupState:
         if refusal:
             ballot.post(0, {"code": code, "refusal": refusal})
             self._refused_ballots.append(ballot)
-            if self.refusal is not None and stake.sites:
-                self._tell()
+            self._keep_rows()
             return None
         return Election(self, ballot, stake)
 
@@ -107,9 +115,13 @@ class GroupState:
 
     def _tell(self) -> None:
         assert self.refusal is not None
-        for name in self.names:
-            ledger.keep_group(name, self.refusal.code, self.refusal.reason)
         log.warning("ranks %s run the original ops: %s", list(self.ranks), self.refusal.reason)
+        self._keep_rows()
+
+    def _keep_rows(self) -> None:
+        if self.refusal is not None:
+            for name in self.names:
+                ledger.keep_group(name, self.refusal.code, self.refusal.reason)
 
     def vote_is_lost(self) -> Verdict | None:
         """A reason to stop waiting in a vote, other than time."""
@@ -123,7 +135,9 @@ class GroupState:
         if downgrade is not None:
             return _decode(downgrade[1])
         for index, peer in enumerate(self.ranks):
-            if peer != self.rank and self.heap.entered(index) > self.epoch:
+            if peer == self.rank:
+                continue
+            if self.heap.entered(index) > self.epoch or self.heap.started(index) >= self.graphs:
                 return Verdict(
                     False,
                     "lone-compile",
@@ -230,21 +244,18 @@ class Election:
         self._stake = stake
         self._posts: dict[int, Post] = {}
         self._heap = state.heap
-        self._grows = False
         post: dict[str, Any] = {
             "digest": stake.digest,
             "sites": stake.sites,
             "verify": stake.verify,
             "heap_bytes": stake.heap_bytes,
-            "arena_bytes": 0,
             "facts": host_facts(),
         }
         half = stake.scratch_bytes if stake.heap_bytes is None else min(stake.scratch_bytes, stake.heap_bytes // 2)
         try:
             if self._heap is None:
                 self._heap = ShmHeap(state.ranks.index(state.rank), len(state.ranks))
-            self._grows = not self._heap.connected or half > self._heap.half_bytes
-            if self._grows:
+            if not self._heap.connected or half > self._heap.half_bytes:
                 post |= self._heap.prepare(half)
         except HeapError as error:
             post |= {"code": "no-heap", "refusal": f"rank {state.rank}: {error}"}
@@ -276,8 +287,11 @@ class Election:
             self._heap.release_names()
 
     def _connect(self) -> None:
-        if self._grows and self._heap is not None:
-            self._heap.connect([dict(self._posts[rank]) for rank in self._state.ranks])
+        # Sizes are hints where shapes are symbolic, so the ranks may differ in what they think they need. Then nothing
+        # grows now; the op that needs more grows the arenas.
+        posts = [dict(self._posts[rank]) for rank in self._state.ranks]
+        if self._heap is not None and all("arena" in post for post in posts):
+            self._heap.connect(posts)
 
     def _interrupt(self, missing: list[int]) -> Verdict | None:
         lost = self._state.vote_is_lost()
@@ -290,7 +304,7 @@ class Election:
         if lost is None:
             for rank in missing:
                 post = self._posts.get(rank, {})
-                if "pid" in post and process_start(post["pid"]) != post["start"]:
+                if "pid" in post and not process_is_alive(post["pid"], post["start"]):
                     return Verdict(
                         False, "peer-ended", f"rank {rank} ended during the vote: look at its log for the first error"
                     )

@@ -32,7 +32,7 @@ class _World:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = None if group is None else weakref.ref(group)
-        self.begun: set[str] = set()
+        self.begun: dict[str, tuple[GroupState, ...]] = {}  # manifest -> groups that it concerns
         self.verified: set[str] = set()  # sites
         self.states: dict[tuple[int, ...], GroupState] = {}
         self.by_name: dict[str, GroupState] = {}
@@ -97,7 +97,10 @@ def begin(manifest: str) -> None:
         TscompileError: the manifest was written by another version.
     """
     world = _current_world()
-    if manifest in world.begun:
+    known = world.begun.get(manifest)
+    if known is not None:
+        for state in known:
+            state.start_again()
         return
     parsed: dict[str, Any] = json.loads(manifest)
     if parsed.get("version") != MANIFEST_VERSION:
@@ -111,22 +114,25 @@ def begin(manifest: str) -> None:
         world.verified.update(row["site"] for row in parsed["rows"] if row["decision"] == "fused")
     if world.group is not None:
         _vote(world, parsed["groups"], options)
-    world.begun.add(manifest)
+    states = (world.by_name.get(name) for name in parsed["groups"])
+    world.begun[manifest] = tuple(dict.fromkeys(state for state in states if state is not None))
 
 
 def _vote(world: _World, groups: dict[str, dict[str, Any]], options: dict[str, Any]) -> None:
     elections: list[Election] = []
     try:
+        at_stake: dict[GroupState, list[dict[str, Any]]] = {}
         for name, entry in groups.items():
             state = _find_state(world, name)
-            if state is None:
-                if entry["sites"]:
-                    ledger.keep_group(name, "no-peers", "the group has no other processes: there is nothing to overlap")
-                continue
+            if state is not None:
+                at_stake.setdefault(state, []).append(entry)  # several names may mean the same ranks
+            elif entry["sites"]:
+                ledger.keep_group(name, "no-peers", "the group has no other processes: there is nothing to overlap")
+        for state, entries in at_stake.items():
             stake = Stake(
-                digest=entry["digest"],
-                sites=entry["sites"],
-                scratch_bytes=entry["scratch_bytes"],
+                digest="+".join(entry["digest"] for entry in entries),
+                sites=sum(entry["sites"] for entry in entries),
+                scratch_bytes=max(entry["scratch_bytes"] for entry in entries),
                 timeout_s=options.get("timeout_s"),
                 heap_bytes=options.get("heap_bytes"),
                 verify=bool(options.get("verify")),

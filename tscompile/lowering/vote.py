@@ -181,7 +181,7 @@ def _difference(first: int, expected: Post, rank: int, post: Post) -> Verdict | 
             f"rank {rank} planned other sites: {post['sites']} (digest {post['digest'][:12]}) where rank {first} planned "
             f"{expected['sites']} (digest {expected['digest'][:12]}): compile the same model with the same options on every rank",
         )
-    for fact in ("verify", "heap_bytes", "arena_bytes"):
+    for fact in ("verify", "heap_bytes"):
         if post[fact] != expected[fact]:
             return Verdict(
                 False,

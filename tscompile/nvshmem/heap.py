@@ -4,9 +4,9 @@ Not for memory mapping (shm.py) and not for agreement between ranks (lowering/vo
 tuple); ranks in this package are indices within that group.
 
 A heap has two parts. The arena holds data: `size` equal arenas, one owned by each rank, each split into two halves that
-alternate with the parity of the epoch. The control words hold, for each rank: its process, the epoch that it entered last,
-the epoch from which the group runs the original ops (`downgrade`), and the record of an abort; and for each pair of ranks a
-few flags per parity.
+alternate with the parity of the epoch. The control words hold, for each rank: the epoch that it entered last, the graph that
+it started last, the epoch from which the group runs the original ops (`downgrade`), and the record of an abort; and for each
+pair of ranks a few flags per parity.
 
 Why two halves suffice: every op receives from every peer. A rank reuses a half two epochs later; by then it has finished the
 epoch in between, so every peer has entered that one, and therefore has finished reading the half.
@@ -82,6 +82,14 @@ class SymmetricHeap(Protocol):
 
     def entered(self, peer: int) -> int:
         """The epoch that `peer` entered last, 0 if none."""
+        ...
+
+    def start(self, graph: int) -> None:
+        """Say that the graph that this rank started as its `graph`-th one on the group needs no vote."""
+        ...
+
+    def started(self, peer: int) -> int:
+        """The number that `peer` gave in its last `start`, 0 if none."""
         ...
 
     def site_of(self, peer: int, epoch: int) -> str:

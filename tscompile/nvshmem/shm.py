@@ -28,7 +28,7 @@ _NEVER = 2**62
 _SPIN_NS = 30_000  # about what a signal takes between busy cores; longer would rob a rank that shares the core
 
 # Control segment, in bytes: words of its owner, two site names, one record per writer, flags per parity and writer.
-_ENTERED, _DOWNGRADE, _DOWNGRADE_BY, _ABORT = 64, 192, 200, 256
+_ENTERED, _STARTED, _DOWNGRADE, _DOWNGRADE_BY, _ABORT = 64, 128, 192, 200, 256
 _SITES, _SITE_BYTES = 512, 512
 _RECORDS, _RECORD_BYTES = 2048, 2048  # downgrade text in the first half, abort record in the second
 _FLAG_BYTES = 64
@@ -42,6 +42,19 @@ def process_start(pid: int) -> int | None:
         return None
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def process_is_alive(pid: int, start: int) -> bool:
+    """Whether the process that started at `start` still runs; without /proc (`start` is 0) as far as signals can tell."""
+    if start:
+        return process_start(pid) == start
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _pid_namespace() -> int:
@@ -58,7 +71,7 @@ def remove_stale(directory: Path = SHM_DIR) -> list[str]:
         parts = path.name[len(PREFIX) :].split("-")
         if len(parts) != 4 or not all(part.isdigit() for part in parts[:3]) or int(parts[0]) != _pid_namespace():
             continue
-        if process_start(int(parts[1])) != int(parts[2]):
+        if not process_is_alive(int(parts[1]), int(parts[2])):
             with contextlib.suppress(OSError):
                 path.unlink()
                 removed.append(path.name)
@@ -203,6 +216,8 @@ class ShmHeap:
     def connect(self, peers: list[dict[str, object]]) -> None:
         """Map the segments that every rank's `prepare` described, in rank order, and use the new arenas from now on.
 
+        If they differ in size, the smallest counts.
+
         Raises:
             HeapError: a segment cannot be mapped; the old arenas stay in use.
         """
@@ -217,7 +232,7 @@ class ShmHeap:
             self._pids[rank] = (int(str(peer["pid"])), int(str(peer["start"])))
         self._arena = tensors
         self._typed = {}
-        self.half_bytes = self._next.nbytes // 2
+        self.half_bytes = min(int(str(peer["arena_bytes"])) for peer in peers) // 2
 
     def release_names(self) -> None:
         """Remove the names of this rank's segments: every peer has mapped them, or will not."""
@@ -271,13 +286,18 @@ class ShmHeap:
     def entered(self, peer: int) -> int:
         return self._signals.load(self._address(peer) + _ENTERED)
 
+    def start(self, graph: int) -> None:
+        self._signals.store(self._own + _STARTED, graph)
+
+    def started(self, peer: int) -> int:
+        return self._signals.load(self._address(peer) + _STARTED)
+
     def site_of(self, peer: int, epoch: int) -> str:
         raw = ctypes.string_at(self._address(peer) + _SITES + (epoch & 1) * _SITE_BYTES, _SITE_BYTES)
         return raw.split(b"\0", 1)[0].decode(errors="replace")
 
     def alive(self, peer: int) -> bool:
-        pid, start = self._pids[peer]
-        return process_start(pid) == start
+        return process_is_alive(*self._pids[peer])
 
     def _write_record(self, owner: int, part: int, guilty: int, text: str) -> None:
         """Record of this rank in the control segment of `owner`: guilty rank, then text."""
