@@ -12,13 +12,16 @@ from torch import Tensor
 
 from tscompile.testing import run_ranks
 
+FUSE = {"tilescale.fuse": "always"}
+KEEP = FUSE | {"tilescale.disable": "all_gather_matmul,matmul_reduce_scatter"}
+
 
 def program(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     h = torch.relu(fc.all_gather_tensor(x, 0, dist.group.WORLD) @ w)
     return fc.reduce_scatter_tensor(h @ v, "sum", 0, dist.group.WORLD)
 
 
-def train_once(fuse: str) -> dict[str, Any]:
+def train_once(options: dict[str, str]) -> dict[str, Any]:
     """One step on this rank; what the caches did, the largest error, and the report."""
     from torch._dynamo.utils import counters
 
@@ -29,7 +32,7 @@ def train_once(fuse: str) -> dict[str, Any]:
     torch.manual_seed(dist.get_rank())
     inputs = [torch.randn(s, requires_grad=True) for s in ((8, 16), (16, 12), (12, 16))]
     expected = torch.autograd.grad(program(*inputs).square().sum(), inputs)
-    compiled = torch.compile(program, backend=tilescale, options={"tilescale.fuse": fuse}, fullgraph=True)
+    compiled = torch.compile(program, backend=tilescale, options=options, fullgraph=True)
     found = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
     return {
         "caches": {name: dict(counters[name]) for name in ("aot_autograd", "inductor")},
@@ -41,9 +44,9 @@ def train_once(fuse: str) -> dict[str, Any]:
 
 def test_a_second_process_hits_both_caches_and_is_still_right(tmp_path: Path) -> None:
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    first = run_ranks(2, train_once, "always", timeout_s=280, env=env)
+    first = run_ranks(2, train_once, FUSE, timeout_s=280, env=env)
     assert all(r["pass_ran"] for r in first) or first[0]["pass_ran"]  # rank 1 may load what rank 0 compiled
-    second = run_ranks(2, train_once, "always", timeout_s=280, env=env)
+    second = run_ranks(2, train_once, FUSE, timeout_s=280, env=env)
     for before, after in zip(first, second, strict=True):
         assert not after["pass_ran"]
         assert after["caches"]["aot_autograd"].get("autograd_cache_hit", 0) == 1, after["caches"]
@@ -51,7 +54,7 @@ def test_a_second_process_hits_both_caches_and_is_still_right(tmp_path: Path) ->
         assert after["rows"] == before["rows"]
         assert [decision for *_, decision in after["rows"]] == ["fused"] * 4
     # Another option is another plan: it must not be served from the cache.
-    third = run_ranks(2, train_once, "auto", timeout_s=280, env=env)
+    third = run_ranks(2, train_once, KEEP, timeout_s=280, env=env)
     assert any(r["pass_ran"] for r in third)
     assert all(r["error"] < 1e-5 for r in third)
-    assert {decision for r in third for *_, decision in r["rows"]} == {"kept"}  # far too small to pay
+    assert {decision for r in third for *_, decision in r["rows"]} == {"kept"}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.graphs import compile_graphs
 from tscompile.errors import KeptError
+from tscompile.lowering import cost_model
 from tscompile.testing import fake_world
 
 R = 4
@@ -245,10 +246,11 @@ def test_nothing_to_fuse_is_unmatched() -> None:
     assert (found.kinds(), found.codes()) == ([None], ["no-matmul"])
 
 
-def test_disabled_kinds_and_dry_run_and_the_cost_model_keep() -> None:
+def test_disabled_kinds_and_dry_run_and_the_cost_model_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     fn, args = FUSED["rows"][1]()
     assert compile_graphs(fn, *args, disable=("all_gather_matmul",)).codes() == ["disabled"]
     assert compile_graphs(fn, *args, dry_run=True).codes() == ["dry-run"]
+    monkeypatch.setitem(cost_model.SHM, "all_gather_matmul", cost_model.Link(1e6, 0.0))
     assert compile_graphs(fn, *args, fuse="auto").codes() == ["no-gain"]
 
 

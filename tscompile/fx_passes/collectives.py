@@ -86,16 +86,18 @@ def _canonical(node: fx.Node) -> Collective:
         group = ""
     elif kind == "other":
         refusal = Keep("unknown-collective", f"{node.target} is not one of the collectives that patterns start from")
-    return Collective(node, wait, kind, group, _group_size(group), reduce_op, refusal)
+    return Collective(node, wait, kind, group, len(group_ranks(group)), reduce_op, refusal)
 
 
-def _group_size(group: str) -> int:
-    """Ranks of the group, 0 if it does not exist here (a graph read outside its job)."""
+def group_ranks(group: str) -> tuple[int, ...]:
+    """Global ranks of the group, () if it does not exist here (a graph read outside its job). Not for the graph itself."""
+    import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 
     if not group:
-        return 0
+        return ()
     try:
-        return int(c10d._resolve_process_group(group).size())  # type: ignore[arg-type, unused-ignore]
+        found = c10d._resolve_process_group(group)  # type: ignore[arg-type, unused-ignore]
+        return tuple(dist.get_process_group_ranks(found))
     except (RuntimeError, ValueError, KeyError):
-        return 0
+        return ()

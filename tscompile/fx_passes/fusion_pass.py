@@ -24,7 +24,7 @@ from ..lowering import planner
 from ..options import Options
 from ..problem import Fuse, Keep, Phase, Plan, Row
 from . import patterns  # noqa: F401  (importing it registers the patterns)
-from .collectives import Collective, find_collectives
+from .collectives import Collective, find_collectives, group_ranks
 from .describe import dtype_name, shape_text, source_line
 from .layout import Prover
 from .pattern import Context, Match, patterns_for
@@ -235,21 +235,25 @@ class _Fusion:
         return graph_id
 
     def _chain_tokens(self, graph_id: str) -> None:
-        """Thread one token per group through its fused ops, in an order that the data dependences allow."""
+        """Thread one token per set of ranks through its fused ops, in an order that the data dependences allow.
+
+        By ranks, not by name: several names may denote one group, and its ops share buffers and epochs.
+        """
         stable_topological_sort(self.graph)
         plans = {node: (plan, group) for node, plan, group in self.fused}
-        tokens: dict[str, fx.Node] = {}
+        tokens: dict[tuple[int, ...], fx.Node] = {}
         self.fused = []
         for node in list(self.graph.nodes):
             if node not in plans:
                 continue
             plan, group = plans[node]
             plan = replace(plan, site=f"{graph_id}/{plan.site}")
-            node.args = (*node.args[:-3], tokens.get(group, self.token), plan.dumps(), group)
+            ranks = group_ranks(group)
+            node.args = (*node.args[:-3], tokens.get(ranks, self.token), plan.dumps(), group)
             with self.graph.inserting_after(node):
                 outputs = len(node.meta["val"])
-                tokens[group] = self.graph.call_function(operator.getitem, (node, outputs - 1))
-                tokens[group].meta["val"] = node.meta["val"][-1]
+                tokens[ranks] = self.graph.call_function(operator.getitem, (node, outputs - 1))
+                tokens[ranks].meta["val"] = node.meta["val"][-1]
             self.fused.append((node, plan, group))
 
     def _manifest(self, graph_id: str) -> str:
@@ -257,11 +261,12 @@ class _Fusion:
         for row in self.rows:
             if row.group and row.ranks > 1:
                 groups.setdefault(row.group, {"sites": 0, "scratch_bytes": 0, "plans": []})
-        sizes = {row.site: row.bytes for row in self.rows}
-        for _, plan, group in self.fused:
+        for node, plan, group in self.fused:
             entry = groups[group]
             entry["sites"] += 1
-            entry["scratch_bytes"] = max(entry["scratch_bytes"], sizes[plan.site])
+            args = fx.map_arg(node.args[:-3], lambda n: n.meta["val"])
+            need = planner.scratch_bytes(plan, len(group_ranks(group)), args)
+            entry["scratch_bytes"] = max(entry["scratch_bytes"], need)
             entry["plans"].append(plan.dumps())
         for entry in groups.values():
             entry["digest"] = hashlib.sha256("\n".join(entry.pop("plans")).encode()).hexdigest()

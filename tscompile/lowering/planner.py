@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
 from .. import templates as _templates  # noqa: F401  (importing it registers the templates)
 from ..options import Options
-from ..problem import Decision, Fuse, FusionProblem, Keep
+from ..problem import Decision, Fuse, FusionProblem, Keep, Plan
 from ..templates.template import find_template
 from . import cost_model
 
@@ -37,3 +43,13 @@ def plan(problem: FusionProblem, options: Options) -> Decision:
             f"predicted {prediction.fused_us:.0f} us fused against {prediction.original_us:.0f} us as it is",
         )
     return Fuse(executor, prediction.fused_us, prediction.original_us)
+
+
+def scratch_bytes(plan: Plan, ranks: int, args: Sequence[Any]) -> int:
+    """Bytes of the arena that a fused op needs, 0 if its sizes are symbolic: then the first launch grows the arena."""
+    values = pytree.tree_leaves(args)
+    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,) if v is not None else ())]
+    template = find_template(plan.kind, plan.executor)
+    if template is None or not all(isinstance(size, int) for size in sizes):
+        return 0
+    return template.scratch_bytes(plan, ranks, *args)
