@@ -12,7 +12,7 @@ from torch import fx
 
 from tscompile import backend
 from tscompile.eager_inner import NO_CACHE, eager_inner, no_caches
-from tscompile.fx_passes.fusion_pass import collect_rows
+from tscompile.fx_passes.fusion_pass import collect_rows, telling_phase
 from tscompile.options import Options
 from tscompile.problem import Row
 
@@ -48,7 +48,7 @@ def compile_graphs(fn: Callable[..., Any], *args: Any, backward: bool = False, *
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**backend.pass_patches(ours, {}), **NO_CACHE}
-        return compile_fx(gm, inputs, inner, patches)  # type: ignore[return-value, arg-type]
+        return compile_fx(gm, inputs, telling_phase(inner), patches)  # type: ignore[return-value, arg-type]
 
     torch._dynamo.reset()
     with collect_rows(found.rows.extend), no_caches(), functorch_config.patch(force_non_lazy_backward_lowering=True):

@@ -15,6 +15,7 @@ import torch.distributed._functional_collectives as fc
 from torch import Tensor
 
 import tscompile
+from tests.compat import all_gather
 from tscompile.backend import tilescale
 from tscompile.errors import PeerError
 from tscompile.fx_passes.fusion_pass import collect_rows
@@ -153,7 +154,7 @@ def unusual_programs() -> dict[str, list[tuple[str, str]]]:
     story("complex", lambda x, w: fc.all_gather_tensor(x, 0, dist.group.WORLD) @ w, complex_x, torch.complex(w, w))
 
     def strided_batch(x: Tensor, w: Tensor) -> Tensor:
-        return fc.all_gather_tensor(x, 1, dist.group.WORLD) @ w
+        return all_gather(x, 1, dist.group.WORLD) @ w
 
     story("expanded input", strided_batch, torch.randn(1, 8, 16).expand(3, 8, 16), w)
     swapped = dist.new_group(list(reversed(range(size))), use_local_synchronization=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import tscompile
+from tests.compat import TORCH
 from tscompile import backend, observe
 from tscompile.backend import tilescale
 from tscompile.errors import OptionError
@@ -101,6 +103,47 @@ def test_the_users_own_pass_runs_before_ours() -> None:
             )
         assert "_c10d_functional.all_gather_into_tensor.default" in users.saw
         assert [row.decision for row in rows] == ["fused"]
+
+
+def test_a_mode_reaches_inductor_together_with_our_pass() -> None:
+    saw: list[bool] = []
+
+    class Looks(Users):
+        def __call__(self, graph: fx.Graph) -> None:
+            saw.append(config.max_autotune)
+
+    with fake_world(2), config.patch(post_grad_custom_post_pass=Looks(), fx_graph_cache=False), torch.no_grad():
+        rows = compile_rows(
+            gathered, torch.ones(4, 4), torch.ones(4, 4), backend=tilescale, mode="max-autotune-no-cudagraphs"
+        )
+    assert saw == [True]
+    assert [row.pattern for row in rows] == ["all_gather_matmul"]
+
+
+def test_a_group_that_is_a_graph_value_is_kept_with_the_reason() -> None:
+    if TORCH < (2, 13):
+        pytest.skip("compile_on_one_rank came with torch 2.13")
+    config_module: Any = importlib.import_module("torch.distributed.config")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with fake_world(2), config_module.patch(compile_on_one_rank=True):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        rows = compile_rows(
+            lambda x, w: fc.all_gather_tensor(x, 0, (mesh, 0)) @ w,
+            torch.ones(4, 4),
+            torch.ones(4, 4),
+            backend=tilescale,
+            options=EAGER,
+        )
+    assert [row.code for row in rows] == ["group-not-constant"]
+
+
+def test_torch_logs_shows_each_site(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "tscompile")
+    with fake_world(2), torch.no_grad():
+        compile_rows(gathered, torch.ones(4, 4), torch.ones(4, 4), backend=tilescale, options=EAGER)
+    assert "1 of 1 collectives fused" in caplog.text
+    assert "0:all_gather_matmul fused" in caplog.text
 
 
 def test_install_puts_the_pass_into_inductors_own_configuration() -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.compat import TORCH
+from tests.programs import PROGRAMS, Setting
 from tscompile.backend import tilescale
 from tscompile.testing import run_ranks
 
@@ -61,3 +63,17 @@ def test_fsdp2_is_named_once() -> None:
 def test_ddp_is_named_once() -> None:
     for texts in run_ranks(2, train_wrapped, "ddp", timeout_s=120):
         assert len([t for t in texts if "DistributedDataParallel" in t]) == 1, texts
+
+
+def megatron_style() -> list[str]:
+    records = Records()
+    logging.getLogger("tscompile").addHandler(records)
+    program = PROGRAMS["c2_autogradfn_inplace_c10d"]
+    built = program.build(Setting(dist.get_world_size(), dist.get_rank(), torch.float32))
+    torch.compile(built.call, backend=tilescale, options=OPTIONS)(*built.args)
+    return records.texts
+
+
+def test_the_wrong_gradients_of_torch_2_11_are_told_there_and_only_there() -> None:
+    for texts in run_ranks(2, megatron_style, timeout_s=120):
+        assert len([t for t in texts if "wrong gradients" in t]) == (1 if TORCH < (2, 12) else 0), texts

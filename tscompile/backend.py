@@ -42,20 +42,22 @@ def tilescale(
         OptionError: an unknown `tilescale.*` option or a bad value.
     """
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     ours, inductor = Options.parse(options or {})
     patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **inductor}
     hidden.tell(gm)
-    if not _communicates():
-        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value, arg-type, unused-ignore]
-    patches.update(pass_patches(ours, patches))
+    if _communicates():
+        patches.update(pass_patches(ours, patches))
+    from .fx_passes.fusion_pass import PASS_IS_TOLD_PHASE, telling_phase
+
     if ours.inner == "eager":
         from .eager_inner import NO_CACHE, eager_inner, no_caches
 
         with no_caches():
-            return compile_fx(gm, example_inputs, eager_inner, {**patches, **NO_CACHE})  # type: ignore[return-value, arg-type, unused-ignore]
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value, arg-type, unused-ignore]
+            return compile_fx(gm, example_inputs, telling_phase(eager_inner), {**patches, **NO_CACHE})  # type: ignore[return-value, arg-type, unused-ignore]
+    inner = compile_fx_inner if PASS_IS_TOLD_PHASE else telling_phase(compile_fx_inner)
+    return compile_fx(gm, example_inputs, inner, patches)  # type: ignore[return-value, arg-type, unused-ignore]
 
 
 def install(**options: Any) -> None:
@@ -88,7 +90,7 @@ def pass_patches(ours: Options, patches: Mapping[str, Any]) -> dict[str, Any]:
 def _as_list(passes: Any) -> list[Any]:
     if passes is None:
         return []
-    return list(passes) if isinstance(passes, (list, tuple)) else [passes]
+    return list(passes) if isinstance(passes, (list, tuple)) else list(getattr(passes, "chained", [passes]))
 
 
 def _chain(passes: list[Any]) -> Any:

@@ -32,7 +32,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | Non
     """
     from . import backend, hidden
     from .eager_inner import NO_CACHE, eager_inner, no_caches
-    from .fx_passes.fusion_pass import collect_rows
+    from .fx_passes.fusion_pass import collect_rows, telling_phase
 
     ours, _ = Options.parse(options or {})
     rows: list[Row] = []
@@ -44,7 +44,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | Non
         reason = getattr(gm, "compile_subgraph_reason", None)
         goes_on = bool(getattr(reason, "graph_break", False))
         patches = {**backend.pass_patches(ours, {}), **NO_CACHE}
-        compiled: Any = compile_fx(gm, example_inputs, eager_inner, patches)  # type: ignore[arg-type, unused-ignore]
+        compiled: Any = compile_fx(gm, example_inputs, telling_phase(eager_inner), patches)  # type: ignore[arg-type, unused-ignore]
         return compiled if goes_on else _stop
 
     import torch._functorch.config as functorch_config

@@ -8,11 +8,23 @@ from __future__ import annotations
 import sys
 from types import FrameType
 
+import torch
 from torch import fx
 
 from . import observe
+from .versions import known_problems
 
-_WORDS = ("async_op", "distributed", "collective", "c10d", "ProcessGroup", "all_to_all", "all_gather", "reduce_scatter")
+_WORDS = (
+    "async_op",
+    "distributed",
+    "collective",
+    "c10d",
+    "ProcessGroup",
+    "all_to_all",
+    "all_gather",
+    "reduce_scatter",
+    "_maybe_view_chunk_cat",  # inside all_gather_tensor, torch 2.11
+)
 _WRAPPERS = {
     "FSDPModule": "FSDP2 (fully_shard) gathers parameters and scatters gradients in hooks",
     "FullyShardedDataParallel": "FullyShardedDataParallel gathers parameters and scatters gradients in hooks",
@@ -24,6 +36,7 @@ _CALLERS = ("torch/nn/modules/module.py", "torch/nn/parallel/distributed.py")
 def tell(gm: fx.GraphModule) -> None:
     """Called for every graph that is compiled, while the user's call is still on the stack."""
     _tell_graph_break(gm)
+    _tell_wrong_gradients(gm)
     for name in sorted(_wrappers_on_stack(sys._getframe(1))):
         observe.once(
             f"wrapper:{name}",
@@ -48,6 +61,16 @@ def _tell_graph_break(gm: fx.GraphModule) -> None:
         "torch.distributed._functional_collectives, and leave the overlap to the compiler.",
         first,
     )
+
+
+def _tell_wrong_gradients(gm: fx.GraphModule) -> None:
+    """torch 2.11: an autograd.Function with collectives in its body may get wrong gradients, from any backend."""
+    problem = next((p for p in known_problems(torch.__version__) if p.what == "autograd.Function"), None)
+    if problem is None:
+        return
+    bodies = [m for name, m in gm.named_modules() if name and isinstance(m, fx.GraphModule)]
+    if any("c10d" in str(node.target) for body in bodies for node in body.graph.nodes):
+        observe.once("autograd.Function", "%s: %s", problem.detail, problem.action)
 
 
 def _wrappers_on_stack(frame: FrameType | None) -> set[str]:

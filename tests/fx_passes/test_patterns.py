@@ -12,6 +12,7 @@ import torch.distributed._functional_collectives as fc
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.compat import TORCH, all_gather
 from tests.graphs import compile_graphs
 from tscompile.errors import KeptError
 from tscompile.lowering import cost_model
@@ -27,7 +28,7 @@ def world() -> Iterator[None]:
 
 
 def gather(x: Tensor, dim: int = 0) -> Tensor:
-    return fc.all_gather_tensor(x, dim, dist.group.WORLD)
+    return all_gather(x, dim, dist.group.WORLD)
 
 
 def scatter(x: Tensor, dim: int = 0, op: str = "sum") -> Tensor:
@@ -224,7 +225,11 @@ KEPT: dict[str, tuple[str, str, Callable[[], Program]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KEPT)
+# Inductor before torch 2.13 merges the casts itself, so that nothing is lossy by the time we see it.
+MERGED_CASTS = pytest.mark.skipif(TORCH < (2, 13), reason="this torch merges chains of casts before the pass")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MERGED_CASTS if n == "lossy casts" else ()) for n in KEPT])
 def test_refuses_with_a_reason_and_keeps_the_program(name: str) -> None:
     kind, code, make = KEPT[name]
     fn, args = make()

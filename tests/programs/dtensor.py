@@ -109,7 +109,6 @@ PROGRAMS: tuple[Program, ...] = (
         "TP+SP B=1",
         partial(_sp_block, batch=1, dynamic=True),
         _SP_BLOCK,
-        numerics=(torch.float32,),  # DTensor with symbolic sizes takes ten times as long to trace
     ),
     Program("a_tp_sp_bias_B2_w4", "TP+SP bias", partial(_sp_block, batch=2, bias=True), _SP_BLOCK),
     Program(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..compat import all_gather
 from .base import FFN_DIM, MODEL_DIM, Built, Counts, Expected, Program, Setting
 from .transformer import RMSNorm
 
@@ -117,7 +118,7 @@ class _Mlp(nn.Module):
 
 class _Functional(_Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        whole = funcol.all_gather_tensor(x, self.dim, _world())
+        whole = all_gather(x, self.dim, _world())
         return funcol.reduce_scatter_tensor(self.hidden(whole), "sum", self.dim, _world())
 
 
@@ -146,7 +147,7 @@ class _Column(_Mlp):
 
 class _GatherOutput(_Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return funcol.all_gather_tensor(F.linear(x, self.w1), 2, _world())
+        return all_gather(F.linear(x, self.w1), 2, _world())
 
 
 class _GatherList(_Mlp):
@@ -203,7 +204,7 @@ class _Einsum(nn.Module):
         self.wo = setting.parameter("wo", heads, head_dim, MODEL_DIM, fan_in=MODEL_DIM)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = torch.einsum("bsd,dhk->bshk", funcol.all_gather_tensor(x, 1, _world()), self.wq)
+        q = torch.einsum("bsd,dhk->bshk", all_gather(x, 1, _world()), self.wq)
         return funcol.reduce_scatter_tensor(torch.einsum("bshk,hkd->bsd", q, self.wo), "sum", 1, _world())
 
 

@@ -33,13 +33,30 @@ from .sizes import hint, product
 
 try:  # torch >= 2.13 tells a pass whether the graph is for inference
     from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass as _Base
+
+    PASS_IS_TOLD_PHASE = True
 except ImportError:
     _Base = CustomGraphPass  # type: ignore[assignment, misc]
+    PASS_IS_TOLD_PHASE = False
 
 aten = torch.ops.aten
 RowSink = Callable[[list[Row]], None]
 _sink: ContextVar[RowSink | None] = ContextVar("tscompile_row_sink", default=None)
+_told_inference: ContextVar[bool] = ContextVar("tscompile_told_inference", default=False)
 _seconds = 0.0
+
+
+def telling_phase(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """An inner compiler that lets the pass know what Inductor tells the inner compiler alone, on torch < 2.13."""
+
+    def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        token = _told_inference.set(bool(kwargs.get("is_inference", False)))
+        try:
+            return inner(gm, example_inputs, **kwargs)
+        finally:
+            _told_inference.reset(token)
+
+    return compile_inner
 
 
 @contextmanager
@@ -87,14 +104,14 @@ def chained(passes: Sequence[Callable[[fx.Graph], None]]) -> CustomGraphPass:
 
 class _Chain(CustomGraphPass):
     def __init__(self, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
-        self._passes = passes
+        self.chained = tuple(passes)
 
     def uuid(self) -> Any:
-        parts = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._passes]
+        parts = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.chained]
         return None if None in parts else repr(parts)  # None: a pass without identity, so nothing may be cached
 
     def __call__(self, graph: fx.Graph) -> None:
-        for each in self._passes:
+        for each in self.chained:
             each(graph)
 
 
@@ -102,7 +119,7 @@ def _phase(graph: fx.Graph, is_inference: bool | None) -> Phase:
     if any(n.op == "placeholder" and "tangents" in n.name for n in graph.nodes):
         return "backward"
     if is_inference is None:
-        is_inference = not torch.is_grad_enabled()
+        is_inference = _told_inference.get()
     return "inference" if is_inference else "forward"
 
 
@@ -219,6 +236,10 @@ class _Fusion:
         stable_topological_sort(self.graph)
         self.graph.eliminate_dead_code()
         self.graph.lint()
+        fused = sum(len(row.collectives) for row in self.rows if row.decision == "fused")
+        observe.log.info("%s: %d of %d collectives fused", graph_id, fused, len(self.collectives))
+        for row in self.rows:
+            observe.log.debug("%s %s [%s] %s %s", row.site, row.decision, row.code, row.reason, row.source)
         sink = _sink.get()
         if sink is not None:
             sink([replace(row) for row in self.rows])

@@ -69,17 +69,19 @@ class Builder:
                 return self._product(source, found)
         raise UnresolvedSizeError(f"size {size} is not spelled by the shape of {[s.name for s in sources]} or an input")
 
-    def _product(self, source: fx.Node, dims: range) -> fx.Node:
-        result: fx.Node | None = None
+    def _product(self, source: fx.Node, dims: range) -> Any:
+        """The product of dims of `source`, as an int or a node; a static dim gets no node of its own."""
+        result: Any = 1
+        value: Size = 1
         for dim in dims:
-            size = self.call(aten.sym_size.int, source, dim)
-            if result is None:
-                result = size
-            else:
-                value = result.meta["val"] * size.meta["val"]
-                result = self.graph.call_function(operator.mul, (result, size))
+            size = source.meta["val"].shape[dim]
+            factor = size if isinstance(size, int) else self.call(aten.sym_size.int, source, dim)
+            value = value * size
+            if isinstance(result, fx.Node) or (isinstance(factor, fx.Node) and result != 1):
+                result = self.graph.call_function(operator.mul, (result, factor))
                 result.meta["val"] = value
-        assert result is not None
+            else:
+                result = result * factor if isinstance(factor, int) else factor
         return result
 
     def shape(self, shape: Sequence[Size], sources: Sequence[fx.Node]) -> list[Any]:

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from ..errors import HeapError, PeerError, TscompileError
 from ..nvshmem.heap import Channel, DowngradedError
 from ..nvshmem.shm import ShmHeap, process_is_alive
-from ..observe import ledger, log
+from ..observe import ledger, log, once
 from ..problem import Plan
 from ..templates import Template, find_template
 from .vote import Ballot, Post, Verdict, group_store, host_facts, judge_plans, judge_ready
+
+_SAY_AFTER_S = 20.0  # a rank that waits longer in a vote says so: compile times differ, but a user wants to know
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,8 @@ class Election:
         except HeapError as error:
             post |= {"code": "no-heap", "refusal": f"rank {state.rank}: {error}"}
         ballot.post(0, post)
-        self._deadline = time.monotonic() + state.wait_s(stake)
+        self._opened = time.monotonic()
+        self._deadline = self._opened + state.wait_s(stake)
         self._verdict = Verdict(False)
 
     def count(self) -> None:
@@ -295,6 +298,13 @@ class Election:
 
     def _interrupt(self, missing: list[int]) -> Verdict | None:
         lost = self._state.vote_is_lost()
+        if time.monotonic() - self._opened > _SAY_AFTER_S:
+            once(
+                f"vote:{self._state.ranks}:{self._ballot.key}",
+                "waiting for ranks %s to compile and vote on their fused sites (for %.0f s at most)",
+                missing,
+                self._state.wait_s(self._stake),
+            )
         if lost is None and time.monotonic() > self._deadline:
             waited = self._state.wait_s(self._stake)
             reason = (
