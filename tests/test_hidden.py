@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.compat import TORCH
-from tests.programs import PROGRAMS, Setting
+from tests.programs import EVERY_PROGRAM, Setting
 from tscompile.backend import tilescale
 from tscompile.testing import run_ranks
 
@@ -68,7 +68,7 @@ def test_ddp_is_named_once() -> None:
 def megatron_style() -> list[str]:
     records = Records()
     logging.getLogger("tscompile").addHandler(records)
-    program = PROGRAMS["c2_autogradfn_inplace_c10d"]
+    program = EVERY_PROGRAM["c2_autogradfn_inplace_c10d"]
     built = program.build(Setting(dist.get_world_size(), dist.get_rank(), torch.float32))
     torch.compile(built.call, backend=tilescale, options=OPTIONS)(*built.args)
     return records.texts

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from ..compat import TORCH
 from . import dtensor, megatron
 from .base import Built, Program, Setting, scalar_loss
 
@@ -23,6 +24,25 @@ FAMILIES: dict[str, int] = {
 }
 ADDRESSABLE = 195
 
-PROGRAMS: dict[str, Program] = {program.name: program for program in (*dtensor.PROGRAMS, *megatron.PROGRAMS)}
+EVERY_PROGRAM: dict[str, Program] = {program.name: program for program in (*dtensor.PROGRAMS, *megatron.PROGRAMS)}
 
-__all__ = ["ADDRESSABLE", "FAMILIES", "PROGRAMS", "Built", "Program", "Setting", "scalar_loss"]
+# What the installed torch itself gets wrong, with every backend: name -> why.
+LEFT_OUT: dict[str, str] = {}
+if TORCH < (2, 12):
+    LEFT_OUT["c2_autogradfn_inplace_c10d"] = "torch 2.11 captures autograd.Functions with in-place collectives wrongly"
+PROGRAMS = {name: program for name, program in EVERY_PROGRAM.items() if name not in LEFT_OUT}
+for _name in LEFT_OUT:
+    FAMILIES[EVERY_PROGRAM[_name].family] -= EVERY_PROGRAM[_name].addressable
+    ADDRESSABLE -= EVERY_PROGRAM[_name].addressable
+
+__all__ = [
+    "ADDRESSABLE",
+    "EVERY_PROGRAM",
+    "FAMILIES",
+    "LEFT_OUT",
+    "PROGRAMS",
+    "Built",
+    "Program",
+    "Setting",
+    "scalar_loss",
+]
