@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
@@ -19,3 +21,9 @@ def all_gather(x: Tensor, dim: int, group: Any) -> Tensor:
         gathered: Tensor = funcol.all_gather_tensor(x, dim, group)
         return gathered
     return torch.cat(funcol.all_gather_tensor(x, 0, group).chunk(group.size()), dim)
+
+
+def permuted_group(ranks: list[int]) -> Any:
+    """A group whose ranks keep the order given here; torch versions without `sort_ranks` sort them."""
+    keeps = {"sort_ranks": False} if "sort_ranks" in inspect.signature(dist.new_group).parameters else {}
+    return dist.new_group(ranks, **keeps)

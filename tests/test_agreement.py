@@ -15,7 +15,7 @@ import torch.distributed._functional_collectives as fc
 from torch import Tensor
 
 import tscompile
-from tests.compat import all_gather
+from tests.compat import TORCH, all_gather, permuted_group
 from tscompile.backend import tilescale
 from tscompile.errors import PeerError
 from tscompile.fx_passes.fusion_pass import collect_rows
@@ -143,7 +143,8 @@ def unusual_programs() -> dict[str, list[tuple[str, str]]]:
     x, w, v = operands()
     story("plain", mlp, x, w, v)
     story("float64", mlp, *operands(torch.float64))
-    story("not contiguous", mlp, x.t().contiguous().t(), w.t().contiguous().t(), torch.randn(12, 32)[:, ::2])
+    if TORCH >= (2, 13):  # before, all_gather_tensor itself wanted contiguous inputs
+        story("not contiguous", mlp, x.t().contiguous().t(), w.t().contiguous().t(), torch.randn(12, 32)[:, ::2])
     story("integers", lambda x, w: fc.all_gather_tensor(x, 0, dist.group.WORLD) @ w, (x * 3).long(), (w * 3).long())
 
     def maximum(x: Tensor, w: Tensor) -> Tensor:
@@ -156,8 +157,9 @@ def unusual_programs() -> dict[str, list[tuple[str, str]]]:
     def strided_batch(x: Tensor, w: Tensor) -> Tensor:
         return all_gather(x, 1, dist.group.WORLD) @ w
 
-    story("expanded input", strided_batch, torch.randn(1, 8, 16).expand(3, 8, 16), w)
-    swapped = dist.new_group(list(reversed(range(size))), use_local_synchronization=False)
+    if TORCH >= (2, 13):
+        story("expanded input", strided_batch, torch.randn(1, 8, 16).expand(3, 8, 16), w)
+    swapped = permuted_group(list(reversed(range(size))))
     story("permuted group", lambda x, w, v: mlp(x, w, v, swapped), x, w, v)
     if size >= 3:
         pair = [dist.new_group(ranks) for ranks in ([0, 2], [1])][0 if rank in (0, 2) else 1]
@@ -179,20 +181,11 @@ def unusual_programs() -> dict[str, list[tuple[str, str]]]:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_unusual_programs_are_right_fused_or_kept_with_a_reason(ranks: int) -> None:
     for told in run_ranks(ranks, unusual_programs, timeout_s=240):
-        for name in (
-            "plain",
-            "float64",
-            "not contiguous",
-            "expanded input",
-            "permuted group",
-            "two groups in one graph",
-        ):
-            assert told[name] and {d for d, _ in told[name]} == {FUSED}, (name, told[name])
-        assert told["integers"] == [("kept", "unsupported")]
-        assert told["complex"] == [("kept", "unsupported")]
-        assert told["maximum"] == [("kept", "reduce-op")]
-        if "subgroup" in told:
-            assert {d for d, _ in told["subgroup"]} == {FUSED}
+        kept = {"integers": "unsupported", "complex": "unsupported", "maximum": "reduce-op"}
+        assert told.keys() >= {"plain", "float64", "permuted group", "two groups in one graph", *kept}
+        for name, decisions_of in told.items():
+            expected = [("kept", kept[name])] if name in kept else [(FUSED, FUSED)]
+            assert set(decisions_of) == set(expected), (name, decisions_of)
 
 
 def uneven_shards() -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ..compat import all_gather
+from ..compat import TORCH, all_gather
 from .base import FFN_DIM, MODEL_DIM, Built, Counts, Expected, Program, Setting
 from .transformer import RMSNorm
 
@@ -276,8 +276,8 @@ PROGRAMS: tuple[Program, ...] = (
         "c4_megatron_linear_sync_bwd_regather",
         _MEGATRON,
         partial(_sequence_first, module=_Column),
-        # AOTAutograd sees that the second gather repeats the first and saves the first's result instead.
-        {"forward": {"all_gather": (1, 1)}, "backward": {"reduce_scatter": (1, 1)}},
+        # AOTAutograd moves the second gather into the forward; before torch 2.14 it also sees that it repeats the first.
+        {"forward": {"all_gather": (1 if TORCH < (2, 14) else 2, 1)}, "backward": {"reduce_scatter": (1, 1)}},
     ),
     Program(
         "c7_allgather_list_nograd",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import Case, all_cases, all_gather, manifest, reduction, shuffled
+from tests.compat import permuted_group
 from tests.worlds import run_world
 from tscompile.lowering import runtime
 from tscompile.problem import FusionProblem, Gemm
@@ -62,7 +63,7 @@ def test_results(size: int) -> None:
 
 def groups_in_a_world(rank: int, size: int) -> None:
     every_other = dist.new_group([0, 2])
-    swapped = dist.new_group([3, 1], sort_ranks=False)
+    swapped = permuted_group([3, 1])
     mine: list[tuple[str, tuple[int, ...]]] = []
     names: dict[str, Any] = {}
     whole, again = dist.group.WORLD, dist.new_group()  # two names of the same ranks
