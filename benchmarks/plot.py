@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,6 +105,29 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"(target <= {100 * COMPILE_LIMIT:.0f} %: {met})"
         )
     return "\n".join(lines) + "\n"
+
+
+def summary(result: Mapping[str, Any], least_rows: int = 2048) -> str:
+    """One line per function over its sizes with m >= least_rows: what a reader of the README wants to know."""
+    env = result["environment"]
+    lines = [
+        f"{env['date'][:10]}, {env['cpu']}, {env['ranks']} ranks with {env['threads_per_rank']} thread each on {env['cores']} cores, "
+        f"{env['dtype']}, torch {env['torch']}; m >= {least_rows}, n 128 to 1024, k 1024.",
+        "",
+        "| function | sizes | speed-up over Inductor with gloo: mean (lowest, highest) | exposed communication left, median |",
+        "|---|---|---|---|",
+    ]
+    for function in dict.fromkeys(case["function"] for case in result["cases"]):
+        group = [c for c in result["cases"] if c["function"] == function and c["m"] >= least_rows]
+        stats = [summarize(case["rounds"], resamples=200) for case in group]
+        if not stats:
+            continue
+        speeds = [s.speedup.value for s in stats]
+        ratios = [s.exposed_ratio.value for s in stats if s.exposed_ratio is not None]
+        left = f"{100 * statistics.median(ratios):.0f} %" if ratios else "not resolved"
+        mean = f"{statistics.geometric_mean(speeds):.2f}x ({min(speeds):.2f}x, {max(speeds):.2f}x)"
+        lines.append(f"| {function} | {len(stats)} | {mean} | {left} |")
+    return "\n".join(lines)
 
 
 def picture(result: Mapping[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from tscompile.options import KINDS, OptionRow, Options
 from tscompile.problem import FusionProblem, Gemm
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
+from benchmarks import plot  # noqa: E402
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -88,11 +92,30 @@ def support() -> str:
     return table(header, rows)
 
 
+def newest_result() -> dict[str, Any]:
+    """The newest committed result of the CPU benchmark."""
+    found = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
+    if not found:
+        raise SystemExit("docs: benchmarks/results has no result: run ./dev bench cpu")
+    result: dict[str, Any] = json.loads(found[-1].read_text())
+    return result
+
+
+def measured() -> str:
+    return plot.summary(newest_result())
+
+
+def measured_in_full() -> str:
+    return plot.markdown(newest_result()).rstrip()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "options": options,
     "variables": variables,
     "patterns": patterns,
     "support": support,
+    "measured": measured,
+    "measured-in-full": measured_in_full,
 }
 
 

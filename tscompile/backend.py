@@ -106,9 +106,9 @@ def _chain(passes: list[Any]) -> Any:
 def pass_identity(ours: Options) -> str:
     """Cache identity of the pass: its sources, its options, and what its decisions read of the machine.
 
-    Groups enter by name and size only, never by their ranks: rank 1 may load what rank 0 compiled.
+    Groups enter by name, size and reach, never by their ranks: rank 1 may load what rank 0 compiled.
     """
-    facts = [source_digest(), ours.digest(), platform.machine(), repr(sorted(_group_sizes().items()))]
+    facts = [source_digest(), ours.digest(), platform.machine(), repr(sorted(_groups().items()))]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
@@ -127,12 +127,16 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _group_sizes() -> dict[str, int]:
+def _groups() -> dict[str, tuple[int, bool]]:
+    """Size of each process group of this rank, and whether it stays on one host."""
     from torch.distributed import distributed_c10d as c10d
+
+    from .fx_passes.collectives import intra_host
 
     if not c10d.is_initialized():
         return {}
-    return {name: pg.size() for pg, name in c10d._world.pg_names.items()}
+    groups = {name: tuple(c10d.get_process_group_ranks(pg)) for pg, name in c10d._world.pg_names.items()}
+    return {name: (len(ranks), intra_host(ranks)) for name, ranks in groups.items()}
 
 
 def _communicates() -> bool:

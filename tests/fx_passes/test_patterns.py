@@ -240,6 +240,34 @@ def test_refuses_with_a_reason_and_keeps_the_program(name: str) -> None:
     assert not [t for t in found.targets() if t.startswith("tscompile.") and t != "tscompile.begin"]
 
 
+def test_an_addmm_that_is_read_elsewhere_is_not_counted_twice() -> None:
+    def fn(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.addmm(y, x, w)  # both parts reach the reduction, and the whole is read as well
+        return reduce(z), torch.relu(z)
+
+    found = compile_graphs(fn, rand(8, 6), rand(6, 5), rand(8, 5))
+    assert found.codes() == ["result-read-elsewhere"]
+
+
+def test_a_gathered_bias_is_no_operand() -> None:
+    found = compile_graphs(lambda b, x, w: torch.addmm(gather(b), x, w), rand(2), rand(4, 6), rand(6, 8))
+    assert (found.kinds(), found.codes()) == ([None], ["no-matmul"])
+
+
+def test_two_gathers_into_one_matmul_are_both_recognised() -> None:
+    found = compile_graphs(lambda x, w: gather(x) @ gather(w, 1), rand(8, 16), rand(16, 3))
+    assert found.kinds() == ["all_gather_matmul", "all_gather_matmul"]
+    assert sorted(found.codes()) == ["fused", "matmul-taken"]
+
+
+def test_ranks_on_several_hosts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    fn, args = FUSED["rows"][1]()
+    found = compile_graphs(fn, *args)
+    assert found.codes() == ["unsupported"]
+    assert "several hosts" in found.rows[0].reason
+
+
 def test_a_matmul_is_fused_once() -> None:
     found = compile_graphs(chain, rand(8, 16), rand(16, 4))
     assert found.kinds() == ["all_gather_matmul", "matmul_reduce_scatter"]

@@ -80,10 +80,8 @@ ops.define_op(KIND, "Tensor shard, Tensor[] others, Tensor?[] biases", fake=fake
 @register_pattern(KIND, anchor="all_gather")
 def find(context: Context, gather: Collective) -> Match | Keep | None:
     found = analyse_gather(gather, context.prover)
-    if not found.touches_matmul:
-        return None
     if not found.readers:
-        return found.refusals[0]
+        return found.refusals[0] if found.refusals else None
     home = choose_home(found.readers)
     readers = [r for r in found.readers if r.use_of(home) is not None]
     wire = _wire_dtype(gather, readers)
@@ -96,7 +94,7 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
     problem = FusionProblem(
         kind=KIND,
         group_size=gather.group_size,
-        intra_host=True,
+        intra_host=gather.intra_host,
         device=value.device.type,
         dtype=dtype_name(wire),
         comm_bytes=hint(product(value.shape)) * wire.itemsize,
@@ -157,6 +155,8 @@ def _rewrite(
     plan: Plan,
 ) -> fx.Node:
     builder = context.builder
+    replace_size_readers(builder, gather, found.chain)
+    # Everything is built before anything is replaced: a size that no graph value spells must leave the program as it was.
     with builder.before(gather.node):
         source = _uncast(gather.input)
         source = source if source.meta["val"].dtype == wire else builder.cast(gather.input, wire)
@@ -185,7 +185,6 @@ def _rewrite(
                 out = builder.call(aten.add.Tensor, out, reader.matmul.plus, like=reader.matmul.node)
             reader.matmul.node.replace_all_uses_with(out)
         live.replace(rebuilt)
-    replace_size_readers(builder, gather, found.chain)
     erase_unused(context.graph, [*(r.matmul.node for r in readers), *reversed(found.chain), gather.result, gather.node])
     return node
 

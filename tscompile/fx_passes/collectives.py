@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,10 @@ class Collective:
     group_size: int
     reduce_op: str
     refusal: Keep | None = None
+
+    @property
+    def intra_host(self) -> bool:
+        return intra_host(group_ranks(self.group))
 
     @property
     def op_name(self) -> str:
@@ -101,3 +106,9 @@ def group_ranks(group: str) -> tuple[int, ...]:
         return tuple(dist.get_process_group_ranks(found))
     except (RuntimeError, ValueError, KeyError):
         return ()
+
+
+def intra_host(ranks: tuple[int, ...]) -> bool:
+    """True unless torchrun's numbering says that the ranks are on several hosts; what is true at run time is voted on."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    return not local or len({rank // local for rank in ranks}) <= 1

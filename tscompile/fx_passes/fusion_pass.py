@@ -27,6 +27,7 @@ from . import patterns  # noqa: F401  (importing it registers the patterns)
 from .collectives import Collective, find_collectives, group_ranks
 from .describe import dtype_name, shape_text, source_line
 from .layout import Prover
+from .matmuls import TAKEN
 from .pattern import Context, Match, patterns_for
 from .rewrite import Builder, UnresolvedSizeError
 from .sizes import hint, product
@@ -184,6 +185,7 @@ class _Fusion:
             except UnresolvedSizeError as error:
                 decision = Keep("symbolic-size", f"the graph has no value for a symbolic size: {error}")
             else:
+                node.meta[TAKEN] = label
                 self.fused.append((node, plan, group))
                 self.context.prover = Prover()
                 for collective in match.collectives:

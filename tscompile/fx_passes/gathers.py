@@ -100,7 +100,6 @@ class Gathered:
     chain: Chain
     readers: list[Reader] = field(default_factory=list)
     refusals: list[Keep] = field(default_factory=list)
-    touches_matmul: bool = False
 
 
 def split_rank(digits: Digits, ranks: int, shard_numel: Size) -> tuple[Digits, Digit] | None:
@@ -163,7 +162,6 @@ def analyse_gather(gather: Collective, prover: Prover) -> Gathered:
             matmul = as_matmul(user)
             if matmul is None:
                 continue
-            found.touches_matmul = True
             result = matmul if isinstance(matmul, Keep) else _reader(matmul, source, gather, shard_numel, after, prover)
             if isinstance(result, Keep):
                 found.refusals.append(result)

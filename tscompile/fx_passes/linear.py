@@ -67,7 +67,10 @@ def linear_terms(node: fx.Node, prover: Prover, consumers: set[fx.Node]) -> Sum 
     if failure is not None:
         return failure
     escaping = _escaping(total, consumers)
-    total.terms = [_owned(term, escaping) for term in total.terms]
+    # What addmm adds stands among the terms on its own. If its whole result is needed elsewhere too, the parts cannot be told
+    # apart any more, and no term may be taken over.
+    whole = any(t.matmul is not None and t.matmul.plus is not None and t.root in escaping for t in total.terms)
+    total.terms = [_owned(term, escaping, whole) for term in total.terms]
     return total
 
 
@@ -171,8 +174,8 @@ def _escaping(total: Sum, consumers: set[fx.Node]) -> set[fx.Node]:
     return escaping
 
 
-def _owned(term: Term, escaping: set[fx.Node]) -> Term:
-    if term.matmul is None or term.root not in escaping:
+def _owned(term: Term, escaping: set[fx.Node], none_is: bool) -> Term:
+    if term.matmul is None or not (none_is or term.root in escaping):
         return term
     reason = "the matmul's result is also read by another op before it is reduced"
     return replace(term, matmul=None, refusal=Keep("result-read-elsewhere", reason))

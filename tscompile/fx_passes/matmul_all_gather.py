@@ -81,7 +81,7 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
     problem = FusionProblem(
         kind=KIND,
         group_size=gather.group_size,
-        intra_host=True,
+        intra_host=gather.intra_host,
         device=value.device.type,
         dtype=dtype_name(value.dtype),
         comm_bytes=hint(product(value.shape)) * value.dtype.itemsize,
@@ -134,6 +134,7 @@ def _rewrite(context: Context, gather: Collective, matmul: Matmul, placement: Pl
     def matrix(node: fx.Node) -> fx.Node:
         return builder.call(aten.squeeze.dim, node, 0) if matmul.batched else node
 
+    replace_size_readers(builder, gather, chain)
     with builder.before(gather.node):
         outer = builder.size(placement.outer, [matmul.node, gather.input])
         node = builder.call(
@@ -143,6 +144,5 @@ def _rewrite(context: Context, gather: Collective, matmul: Matmul, placement: Pl
         out = builder.call(operator.getitem, node, 0, like=gather.node)
         out.meta[TAKEN] = plan.site
         live.replace(live.rebuild(builder, out, gather.input))
-    replace_size_readers(builder, gather, chain)
     erase_unused(context.graph, [*reversed(chain), gather.result, gather.node])
     return node

@@ -12,7 +12,7 @@ from ..problem import Gemm, Keep
 from .sizes import hint, known_eq
 
 aten = torch.ops.aten
-TAKEN = "tscompile_site"  # node.meta key: this value is a matmul result that a fused site computes
+TAKEN = "tscompile_site"  # node.meta key of a fused op and of the matmul results that it computes: the site's name
 
 _UNSUPPORTED = (
     aten._scaled_mm.default,

@@ -54,7 +54,7 @@ def reduction_problem(kind: str, collective: Collective, reduction: Reduction, p
     return FusionProblem(
         kind=kind,
         group_size=collective.group_size,
-        intra_host=True,
+        intra_host=collective.intra_host,
         device=value.device.type,
         dtype=dtype_name(value.dtype),
         comm_bytes=hint(product(value.shape)) * value.dtype.itemsize,
