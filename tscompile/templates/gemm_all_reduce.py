@@ -1,7 +1,8 @@
 """matmul_all_reduce over shared memory, in one of two ways that depend on shapes alone.
 
-Large results, more than two ranks: the rows are split into R nearly equal blocks. A rank computes its partial of each block in the arena of the block's
-owner, the owner sums in rank order and publishes the block, and the peers copy it into their outputs.
+Large results, more than two ranks: the rows are split into R nearly equal blocks. A rank computes its partial of each block
+in the arena of the block's owner, the owner sums in rank order and publishes the block, and the peers copy it into their
+outputs.
 Otherwise each rank computes its whole partial in its own arena, and everyone sums all of them: one exchange instead of two.
 
 Either way the ranks end with bitwise identical results: a block is summed by one rank, or by all in the same order.
