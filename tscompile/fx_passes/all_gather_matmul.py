@@ -161,7 +161,7 @@ def _rewrite(
         source = _uncast(gather.input)
         source = source if source.meta["val"].dtype == wire else builder.cast(gather.input, wire)
         shard = _shard(context, source, home)
-        others = [_matrix(context, r.other, r.matmul.batched) for r in readers]
+        others = [builder.matrix(r.other, r.matmul.batched) for r in readers]
         node = builder.call(
             ops.op(KIND),
             shard,
@@ -206,7 +206,3 @@ def _shard(context: Context, source: fx.Node, home: Home) -> fx.Node:
         return builder.reshape(source, [home.outer, home.inner])
     except UnresolvedSizeError as error:
         raise UnresolvedSizeError(f"the shard's blocks: {error}") from None
-
-
-def _matrix(context: Context, node: fx.Node, batched: bool) -> fx.Node:
-    return context.builder.call(aten.squeeze.dim, node, 0) if batched else node

@@ -131,16 +131,12 @@ def _rewrite(context: Context, gather: Collective, matmul: Matmul, placement: Pl
     chain = movement_users(gather.node)
     live = LiveOuts(gather, chain, [], context.prover, placement.home)
 
-    def matrix(node: fx.Node) -> fx.Node:
-        return builder.call(aten.squeeze.dim, node, 0) if matmul.batched else node
-
     replace_size_readers(builder, gather, chain)
     with builder.before(gather.node):
         outer = builder.size(placement.outer, [matmul.node, gather.input])
-        node = builder.call(
-            ops.op(KIND), matrix(matmul.lhs), matrix(matmul.rhs), matmul.bias, outer, context.token, plan.dumps(), gather.group,
-            like=gather.node,
-        )  # fmt: skip
+        lhs, rhs = (builder.matrix(operand, matmul.batched) for operand in (matmul.lhs, matmul.rhs))
+        arguments = (lhs, rhs, matmul.bias, outer, context.token, plan.dumps(), gather.group)
+        node = builder.call(ops.op(KIND), *arguments, like=gather.node)
         out = builder.call(operator.getitem, node, 0, like=gather.node)
         out.meta[TAKEN] = plan.site
         live.replace(live.rebuild(builder, out, gather.input))

@@ -27,17 +27,17 @@ from .linear import Reduction
 from .pattern import Context, Match, register_pattern
 from .reductions import (
     coefficients,
+    in_order,
     merged_reduction,
     reducing_terms,
     reduction_problem,
     reduction_shapes,
     replace_collective,
     roots,
-    sorted_by_stride,
     term_arguments,
 )
 from .rewrite import erase_unused
-from .sizes import Size, divides, known_eq, product, quotient
+from .sizes import Size, divides, product, quotient
 
 KIND = "matmul_reduce_scatter"
 aten = torch.ops.aten
@@ -156,13 +156,7 @@ def _rewrite(context: Context, scatter: Collective, reduction: Reduction, where:
             ops.op(KIND), *arguments, outer, context.token, plan.dumps(), scatter.group, like=scatter.node
         )
         out = builder.call(operator.getitem, node, 0, like=scatter.node)
-        order = sorted_by_stride(where.rest, where.rank)
-        shape = scatter.node.meta["val"].shape
-        if order != list(range(len(order))):
-            split = builder.reshape(out, [where.rest[i].size for i in order], sources)
-            out = builder.call(aten.permute.default, split, [order.index(i) for i in range(len(order))])
-        new = builder.reshape(out, shape, sources)
-        assert all(known_eq(a, b) for a, b in zip(new.meta["val"].shape, shape, strict=True))
+        new = in_order(builder, out, where.rest, scatter.node.meta["val"].shape, sources, where.rank)
     replace_collective(scatter, new)
     erase_unused(context.graph, [scatter.result, scatter.node])
     return node

@@ -11,7 +11,7 @@ from torch import fx
 from ..problem import FusionProblem, Keep
 from .collectives import Collective
 from .describe import dtype_name, shape_text
-from .layout import Digits, NotStrided, natural_order
+from .layout import Digit, Digits, NotStrided, natural_order
 from .linear import Reduction, Sum, Term, addend_matrix, common_reduction, linear_terms
 from .matmuls import Matmul
 from .pattern import Context
@@ -73,31 +73,35 @@ def reduction_shapes(verb: str, collective: Collective, reduction: Reduction) ->
 def term_arguments(builder: Builder, reduction: Reduction) -> list[Any]:
     """[lhs], [rhs], [bias or None], [addends]: the tensor arguments of a reducing op."""
     matmuls = matmuls_of(reduction)
-
-    def matrix(node: fx.Node, batched: bool) -> fx.Node:
-        return builder.call(aten.squeeze.dim, node, 0) if batched else node
-
     addends = [addend_matrix(builder, t, reduction) for t in reduction.addends]
     return [
-        [matrix(m.lhs, m.batched) for m in matmuls],
-        [matrix(m.rhs, m.batched) for m in matmuls],
+        [builder.matrix(m.lhs, m.batched) for m in matmuls],
+        [builder.matrix(m.rhs, m.batched) for m in matmuls],
         [m.bias for m in matmuls],
         addends,
     ]
 
 
 def in_order(
-    builder: Builder, node: fx.Node, digits: Digits, shape: Sequence[Size], sources: Sequence[fx.Node]
+    builder: Builder,
+    node: fx.Node,
+    digits: Digits,
+    shape: Sequence[Size],
+    sources: Sequence[fx.Node],
+    rank: Digit | None = None,
 ) -> fx.Node:
-    """`node`, whose elements lie by falling stride of `digits`, permuted to the order of `digits` and reshaped to `shape`."""
-    order = sorted_by_stride(digits)
+    """`node`, whose elements lie by falling stride of `digits`, permuted to the order of `digits` and reshaped to `shape`.
+
+    rank: the digit that `digits` lack to tile the matmul's result, if it was scattered.
+    """
+    order = sorted_by_stride(digits, rank)
     if order != list(range(len(digits))):
         split = builder.reshape(node, [digits[i].size for i in order], sources)
         node = builder.call(aten.permute.default, split, [order.index(i) for i in range(len(digits))])
     return builder.reshape(node, shape, sources)
 
 
-def sorted_by_stride(digits: Digits, rank: Any = None) -> list[int]:
+def sorted_by_stride(digits: Digits, rank: Digit | None = None) -> list[int]:
     """Indices of `digits` by falling stride; they tile the root, with or without the rank digit among them."""
     everything = digits if rank is None else (rank, *digits)
     order = natural_order(everything)

@@ -103,6 +103,10 @@ class Builder:
             return node
         return self.call(aten.reshape.default, node, self.shape(shape, [node, *sources]))
 
+    def matrix(self, node: fx.Node, batched: bool) -> fx.Node:
+        """`node` as `[rows, cols]`; a batched operand has a leading dimension of size 1."""
+        return self.call(aten.squeeze.dim, node, 0) if batched else node
+
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         if node.meta["val"].dtype == dtype:
             return node
