@@ -101,7 +101,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class FusionProblem:
-    """What the planner decides on. Sizes are hints where the graph is symbolic (`dynamic`)."""
+    """What the planner decides on. Sizes are hints where the graph is symbolic."""
 
     kind: str
     group_size: int
@@ -110,10 +110,8 @@ class FusionProblem:
     dtype: str
     comm_bytes: int  # bytes of the full tensor [P, R, Q] that the original collective moves
     gemms: tuple[Gemm, ...]
-    dynamic: bool = False
     reduce_op: str = "sum"
     return_gathered: bool = False
-    pieces: int = 1  # rows of P: how many strided blocks each chunk consists of
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,7 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
         dtype=dtype_name(wire),
         comm_bytes=hint(product(value.shape)) * wire.itemsize,
         gemms=tuple(r.matmul.gemm for r in readers),
-        dynamic=not all(isinstance(s, int) for s in value.shape),
         return_gathered=bool(live.nodes),
-        pieces=hint(home.outer),
     )
     shapes = (
         f"gather {shape_text(gather.input)}",

@@ -86,8 +86,6 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
         dtype=dtype_name(value.dtype),
         comm_bytes=hint(product(value.shape)) * value.dtype.itemsize,
         gemms=(matmul.gemm,),
-        dynamic=not all(isinstance(s, int) for s in value.shape),
-        pieces=hint(placement.home.outer),
     )
     shapes = (f"mm {shape_text(matmul.lhs)} @ {shape_text(matmul.rhs)}", f"gather {shape_text(gather.input)}")
     return Match(

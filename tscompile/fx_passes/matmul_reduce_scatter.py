@@ -135,11 +135,10 @@ def find(context: Context, scatter: Collective) -> Match | Keep | None:
         term_group=term_group,
         reduce_op="avg" if scatter.reduce_op == "avg" else "sum",
     )
-    pieces = where.outer if where.axis == "rows" else product([reduction.result.shape[-2], where.outer])
     return Match(
         KIND,
         (scatter,),
-        reduction_problem(KIND, scatter, reduction, pieces),
+        reduction_problem(KIND, scatter, reduction),
         plan,
         reduction_shapes("scatter", scatter, reduction),
         lambda ctx, final: _rewrite(ctx, scatter, reduction, where, final),

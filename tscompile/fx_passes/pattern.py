@@ -75,7 +75,3 @@ def register_pattern(kind: str, anchor: str, priority: int = 0) -> Callable[[Fin
 
 def patterns_for(anchor: str) -> list[Pattern]:
     return sorted((p for p in _patterns.values() if p.anchor == anchor), key=lambda p: (p.priority, p.kind))
-
-
-def kinds() -> tuple[str, ...]:
-    return tuple(sorted(_patterns))

@@ -49,7 +49,7 @@ def coefficients(reduction: Reduction) -> tuple[float, ...]:
     return tuple(t.coefficient for t in (*reduction.matmuls, *reduction.addends))
 
 
-def reduction_problem(kind: str, collective: Collective, reduction: Reduction, pieces: Size = 1) -> FusionProblem:
+def reduction_problem(kind: str, collective: Collective, reduction: Reduction) -> FusionProblem:
     value = collective.input.meta["val"]
     return FusionProblem(
         kind=kind,
@@ -59,9 +59,7 @@ def reduction_problem(kind: str, collective: Collective, reduction: Reduction, p
         dtype=dtype_name(value.dtype),
         comm_bytes=hint(product(value.shape)) * value.dtype.itemsize,
         gemms=tuple(m.gemm for m in matmuls_of(reduction)),
-        dynamic=not all(isinstance(s, int) for s in value.shape),
         reduce_op=collective.reduce_op,
-        pieces=hint(pieces),
     )
 
 

@@ -21,7 +21,7 @@ _c10d = torch.ops._c10d_functional
 
 Reference = Callable[..., list[Tensor]]
 Fake = Callable[..., list[Tensor]]
-_references: dict[str, Reference] = {}
+_kinds: set[str] = set()
 
 
 def group_size(group_name: str) -> int:
@@ -34,9 +34,9 @@ def define_op(kind: str, inputs: str, *, fake: Fake, reference: Reference) -> No
     fake(plan, ranks, *inputs) and reference(plan, group_name, *inputs) return the outputs without the token. The reference is made
     of c10d and aten ops only and issues the collectives that the program had, in their order.
     """
-    if kind in _references:
+    if kind in _kinds:
         raise ValueError(f"op {kind} is registered twice")
-    _references[kind] = reference
+    _kinds.add(kind)
     _lib.define(
         f"{kind}({inputs}, Tensor token, str plan, str group_name) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
     )
@@ -57,10 +57,6 @@ def define_op(kind: str, inputs: str, *, fake: Fake, reference: Reference) -> No
 
 def op(kind: str) -> Any:
     return getattr(torch.ops.tscompile, kind).default
-
-
-def reference(kind: str) -> Reference:
-    return _references[kind]
 
 
 # `begin` is declared to write its token: an op without users that mutates nothing would be dropped as dead code.
