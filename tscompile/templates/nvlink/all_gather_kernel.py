@@ -1,0 +1,140 @@
+"""Kernel of all_gather_matmul: a GEMM over gathered rows that waits for each peer's shard where it first needs it."""
+
+from typing import Any
+
+import tilelang.language as T
+
+from .gemm import DTYPE_CODES, SMS, TABLE_WORDS, THREADS, GemmConfig, load_columns, load_rows, multiply, prelude
+
+
+def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
+    """prim_func of C_g = gathered @ B_g (+ V_g) for the weights g of one gather.
+
+    Args:
+        config: layout and tile; `operands` is the number of weights.
+        collects: idle warps copy the gathered tensor to an output of its own.
+
+    Arguments of the kernel: X [MR, K] the own shard; A [M, K] the slot that the peers write; B_g [N_g, K] if transposed else
+    [K, N_g]; C_g [M, N_g]; V_g [N_g] bias; gathered [M, K]; the tile table; the context; counters; `pieces` and `shard_bytes` as the
+    shard lies in the gathered tensor [pieces, ranks, shard_bytes]; `epoch`, `site` and `ack` as kernels.h says. What the
+    config does not use may be any tensor of the right shape.
+    """
+    dtype, transposed, weights, bias = config.dtype, config.transposed, config.operands, config.bias
+    bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
+    NF, DT = config.registers, DTYPE_CODES[config.dtype]
+    M, MR, K, NT = T.dynamic("M"), T.dynamic("MR"), T.dynamic("K"), T.dynamic("NT")
+    N0, N1, N2 = T.dynamic("N0"), T.dynamic("N1"), T.dynamic("N2")
+    B_shapes = [(n, K) if transposed else (K, n) for n in (N0, N1, N2)]
+    text = prelude()
+
+    @T.prim_func
+    def all_gather_gemm(
+        X: T.Tensor((MR, K), dtype),
+        A: T.Tensor((M, K), dtype),
+        B0: T.Tensor(B_shapes[0], dtype),
+        B1: T.Tensor(B_shapes[1], dtype),
+        B2: T.Tensor(B_shapes[2], dtype),
+        C0: T.Tensor((M, N0), dtype),
+        C1: T.Tensor((M, N1), dtype),
+        C2: T.Tensor((M, N2), dtype),
+        V0: T.Tensor((N0,), dtype),
+        V1: T.Tensor((N1,), dtype),
+        V2: T.Tensor((N2,), dtype),
+        gathered: T.Tensor((M, K), dtype),
+        table: T.Tensor((NT, TABLE_WORDS), "int32"),
+        context: T.Tensor((32,), "int64"),
+        counters: T.Tensor((16,), "int32"),
+        pieces: T.int32,
+        shard_bytes: T.int64,
+        epoch: T.int32,
+        site: T.int32,
+        ack: T.int32,
+    ):
+        with T.Kernel(SMS, threads=THREADS, prelude=text) as cta:
+            As = T.alloc_shared((S, bM, bK), dtype)
+            Bs = T.alloc_shared((S, bN, bK) if transposed else (S, bK, bN), dtype)
+            Cl = T.alloc_fragment((bM, bN), "float32")
+            full = T.alloc_barrier([1] * S)
+            empty = T.alloc_barrier([256] * S)
+            thread = T.get_thread_binding()
+            it = T.alloc_var("int32")
+            turn = T.alloc_var("int32")
+            tile = T.alloc_var("int32")
+            after = T.alloc_var("int32")
+            ready = T.alloc_var("int32")
+            row = T.alloc_var("int32")
+            col = T.alloc_var("int32")
+            group = T.alloc_var("int32")
+            own = T.alloc_var("int32")
+            steps = T.ceildiv(K, bK)
+            it = 0
+            turn = 0
+            ready = 0
+            if thread < 32:
+                tile = T.call_extern("int32", "tsk_claim", T.access_ptr(counters[0], "rw"), NT)
+                while tile >= 0:
+                    after = T.call_extern("int32", "tsk_claim", T.access_ptr(counters[0], "rw"), NT)
+                    row = table[tile, 0]
+                    col = table[tile, 1]
+                    own = table[tile, 3]
+                    group = table[tile, 7]
+                    for k in T.serial(steps):
+                        T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
+                        if k == 0:
+                            T.call_extern("handle", "tsk_pass", turn, tile)
+                            ready = T.call_extern(
+                                "int32", "tsk_wait_ranks", T.access_ptr(context[0], "r"), table[tile, 6], ready, epoch, site
+                            )
+                        if own != 0:
+                            load_rows(X, row, k * bK, As, full, it % S, config)
+                        else:
+                            load_rows(A, row, k * bK, As, full, it % S, config)
+                        for g, B in enumerate((B0, B1, B2)[:weights]):
+                            if group == g:
+                                load_columns(B, col, k * bK, Bs, full, it % S, config)
+                        if T.shuffle_elect(32):
+                            T.barrier_arrive(full[it % S])
+                        it = it + 1
+                    turn = turn + 1
+                    tile = after
+                T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
+                T.call_extern("handle", "tsk_pass", turn, -1)
+                if T.shuffle_elect(32):
+                    T.barrier_arrive(full[it % S])
+            elif thread >= 128:
+                T.barrier_wait(full[0], 0)
+                tile = T.call_extern("int32", "tsk_passed", 0)
+                while tile >= 0:
+                    multiply(As, Bs, Cl, full, empty, it, steps, config)
+                    it = it + steps
+                    for g, C, V in zip(range(weights), (C0, C1, C2), (V0, V1, V2), strict=False):
+                        if table[tile, 7] == g:
+                            if bias:
+                                T.call_extern("handle", "TSK_BIAS", NF, DT, T.access_ptr(V[0], "r"), table[tile, 1], C.shape[1])
+                            T.call_extern(
+                                "handle", "TSK_STORE", NF, DT, T.access_ptr(C[0, 0], "rw"),
+                                table[tile, 5], table[tile, 1], table[tile, 2], C.shape[1],
+                            )
+                    turn = turn + 1
+                    T.barrier_wait(full[it % S], (it // S) & 1)
+                    tile = T.call_extern("int32", "tsk_passed", turn)
+                if collects:
+                    T.call_extern("handle", "tsk_join")
+                if T.call_extern("int32", "tsk_last", T.access_ptr(counters[0], "rw"), SMS) != 0:
+                    if T.call_extern("int32", "tsl_aborted", T.access_ptr(context[0], "r")) != 0:
+                        for g, C in enumerate((C0, C1, C2)[:weights]):
+                            T.call_extern("handle", "tsk_fill_nan", T.access_ptr(C[0, 0], "rw"), T.cast(M, "int64") * C.shape[1] * 2)
+                        if collects:
+                            T.call_extern("handle", "tsk_fill_nan", T.access_ptr(gathered[0, 0], "rw"), T.cast(M, "int64") * K * 2)
+                    T.call_extern(
+                        "handle", "tsk_finish", T.access_ptr(context[0], "r"), T.access_ptr(counters[0], "rw"), epoch, ack
+                    )
+            elif thread >= 64:
+                if collects:
+                    T.call_extern(
+                        "handle", "tsk_collect_shards", T.access_ptr(context[0], "r"), T.access_ptr(gathered[0, 0], "rw"),
+                        T.access_ptr(X[0, 0], "r"), shard_bytes, pieces, epoch, site, cta, SMS,
+                    )
+                    T.call_extern("handle", "tsk_join")
+
+    return all_gather_gemm

@@ -1,0 +1,120 @@
+"""What the fused GEMM kernels share: the shape of a kernel and its compiled form.
+
+A kernel is one persistent CTA per SM. Warp 0 claims tiles from a counter in the order of a table and loads their stages by TMA; two
+warpgroups multiply; warp 1 signals finished tiles; warps 2 and 3 copy what arrives to outputs. Sizes are run-time arguments, so one
+compiled kernel serves every shape of its layout. The design and its measurements: docs/dev/gpu.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import tilelang
+import tilelang.language as T
+
+from ...language import cuda_source
+
+SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
+THREADS = 384
+MAX_OPERANDS = 3  # weights of one gather, or terms of one sum, that a kernel takes
+TABLE_WORDS = 8
+TARGET = {"kind": "cuda", "arch": "sm_90a"}
+PASS_CONFIGS = {
+    # All synchronisation is explicit (warp-specialised by hand), and all tile copies are TMA, which checks bounds.
+    "tl.disable_thread_storage_sync": True,
+    "tl.disable_safe_memory_legalize": True,
+}
+DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of kernels.h
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """What a kernel is compiled for.
+
+    dtype: of operands and result; sums are float32.
+    transposed: the right operand lies as [N, K] (a Linear's weight used as `x @ W.T`), not as [K, N].
+    operands: weights of one gather, or terms of one sum (1 to MAX_OPERANDS).
+    bias: a bias row per result is added before rounding.
+    tile_n: columns of a tile; rows are 128 and the k step is 64.
+    stages: depth of the load pipeline.
+    """
+
+    dtype: str
+    transposed: bool
+    operands: int = 1
+    bias: bool = False
+    tile_n: int = 256
+    stages: int = 4
+
+    tile_m = 128
+    tile_k = 64
+
+    @property
+    def registers(self) -> int:
+        """Accumulator registers of a thread."""
+        return self.tile_m * self.tile_n // 256
+
+
+def prelude() -> str:
+    """Text of the device functions; it stands in each kernel, so that TileLang's cache key sees it."""
+    return cuda_source() + files(__package__).joinpath("kernels.h").read_text()
+
+
+def compile_kernel(function: Any) -> Any:
+    """Compile a prim_func for Hopper. Needs nvcc, no GPU."""
+    return tilelang.compile(function, target=TARGET, pass_configs=PASS_CONFIGS)
+
+
+# A macro's code is expanded into the kernel that calls it; its arguments are TileLang buffers, variables and Python constants.
+
+
+@T.macro
+def load_rows(A: Any, row: Any, k: Any, As: Any, full: Any, stage: Any, config: Any) -> None:
+    """Load rows [row, row + tile_m) of columns [k, k + tile_k) of A into a stage."""
+    T.tma_copy(
+        A[row : row + config.tile_m, k : k + config.tile_k],
+        As[stage, :, :],
+        barrier=full[stage],
+        leader_scope_threads=32,
+    )
+
+
+@T.macro
+def load_columns(B: Any, col: Any, k: Any, Bs: Any, full: Any, stage: Any, config: Any) -> None:
+    """Load columns [col, col + tile_n) of the right operand, steps [k, k + tile_k), into a stage."""
+    if config.transposed:
+        T.tma_copy(
+            B[col : col + config.tile_n, k : k + config.tile_k],
+            Bs[stage, :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+    else:
+        T.tma_copy(
+            B[k : k + config.tile_k, col : col + config.tile_n],
+            Bs[stage, :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+
+
+@T.macro
+def multiply(As: Any, Bs: Any, Cl: Any, full: Any, empty: Any, first: Any, steps: Any, config: Any) -> None:
+    """Cl = the product of `steps` stages from stage number `first` on; one wgmma group stays in flight."""
+    T.clear(Cl)
+    for k in T.serial(steps):
+        T.barrier_wait(full[(first + k) % config.stages], ((first + k) // config.stages) & 1)
+        T.wgmma_gemm(
+            As[(first + k) % config.stages, :, :],
+            Bs[(first + k) % config.stages, :, :],
+            Cl,
+            transpose_B=config.transposed,
+            policy=T.GemmWarpPolicy.FullRow,
+        )
+        if k > 0:
+            T.wait_wgmma(1)
+            T.barrier_arrive(empty[(first + k - 1) % config.stages])
+    T.wait_wgmma(0)
+    T.barrier_arrive(empty[(first + steps - 1) % config.stages])

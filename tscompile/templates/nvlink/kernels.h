@@ -1,0 +1,322 @@
+// Parts of the fused GEMM kernels that TileLang has no words for: tile claims, epilogues on the accumulator's registers, and
+// what the idle warps of a CTA do. Follows language/cuda.h in the prelude.
+//
+// A CTA has 384 threads: warp 0 loads tiles, warp 1 signals, warps 2 and 3 collect, warps 4 to 11 (two warpgroups) multiply.
+// The accumulator of a tile [128, 2 * NF] lies in wgmma's register order under GemmWarpPolicy.FullRow: warp w of the eight holds
+// rows 16w to 16w+15 and lane l of it, in group j of four registers, columns 8j + 2 * (l % 4) + {0, 1} of rows l / 4 and 8 + l / 4.
+
+#define TSK_CONSUMERS 256
+#define TSK_THREAD ((int)threadIdx.x - 128)   // of a multiplying thread
+
+enum { TSK_BF16 = 0, TSK_FP16 = 1 };
+// Words of a row in the tile table (tiles.py): see there.
+enum { TSK_ROW, TSK_COL, TSK_ROWS, TSK_OWNER, TSK_INDEX, TSK_OUT_ROW, TSK_MASK, TSK_GROUP, TSK_WORDS };
+
+// ---- tiles are claimed from a counter, so that any resident subset of the CTAs finishes all of them ---------------------------
+
+TSL int *tsk_ring() {
+  __shared__ int ring[8];
+  return ring;
+}
+TSL int tsk_claim(void *counter, int total) {
+  int tile = 0;
+  if ((threadIdx.x & 31) == 0) tile = (int)atomicAdd((unsigned int *)counter, 1u);
+  tile = __shfl_sync(0xffffffffu, tile, 0);
+  return tile < total ? tile : -1;
+}
+// The loading warp passes its w-th tile on to the multiplying warps, ahead of the tile's first stage. The ring is longer than
+// the pipeline, so an entry is read before it is overwritten.
+TSL void tsk_pass(int w, int tile) {
+  if ((threadIdx.x & 31) == 0) tsk_ring()[w & 7] = tile;
+  __syncwarp();
+}
+TSL int tsk_passed(int w) { return ((volatile int *)tsk_ring())[w & 7]; }
+
+TSL void tsk_sync() { asm volatile("bar.sync 9, 256;" ::: "memory"); }   // of the multiplying warps
+
+TSL uint32_t tsk_epoch(const void *context, int epoch) {
+  return (uint32_t)epoch + *(volatile uint32_t *)tsl_context(context)->epoch_cell;
+}
+
+// ---- waits ------------------------------------------------------------------------------------------------------------------
+
+// Loading warp: lane r waits for the data of rank r if `mask` has it and `ready` has not; returns the new `ready`.
+TSL int tsk_wait_ranks(const void *context, int mask, int ready, int epoch, int site) {
+  const TslContext *c = tsl_context(context);
+  if ((mask & ~ready) == 0) return ready;
+  const int lane = threadIdx.x & 31;
+  if (lane < TSL_MAX_RANKS && ((mask & ~ready) >> lane & 1))
+    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
+  __syncwarp();
+  tsl_fence_async();
+  return ready | mask;
+}
+
+// Multiplying warps: wait until the partial tiles of `part` are there from every peer.
+TSL void tsk_wait_parts(const void *context, int part, int parts, int epoch, int site) {
+  const TslContext *c = tsl_context(context);
+  const int t = TSK_THREAD, size = (int)c->size;
+  if (t < size - 1) {
+    const int peer = ((int)c->rank + 1 + t) % size;
+    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (peer * parts + part)), tsk_epoch(context, epoch), peer, site);
+  }
+  tsk_sync();
+}
+
+// ---- conversions ------------------------------------------------------------------------------------------------------------
+
+template <int DT> TSL uint32_t tsk_pack(float a, float b) {
+  uint32_t r;
+  if (DT == TSK_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+  return r;
+}
+template <int DT> TSL float tsk_low(uint32_t x) {
+  if (DT == TSK_BF16) return __uint_as_float(x << 16);
+  float f;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(x));
+  return f;
+}
+template <int DT> TSL float tsk_high(uint32_t x) {
+  if (DT == TSK_BF16) return __uint_as_float(x & 0xffff0000u);
+  float f;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(x));
+  return f;
+}
+template <int DT> TSL uint4 tsk_pack8(const float *a) {
+  uint4 v;
+  v.x = tsk_pack<DT>(a[0], a[1]); v.y = tsk_pack<DT>(a[2], a[3]); v.z = tsk_pack<DT>(a[4], a[5]); v.w = tsk_pack<DT>(a[6], a[7]);
+  return v;
+}
+template <int DT> TSL void tsk_add8(float *a, uint4 v) {
+  a[0] += tsk_low<DT>(v.x); a[1] += tsk_high<DT>(v.x); a[2] += tsk_low<DT>(v.y); a[3] += tsk_high<DT>(v.y);
+  a[4] += tsk_low<DT>(v.z); a[5] += tsk_high<DT>(v.z); a[6] += tsk_low<DT>(v.w); a[7] += tsk_high<DT>(v.w);
+}
+
+// 4x4 transpose over the four lanes of a quad. In: a[j] = this lane's word of column block j; out: a[k] = word k of block `lane`.
+TSL void tsk_quad_transpose(uint32_t a[4], int lane) {
+  #pragma unroll
+  for (int s = 1; s < 4; s <<= 1) {
+    #pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (!(j & s)) {
+        const uint32_t mine = (lane & s) ? a[j] : a[j | s];
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, mine, s);
+        if (lane & s) a[j] = got; else a[j | s] = got;
+      }
+  }
+}
+
+// ---- epilogues --------------------------------------------------------------------------------------------------------------
+
+// acc[row, :] += bias[:], one rounding later; bias is [n] of the tile's dtype.
+template <int NF, int DT> TSL void tsk_bias(float *acc, const void *bias, int col, int n) {
+  const int q = threadIdx.x & 3;
+  #pragma unroll
+  for (int j = 0; j < NF / 4; ++j) {
+    const int c = col + j * 8 + q * 2;
+    if (c < n) {
+      const uint32_t x = *(const uint32_t *)((const char *)bias + 2ull * c);
+      const float lo = tsk_low<DT>(x), hi = tsk_high<DT>(x);
+      acc[j * 4] += lo; acc[j * 4 + 1] += hi; acc[j * 4 + 2] += lo; acc[j * 4 + 3] += hi;
+    }
+  }
+}
+
+template <int NF> TSL void tsk_scale(float *acc, float factor) {
+  #pragma unroll
+  for (int i = 0; i < NF; ++i) acc[i] *= factor;
+}
+
+// Store the tile to a row-major matrix [.., ld] at (row, col), as far as `rows` and the columns below n go. n and ld are multiples
+// of 8 elements and the base is 16-byte aligned.
+template <int NF, int DT> TSL void tsk_rows(float *acc, void *out, int row, int col, int rows, int n) {
+  const int t = TSK_THREAD, w = t >> 5, l = t & 31, q = l & 3, first = w * 16 + (l >> 2);
+  #pragma unroll
+  for (int jb = 0; jb < NF / 16; ++jb) {
+    #pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t a[4];
+      #pragma unroll
+      for (int j = 0; j < 4; ++j) a[j] = tsk_pack<DT>(acc[(jb * 4 + j) * 4 + h * 2], acc[(jb * 4 + j) * 4 + h * 2 + 1]);
+      tsk_quad_transpose(a, q);
+      const int c = col + jb * 32 + q * 8, r = first + h * 8;
+      if (c < n && r < rows) {
+        uint4 v; v.x = a[0]; v.y = a[1]; v.z = a[2]; v.w = a[3];
+        tsl_st_v4((char *)out + ((uint64_t)(row + r) * n + c) * 2, v);
+      }
+    }
+  }
+  if (NF % 16) {
+    #pragma unroll
+    for (int j = NF / 16 * 4; j < NF / 4; ++j)
+      #pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int c = col + j * 8 + q * 2, r = first + h * 8;
+        if (c < n && r < rows)
+          *(uint32_t *)((char *)out + ((uint64_t)(row + r) * n + c) * 2) = tsk_pack<DT>(acc[j * 4 + h * 2], acc[j * 4 + h * 2 + 1]);
+      }
+  }
+}
+
+// The same to the slot of every peer, at `offset` bytes: row-major [.., n]. The next rank comes first, so that no rank is
+// everybody's first destination.
+template <int NF, int DT> TSL void tsk_rows_to_peers(float *acc, const void *context, int64_t offset, int row, int col, int rows, int n) {
+  const TslContext *c = tsl_context(context);
+  const int size = (int)c->size;
+  #pragma unroll 1
+  for (int i = 1; i < size; ++i) tsk_rows<NF, DT>(acc, (void *)(c->data[((int)c->rank + i) % size] + offset), row, col, rows, n);
+}
+
+// Tiles that travel keep the registers' order: thread t's i-th 16 bytes lie at i * 4096 + t * 16, so stores and loads are whole lines.
+template <int NF, int DT> TSL void tsk_stage(float *acc, void *tile) {
+  char *p = (char *)tile + TSK_THREAD * 16;
+  #pragma unroll
+  for (int i = 0; i < NF / 8; ++i) tsl_st_v4(p + i * 4096, tsk_pack8<DT>(acc + i * 8));
+}
+// acc += the partial tile of every peer, in ring order: a fixed order, so results repeat bit by bit.
+template <int NF, int DT> TSL void tsk_add_parts(float *acc, const void *context, int64_t index, int64_t tiles) {
+  const TslContext *c = tsl_context(context);
+  const int size = (int)c->size, rank = (int)c->rank;
+  #pragma unroll 1
+  for (int i = 1; i < size; ++i) {
+    const int peer = (rank + i) % size;
+    const char *p = (const char *)c->data[rank] + (peer * tiles + index) * (NF * 512ll) + TSK_THREAD * 16;
+    #pragma unroll
+    for (int j = 0; j < NF / 8; j += 4) {
+      uint4 v[4];
+      #pragma unroll
+      for (int u = 0; u < 4; ++u) if (j + u < NF / 8) v[u] = tsl_ld_v4(p + (j + u) * 4096);
+      #pragma unroll
+      for (int u = 0; u < 4; ++u) if (j + u < NF / 8) tsk_add8<DT>(acc + (j + u) * 8, v[u]);
+    }
+  }
+}
+
+// ---- signalling warp: a fence at system scope in a multiplying warp would stall its warpgroup until the tile has drained -------
+
+TSL int *tsk_note() {
+  __shared__ int note[2];
+  return note;
+}
+TSL void tsk_leave_note(int kind, int value) {
+  if (TSK_THREAD == 0) { tsk_note()[0] = kind; tsk_note()[1] = value; }
+}
+TSL int tsk_note_kind() { return ((volatile int *)tsk_note())[0]; }
+TSL int tsk_note_value() { return ((volatile int *)tsk_note())[1]; }
+// One more tile of the part lies in local staging: the copy stream waits for this count.
+TSL void tsk_count_part(void *counts, int part) {
+  if ((threadIdx.x & 31) == 0) {
+    tsl_fence_sys();
+    asm volatile("red.relaxed.sys.global.add.u32 [%0], 1;" ::"l"((unsigned int *)counts + part) : "memory");
+  }
+  __syncwarp();
+}
+// Set flag `flag` to the epoch at every peer.
+TSL void tsk_signal_peers(const void *context, int flag, int epoch) {
+  const TslContext *c = tsl_context(context);
+  const int lane = threadIdx.x & 31;
+  const uint32_t e = tsk_epoch(context, epoch);
+  if (lane == 0) tsl_fence_sys();
+  __syncwarp();
+  if (lane < (int)c->size && lane != (int)c->rank) tsl_st_relaxed_sys((void *)(c->flags[lane] + 4ull * (uint32_t)flag), e);
+  __syncwarp();
+}
+
+// ---- collecting warps (2 and 3): copy what arrived in the slot to the op's own output -------------------------------------------
+
+// [row, row + rows) x [col, col + cols) of a row-major matrix [.., n]; cols and n are multiples of 8.
+TSL void tsk_copy_block(void *to, const void *from, int row, int col, int rows, int cols, int n) {
+  const int t = (int)threadIdx.x - 64, width = min(cols, n - col) / 8, total = rows * width;
+  #pragma unroll 1
+  for (int i = t; i < total; i += 64 * 8) {
+    uint4 v[8];
+    #pragma unroll
+    for (int u = 0; u < 8; ++u) {
+      const int x = i + u * 64;
+      if (x < total) v[u] = tsl_ld_v4((const char *)from + ((uint64_t)(row + x / width) * n + col + x % width * 8) * 2);
+    }
+    #pragma unroll
+    for (int u = 0; u < 8; ++u) {
+      const int x = i + u * 64;
+      if (x < total) tsl_st_v4((char *)to + ((uint64_t)(row + x / width) * n + col + x % width * 8) * 2, v[u]);
+    }
+  }
+}
+TSL void tsk_copy_bytes(void *to, const void *from, int64_t bytes, int cta, int ctas) {   // bytes is a multiple of 16
+  const int64_t total = bytes / 16, stride = 64ll * ctas;
+  #pragma unroll 1
+  for (int64_t i = (int64_t)cta * 64 + (int)threadIdx.x - 64; i < total; i += stride * 8) {
+    uint4 v[8];
+    #pragma unroll
+    for (int u = 0; u < 8; ++u) if (i + u * stride < total) v[u] = tsl_ld_v4((const char *)from + (i + u * stride) * 16);
+    #pragma unroll
+    for (int u = 0; u < 8; ++u) if (i + u * stride < total) tsl_st_v4((char *)to + (i + u * stride) * 16, v[u]);
+  }
+}
+TSL void tsk_collect_wait(const void *context, int flag, int epoch, int peer, int site) {
+  const TslContext *c = tsl_context(context);
+  tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)flag), tsk_epoch(context, epoch), peer, site);
+  __syncwarp();
+}
+// The gathered tensor [pieces, size, bytes]: the shards of the peers from the slot, in the order of their arrival, the own one from x.
+TSL void tsk_collect_shards(const void *context, void *out, const void *shard, int64_t bytes, int pieces, int epoch, int site, int cta, int ctas) {
+  const TslContext *c = tsl_context(context);
+  const int size = (int)c->size, rank = (int)c->rank;
+  for (int i = 0; i < size; ++i) {
+    const int source = (rank + i) % size;
+    if (i) tsk_collect_wait(context, source, epoch, source, site);
+    for (int p = 0; p < pieces; ++p) {
+      const int64_t at = ((int64_t)p * size + source) * bytes;
+      const char *from = i ? (const char *)c->data[rank] + at : (const char *)shard + p * bytes;
+      tsk_copy_bytes((char *)out + at, from, bytes, cta, ctas);
+    }
+  }
+}
+
+// The tiles that peers summed, from this rank's slot to the output; CTA c takes every ctas-th. `order` is [all tiles, 4]: row, column,
+// rows and owner of each tile of the result, the same on every rank and in the order of arrival.
+TSL void tsk_collect_tiles(int bM, int bN, const void *context, void *out, int64_t offset, const int *order, int total, int n, int done,
+                           int epoch, int site, int cta, int ctas) {
+  const TslContext *c = tsl_context(context);
+  const int rank = (int)c->rank;
+  for (int i = cta; i < total; i += ctas) {
+    const int *t = order + i * 4;
+    if (t[3] == rank) continue;
+    tsk_collect_wait(context, done + i, epoch, t[3], site);
+    tsk_copy_block(out, (const char *)c->data[rank] + offset, t[0], t[1], t[2], bN, n);
+  }
+}
+
+// ---- end of a kernel ----------------------------------------------------------------------------------------------------------
+
+// counters: [0] claims, [1] CTAs that are done. The last CTA leaves both at zero for the next launch and tells the peers that this
+// rank has read its slot; if the group was aborted it fills the output with NaN, since part of it was never computed.
+TSL void tsk_join() { asm volatile("bar.sync 10, 320;" ::: "memory"); }   // multiplying and collecting warps of a CTA
+TSL int tsk_last(void *counters, int ctas) {
+  __shared__ int last;
+  tsk_sync();
+  if (TSK_THREAD == 0) {
+    __threadfence();
+    last = atomicAdd((unsigned int *)counters + 1, 1u) == (unsigned)ctas - 1;
+    if (last) __threadfence();
+  }
+  tsk_sync();
+  return *(volatile int *)&last;
+}
+TSL void tsk_fill_nan(void *out, int64_t bytes) {
+  const uint4 nan = make_uint4(~0u, ~0u, ~0u, ~0u);
+  for (int64_t i = TSK_THREAD; i < bytes / 16; i += TSK_CONSUMERS) tsl_st_v4((char *)out + i * 16, nan);
+}
+TSL void tsk_finish(const void *context, void *counters, int epoch, int ack_flag) {
+  const TslContext *c = tsl_context(context);
+  if (TSK_THREAD == 0) { ((volatile unsigned int *)counters)[0] = 0; ((volatile unsigned int *)counters)[1] = 0; }
+  const int t = TSK_THREAD;
+  if (t < (int)c->size && t != (int)c->rank) tsl_st_release_sys((void *)(c->flags[t] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
+}
+#define TSK_BIAS(NF, DT, ...) tsk_bias<NF, DT>(Cl, __VA_ARGS__)
+#define TSK_SCALE(NF, ...) tsk_scale<NF>(Cl, __VA_ARGS__)
+#define TSK_STORE(NF, DT, ...) tsk_rows<NF, DT>(Cl, __VA_ARGS__)
+#define TSK_STORE_PEERS(NF, DT, ...) tsk_rows_to_peers<NF, DT>(Cl, __VA_ARGS__)
+#define TSK_STAGE(NF, DT, ...) tsk_stage<NF, DT>(Cl, __VA_ARGS__)
+#define TSK_ADD_PARTS(NF, DT, ...) tsk_add_parts<NF, DT>(Cl, __VA_ARGS__)

@@ -1,0 +1,174 @@
+"""Kernel of matmul_reduce_scatter and matmul_all_reduce: partial tiles for peers first, the own tiles last.
+
+A tile that a peer sums goes to local staging, in the order of the registers, and a counter per part tells the copy stream
+when the part may travel. A tile that this rank sums waits for the peers' partial tiles and adds them in float32 to its accumulator: there
+is no reduce kernel and no barrier. For an all_reduce the sum is stored to every rank, and idle warps copy it to the output.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+
+from .gemm import DTYPE_CODES, SMS, TABLE_WORDS, THREADS, GemmConfig, load_columns, load_rows, multiply, prelude
+
+# No postponed annotations here: TileLang evaluates those of a prim_func where it stands.
+
+
+def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
+    """prim_func of the sum over terms and ranks of A_t @ B_t (+ V on the terms' sum), scattered or to all.
+
+    Arguments of the kernel: A_t [M, K_t]; B_t [N, K_t] if transposed else [K_t, N]; V [N] the bias; C [MO, N] the output; staging
+    for the peers' tiles; counts, one per (peer, part); the tile table; `tiles` a rank's number of tiles; `parts` copies per peer;
+    `scale` a factor on the sum; `result_offset` where in a slot an all_reduce's result lies; `done` the first flag of its tiles.
+    """
+    dtype, transposed, terms = config.dtype, config.transposed, config.operands
+    bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
+    NF, DT = config.registers, DTYPE_CODES[config.dtype]
+    M, MO, N, NT, NS, NC = (T.dynamic(name) for name in ("M", "MO", "N", "NT", "NS", "NC"))
+    NO = T.dynamic("NO")
+    K0, K1, K2 = T.dynamic("K0"), T.dynamic("K1"), T.dynamic("K2")
+    B_shapes = [(N, k) if transposed else (k, N) for k in (K0, K1, K2)]
+    text = prelude()
+
+    @T.prim_func
+    def gemm_reduce(
+        A0: T.Tensor((M, K0), dtype),
+        A1: T.Tensor((M, K1), dtype),
+        A2: T.Tensor((M, K2), dtype),
+        B0: T.Tensor(B_shapes[0], dtype),
+        B1: T.Tensor(B_shapes[1], dtype),
+        B2: T.Tensor(B_shapes[2], dtype),
+        V: T.Tensor((N,), dtype),
+        C: T.Tensor((MO, N), dtype),
+        staging: T.Tensor((NS,), dtype),
+        counts: T.Tensor((NC,), "int32"),
+        table: T.Tensor((NT, TABLE_WORDS), "int32"),
+        order: T.Tensor((NO, 4), "int32"),
+        context: T.Tensor((32,), "int64"),
+        counters: T.Tensor((16,), "int32"),
+        tiles: T.int32,
+        parts: T.int32,
+        scale: T.float32,
+        result_offset: T.int64,
+        done: T.int32,
+        epoch: T.int32,
+        site: T.int32,
+        ack: T.int32,
+    ):
+        with T.Kernel(SMS, threads=THREADS, prelude=text) as cta:
+            As = T.alloc_shared((S, bM, bK), dtype)
+            Bs = T.alloc_shared((S, bN, bK) if transposed else (S, bK, bN), dtype)
+            Cl = T.alloc_fragment((bM, bN), "float32")
+            full = T.alloc_barrier([1] * S)
+            empty = T.alloc_barrier([256] * S)
+            noted = T.alloc_barrier([256])
+            taken = T.alloc_barrier([32])
+            thread = T.get_thread_binding()
+            it = T.alloc_var("int32")
+            turn = T.alloc_var("int32")
+            tile = T.alloc_var("int32")
+            after = T.alloc_var("int32")
+            row = T.alloc_var("int32")
+            col = T.alloc_var("int32")
+            notes = T.alloc_var("int32")
+            kind = T.alloc_var("int32")
+            steps = T.alloc_var("int32")
+            it = 0
+            turn = 0
+            notes = 0
+            steps = 0
+            for A in (A0, A1, A2)[:terms]:
+                steps = steps + T.ceildiv(A.shape[1], bK)
+            if thread < 32:
+                tile = T.call_extern("int32", "tsk_claim", T.access_ptr(counters[0], "rw"), NT)
+                while tile >= 0:
+                    after = T.call_extern("int32", "tsk_claim", T.access_ptr(counters[0], "rw"), NT)
+                    row = table[tile, 0]
+                    col = table[tile, 1]
+                    T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
+                    T.call_extern("handle", "tsk_pass", turn, tile)
+                    for A, B in zip((A0, A1, A2)[:terms], (B0, B1, B2)[:terms], strict=True):
+                        for k in T.serial(T.ceildiv(A.shape[1], bK)):
+                            T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
+                            load_rows(A, row, k * bK, As, full, it % S, config)
+                            load_columns(B, col, k * bK, Bs, full, it % S, config)
+                            if T.shuffle_elect(32):
+                                T.barrier_arrive(full[it % S])
+                            it = it + 1
+                    turn = turn + 1
+                    tile = after
+                T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
+                T.call_extern("handle", "tsk_pass", turn, -1)
+                if T.shuffle_elect(32):
+                    T.barrier_arrive(full[it % S])
+            elif thread >= 128:
+                T.barrier_wait(full[0], 0)
+                tile = T.call_extern("int32", "tsk_passed", 0)
+                while tile >= 0:
+                    multiply(As, Bs, Cl, full, empty, it, steps, config)
+                    it = it + steps
+                    if config.bias:
+                        T.call_extern("handle", "TSK_BIAS", NF, DT, T.access_ptr(V[0], "r"), table[tile, 1], N)
+                    if table[tile, 3] == 0:
+                        T.call_extern(
+                            "handle", "TSK_STAGE", NF, DT, T.access_ptr(staging[T.cast(table[tile, 4], "int64") * (bM * bN)], "rw")
+                        )
+                        T.barrier_wait(taken[0], (notes & 1) ^ 1)
+                        T.call_extern("handle", "tsk_leave_note", 1, table[tile, 6])
+                        T.barrier_arrive(noted[0])
+                        notes = notes + 1
+                    else:
+                        T.call_extern(
+                            "handle", "tsk_wait_parts", T.access_ptr(context[0], "r"), table[tile, 6], parts, epoch, site
+                        )
+                        T.call_extern("handle", "TSK_ADD_PARTS", NF, DT, T.access_ptr(context[0], "r"), T.cast(table[tile, 4], "int64"), T.cast(tiles, "int64"))
+                        if scale != T.float32(1):
+                            T.call_extern("handle", "TSK_SCALE", NF, scale)
+                        T.call_extern(
+                            "handle", "TSK_STORE", NF, DT, T.access_ptr(C[0, 0], "rw"),
+                            table[tile, 5], table[tile, 1], table[tile, 2], N,
+                        )
+                        if all_reduce:
+                            T.call_extern(
+                                "handle", "TSK_STORE_PEERS", NF, DT, T.access_ptr(context[0], "r"), result_offset,
+                                table[tile, 5], table[tile, 1], table[tile, 2], N,
+                            )
+                            T.barrier_wait(taken[0], (notes & 1) ^ 1)
+                            T.call_extern("handle", "tsk_leave_note", 2, table[tile, 7])
+                            T.barrier_arrive(noted[0])
+                            notes = notes + 1
+                    turn = turn + 1
+                    T.barrier_wait(full[it % S], (it // S) & 1)
+                    tile = T.call_extern("int32", "tsk_passed", turn)
+                T.barrier_wait(taken[0], (notes & 1) ^ 1)
+                T.call_extern("handle", "tsk_leave_note", 0, 0)
+                T.barrier_arrive(noted[0])
+                if all_reduce:
+                    T.call_extern("handle", "tsk_join")
+                if T.call_extern("int32", "tsk_last", T.access_ptr(counters[0], "rw"), SMS) != 0:
+                    if T.call_extern("int32", "tsl_aborted", T.access_ptr(context[0], "r")) != 0:
+                        T.call_extern("handle", "tsk_fill_nan", T.access_ptr(C[0, 0], "rw"), T.cast(MO, "int64") * N * 2)
+                    T.call_extern(
+                        "handle", "tsk_finish", T.access_ptr(context[0], "r"), T.access_ptr(counters[0], "rw"), epoch, ack
+                    )
+            elif thread < 64:
+                kind = 1
+                while kind > 0:
+                    T.barrier_wait(noted[0], notes & 1)
+                    kind = T.call_extern("int32", "tsk_note_kind")
+                    tile = T.call_extern("int32", "tsk_note_value")
+                    T.barrier_arrive(taken[0])
+                    notes = notes + 1
+                    if kind == 1:
+                        T.call_extern("handle", "tsk_count_part", T.access_ptr(counts[0], "rw"), tile)
+                    if kind == 2:
+                        T.call_extern("handle", "tsk_signal_peers", T.access_ptr(context[0], "r"), done + tile, epoch)
+            else:
+                if all_reduce:
+                    T.call_extern(
+                        "handle", "tsk_collect_tiles", bM, bN, T.access_ptr(context[0], "r"), T.access_ptr(C[0, 0], "rw"), result_offset,
+                        T.access_ptr(order[0, 0], "r"), NO, N, done, epoch, site, cta, SMS,
+                    )
+                    T.call_extern("handle", "tsk_join")
+
+    return gemm_reduce
