@@ -28,7 +28,7 @@ def _compiler() -> str | None:
     return None
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     """A directory of this user alone: code is loaded from it."""
     for path in (user_cache_path("tscompile"), Path(tempfile.gettempdir()) / f"tscompile-{os.getuid()}"):
         try:
@@ -71,7 +71,7 @@ def build(source: Path, libraries: tuple[str, ...] = ()) -> Path:
     """
     what = (*_FLAGS, *libraries, platform.machine(), platform.system())
     tag = sha256(source.read_bytes() + " ".join(what).encode()).hexdigest()[:16]
-    target = _cache_dir() / f"{source.stem}-{tag}.so"
+    target = cache_dir() / f"{source.stem}-{tag}.so"
     if not target.exists():
         with FileLock(str(target) + ".lock"):
             if not target.exists():

@@ -291,7 +291,7 @@ TSL void tsk_collect_tiles(int bM, int bN, const void *context, void *out, int64
 // ---- end of a kernel ----------------------------------------------------------------------------------------------------------
 
 // counters: [0] claims, [1] CTAs that are done. The last CTA leaves both at zero for the next launch and tells the peers that this
-// rank has read its slot; if the group was aborted it fills the output with NaN, since part of it was never computed.
+// rank has read its slot (unless ack_flag is negative); if the group was aborted it fills the output with NaN, since part of it was never computed.
 TSL void tsk_join() { asm volatile("bar.sync 10, 320;" ::: "memory"); }   // multiplying and collecting warps of a CTA
 TSL int tsk_last(void *counters, int ctas) {
   __shared__ int last;
@@ -312,8 +312,33 @@ TSL void tsk_finish(const void *context, void *counters, int epoch, int ack_flag
   const TslContext *c = tsl_context(context);
   if (TSK_THREAD == 0) { ((volatile unsigned int *)counters)[0] = 0; ((volatile unsigned int *)counters)[1] = 0; }
   const int t = TSK_THREAD;
-  if (t < (int)c->size && t != (int)c->rank) tsl_st_release_sys((void *)(c->flags[t] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
+  if (ack_flag >= 0 && t < (int)c->size && t != (int)c->rank) tsl_st_release_sys((void *)(c->flags[t] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
 }
+
+// ---- kernels of one warp --------------------------------------------------------------------------------------------------------
+
+// First in a captured call: its epoch is the next one of the slot, and every peer must have read what this rank sent there before.
+TSL void tsk_open(const void *context, int, int site, int ack_flag) {
+  const TslContext *c = tsl_context(context);
+  const uint32_t before = *(volatile uint32_t *)c->epoch_cell;
+  const int lane = threadIdx.x & 31;
+  if (lane < (int)c->size && lane != (int)c->rank)
+    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (ack_flag + lane)), before, lane, site);
+  __syncwarp();
+  if (lane == 0) *(volatile uint32_t *)c->epoch_cell = before + 1;
+}
+TSL void tsk_await_shards(const void *context, int epoch, int site, int) {
+  const TslContext *c = tsl_context(context);
+  const int lane = threadIdx.x & 31;
+  if (lane < (int)c->size && lane != (int)c->rank)
+    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
+}
+TSL void tsk_acknowledge(const void *context, int epoch, int, int ack_flag) {
+  const TslContext *c = tsl_context(context);
+  const int lane = threadIdx.x & 31;
+  if (lane < (int)c->size && lane != (int)c->rank) tsl_st_release_sys((void *)(c->flags[lane] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
+}
+
 #define TSK_BIAS(NF, DT, ...) tsk_bias<NF, DT>(Cl, __VA_ARGS__)
 #define TSK_SCALE(NF, ...) tsk_scale<NF>(Cl, __VA_ARGS__)
 #define TSK_STORE(NF, DT, ...) tsk_rows<NF, DT>(Cl, __VA_ARGS__)

@@ -1,0 +1,209 @@
+"""One GPU group as templates see it: slots of symmetric memory, contexts for kernels, the copy stream, the epoch of a call.
+
+Not for votes or errors of the host (lowering/group.py). docs/dev/gpu.md says why two slots suffice and what is different in a
+captured call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ...nvshmem import copies
+from ...nvshmem.copies import Step
+
+SLOTS = 4  # 0 and 1 for eager calls, 2 and 3 for captured ones
+CONTROL_BYTES = 1 << 20
+FLAGS = 48 << 10  # of a slot; 4 bytes each
+_WORDS = SLOTS * FLAGS * 4  # where the control block's other words start
+_ABORT, _EPOCHS = _WORDS, _WORDS + 256
+ACK = 1024  # flag that tells a rank that a peer has read its slot; the flags below belong to data
+RESULTS = 2048  # first flag of an all_reduce's tiles
+CONTEXT_WORDS = 32
+MAX_COUNTS = 1024
+
+MAIN, SIDE = 0, 1  # streams of a step
+FORK, JOIN = 0, 1  # events
+
+
+class Memory(Protocol):
+    """Symmetric memory of a group; nvshmem/device.py has the providers."""
+
+    rank: int
+    size: int
+
+    @property
+    def addresses(self) -> Sequence[int]: ...
+
+    def view(self, owner: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
+
+
+@dataclass
+class Counters:
+    """Device words of one pair of slots: claims and finished CTAs of a kernel, and tiles per part that a copy waits for."""
+
+    claims: torch.Tensor
+    counts: torch.Tensor
+
+
+class DeviceLink:
+    """What the calls of one group share. One per group and region; a larger region gets a new one.
+
+    Args:
+        memory: the group's region, of CONTROL_BYTES + SLOTS * slot_bytes on each rank, its control block zeroed on all ranks.
+        slot_bytes: bytes of a slot.
+        timeout_s: how long a kernel waits for a peer.
+    """
+
+    def __init__(self, memory: Memory, slot_bytes: int, timeout_s: float) -> None:
+        self.memory = memory
+        self.rank = memory.rank
+        self.size = memory.size
+        self.slot_bytes = slot_bytes
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.engine = copies.load()
+        self.side = torch.cuda.Stream(priority=-1)
+        events = [self.engine.event() for _ in range(2)]
+        self._events = (ctypes.c_void_p * 2)(*events)
+        self._streams = (ctypes.c_void_p * 2)(0, self.side.cuda_stream)
+        with torch.inference_mode(False):
+            self.record = torch.zeros(8, dtype=torch.int64).pin_memory()
+            self.counters = [
+                Counters(
+                    torch.zeros(16, dtype=torch.int32, device=self.device),
+                    torch.zeros(MAX_COUNTS, dtype=torch.int32, device=self.device),
+                )
+                for _ in range(2)
+            ]
+            self.contexts = [
+                torch.tensor(self._context(slot, timeout_s), dtype=torch.int64, device=self.device)
+                for slot in range(SLOTS)
+            ]
+        self._eager = 0
+        self._captured = 0
+        self._last_stream = 0
+        self._views: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.tables: dict[tuple[Any, ...], Any] = {}
+
+    def address(self, owner: int, offset: int) -> int:
+        return self.memory.addresses[owner] + offset
+
+    def slot_offset(self, slot: int) -> int:
+        return CONTROL_BYTES + slot * self.slot_bytes
+
+    def _context(self, slot: int, timeout_s: float) -> list[int]:
+        """The words of TslContext in language/cuda.h."""
+        own = self.memory.addresses[self.rank]
+        pad = [0] * (8 - self.size)
+        bases = list(self.memory.addresses)
+        cell = own + _EPOCHS + (4 * slot if slot >= 2 else 64)  # eager calls pass their epoch: the cell at 64 stays 0
+        return [
+            self.rank,
+            self.size,
+            int(timeout_s * 1e9),
+            cell,
+            own + _ABORT,
+            _ABORT,
+            self.record.data_ptr(),
+            0,
+            *(base + self.slot_offset(slot) for base in bases),
+            *pad,
+            *(base + slot * FLAGS * 4 for base in bases),
+            *pad,
+            *bases,
+            *pad,
+        ]
+
+    def open(self, site: int) -> DeviceChannel:
+        """The next call of the group on the current stream."""
+        stream = torch.cuda.current_stream()
+        captured = torch.cuda.is_current_stream_capturing()
+        self._streams[MAIN] = stream.cuda_stream
+        if captured:
+            self._captured += 1
+            return DeviceChannel(self, 2 + (self._captured & 1), 0, site, True)
+        if self._last_stream != stream.cuda_stream:
+            if self._last_stream:  # calls of a group follow one another, also across streams
+                stream.wait_stream(torch.cuda.ExternalStream(self._last_stream))
+            self._last_stream = stream.cuda_stream
+        self._eager += 1
+        return DeviceChannel(self, self._eager & 1, self._eager & 0x7FFFFFFF, site, False)
+
+    def issue(self, steps: ctypes.Array[Step]) -> None:
+        self.engine.issue(steps, self._streams, self._events)
+
+    def slot_view(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+        """Contiguous tensor over this rank's slot; cached."""
+        key = (slot, shape, dtype, offset)
+        found = self._views.get(key)
+        if found is None:
+            found = self.memory.view(self.rank, self.slot_offset(slot) + offset, shape, dtype)
+            self._views[key] = found
+        return found
+
+
+@dataclass(frozen=True)
+class DeviceChannel:
+    """One call. `epoch` is what kernels add to the slot's epoch cell; `site` is a number for records."""
+
+    link: DeviceLink
+    slot: int
+    epoch: int
+    site: int
+    captured: bool
+
+    @property
+    def rank(self) -> int:
+        return self.link.rank
+
+    @property
+    def size(self) -> int:
+        return self.link.size
+
+    @property
+    def context(self) -> torch.Tensor:
+        return self.link.contexts[self.slot]
+
+    @property
+    def counters(self) -> Counters:
+        return self.link.counters[self.slot >> 1]
+
+    def view(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+        return self.link.slot_view(self.slot, shape, dtype, offset)
+
+    def data(self, owner: int, offset: int = 0) -> int:
+        """Address of `offset` bytes into the slot of `owner`, as mapped here."""
+        return self.link.address(owner, self.link.slot_offset(self.slot) + offset)
+
+    def flag(self, owner: int, flag: int) -> int:
+        """Address of a flag of `owner`."""
+        return self.link.address(owner, (self.slot * FLAGS + flag) * 4)
+
+    def signal_step(self, owner: int, flag: int) -> Step:
+        """Step of the copy stream that sets a flag of `owner` to the epoch, after the stream's earlier copies."""
+        address = self.flag(owner, flag)
+        if self.captured:  # the value is read when the graph runs
+            cell = self.link.address(self.rank, _EPOCHS + 4 * self.slot)
+            return Step(kind=copies.COPY, stream=SIDE, dst=address, src=cell, bytes=4)
+        return Step(kind=copies.WRITE, stream=SIDE, dst=address, value=self.epoch)
+
+    def issue(self, steps: Sequence[Step]) -> None:
+        self.link.issue((Step * len(steps))(*steps))
+
+    def fork(self) -> Step:
+        """First steps of a sequence: the copy stream starts after what the main stream has now."""
+        return Step(kind=copies.RECORD, stream=MAIN, event=FORK)
+
+    def forked(self) -> Step:
+        return Step(kind=copies.AWAIT, stream=SIDE, event=FORK)
+
+    def join(self) -> list[Step]:
+        """Last steps: the main stream goes on after the copy stream."""
+        return [
+            Step(kind=copies.RECORD, stream=SIDE, event=JOIN),
+            Step(kind=copies.AWAIT, stream=MAIN, event=JOIN),
+        ]

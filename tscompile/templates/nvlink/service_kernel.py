@@ -1,0 +1,23 @@
+"""Small kernels of one CTA around the fused ones: open a captured call, wait for all shards, tell the peers that a slot was read."""
+
+from functools import lru_cache
+from typing import Any
+
+import tilelang.language as T
+
+from .gemm import compile_kernel, prelude
+
+# No postponed annotations here: TileLang evaluates those of a prim_func where it stands.
+
+
+@lru_cache
+def service_kernel(name: str) -> Any:
+    """Compiled kernel that runs the device function `name` of kernels.h: tsk_open, tsk_await_shards or tsk_acknowledge."""
+    text = prelude()
+
+    @T.prim_func
+    def service(context: T.Tensor((32,), "int64"), epoch: T.int32, site: T.int32, ack: T.int32):
+        with T.Kernel(1, threads=32, prelude=text):
+            T.call_extern("handle", name, T.access_ptr(context[0], "r"), epoch, site, ack)
+
+    return compile_kernel(service)
