@@ -26,6 +26,9 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
     N0, N1, N2 = T.dynamic("N0"), T.dynamic("N1"), T.dynamic("N2")
     B_shapes = [(n, K) if transposed else (K, n) for n in (N0, N1, N2)]
     text = prelude()
+    # Python loops over numbers, never over the tensors: binding a parameter to another name renames it, and TileLang 0.1.15 then
+    # reads the shape of one parameter for all of that name.
+    numbers = tuple(range(weights))
 
     @T.prim_func
     def all_gather_gemm(
@@ -89,9 +92,9 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                             load_rows(X, row, k * bK, As, full, it % S, config)
                         else:
                             load_rows(A, row, k * bK, As, full, it % S, config)
-                        for g, B in enumerate((B0, B1, B2)[:weights]):
+                        for g in numbers:
                             if group == g:
-                                load_columns(B, col, k * bK, Bs, full, it % S, config)
+                                load_columns((B0, B1, B2)[g], col, k * bK, Bs, full, it % S, config)
                         if T.shuffle_elect(32):
                             T.barrier_arrive(full[it % S])
                         it = it + 1
@@ -107,13 +110,15 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                 while tile >= 0:
                     multiply(As, Bs, Cl, full, empty, it, steps, config)
                     it = it + steps
-                    for g, C, V in zip(range(weights), (C0, C1, C2), (V0, V1, V2), strict=False):
+                    for g in numbers:
                         if table[tile, 7] == g:
                             if bias:
-                                T.call_extern("handle", "TSK_BIAS", NF, DT, T.access_ptr(V[0], "r"), table[tile, 1], C.shape[1])
+                                T.call_extern(
+                                    "handle", "TSK_BIAS", NF, DT, T.access_ptr((V0, V1, V2)[g][0], "r"), table[tile, 1], (N0, N1, N2)[g]
+                                )
                             T.call_extern(
-                                "handle", "TSK_STORE", NF, DT, T.access_ptr(C[0, 0], "rw"),
-                                table[tile, 5], table[tile, 1], table[tile, 2], C.shape[1],
+                                "handle", "TSK_STORE", NF, DT, T.access_ptr((C0, C1, C2)[g][0, 0], "rw"),
+                                table[tile, 5], table[tile, 1], table[tile, 2], (N0, N1, N2)[g],
                             )
                     turn = turn + 1
                     T.barrier_wait(full[it % S], (it // S) & 1)
@@ -122,8 +127,10 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                     T.call_extern("handle", "tsk_join")
                 if T.call_extern("int32", "tsk_last", T.access_ptr(counters[0], "rw"), SMS) != 0:
                     if T.call_extern("int32", "tsl_aborted", T.access_ptr(context[0], "r")) != 0:
-                        for g, C in enumerate((C0, C1, C2)[:weights]):
-                            T.call_extern("handle", "tsk_fill_nan", T.access_ptr(C[0, 0], "rw"), T.cast(M, "int64") * C.shape[1] * 2)
+                        for g in numbers:
+                            T.call_extern(
+                                "handle", "tsk_fill_nan", T.access_ptr((C0, C1, C2)[g][0, 0], "rw"), T.cast(M, "int64") * (N0, N1, N2)[g] * 2
+                            )
                         if collects:
                             T.call_extern("handle", "tsk_fill_nan", T.access_ptr(gathered[0, 0], "rw"), T.cast(M, "int64") * K * 2)
                     T.call_extern(

@@ -29,6 +29,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
     K0, K1, K2 = T.dynamic("K0"), T.dynamic("K1"), T.dynamic("K2")
     B_shapes = [(N, k) if transposed else (k, N) for k in (K0, K1, K2)]
     text = prelude()
+    numbers = tuple(range(terms))  # loops never bind a tensor: all_gather_kernel.py says why
 
     @T.prim_func
     def gemm_reduce(
@@ -77,8 +78,8 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
             turn = 0
             notes = 0
             steps = 0
-            for A in (A0, A1, A2)[:terms]:
-                steps = steps + T.ceildiv(A.shape[1], bK)
+            for t in numbers:
+                steps = steps + T.ceildiv((K0, K1, K2)[t], bK)
             if thread < 32:
                 tile = T.call_extern("int32", "tsk_claim", T.access_ptr(counters[0], "rw"), NT)
                 while tile >= 0:
@@ -87,11 +88,11 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                     col = table[tile, 1]
                     T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
                     T.call_extern("handle", "tsk_pass", turn, tile)
-                    for A, B in zip((A0, A1, A2)[:terms], (B0, B1, B2)[:terms], strict=True):
-                        for k in T.serial(T.ceildiv(A.shape[1], bK)):
+                    for t in numbers:
+                        for k in T.serial(T.ceildiv((K0, K1, K2)[t], bK)):
                             T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                            load_rows(A, row, k * bK, As, full, it % S, config)
-                            load_columns(B, col, k * bK, Bs, full, it % S, config)
+                            load_rows((A0, A1, A2)[t], row, k * bK, As, full, it % S, config)
+                            load_columns((B0, B1, B2)[t], col, k * bK, Bs, full, it % S, config)
                             if T.shuffle_elect(32):
                                 T.barrier_arrive(full[it % S])
                             it = it + 1
