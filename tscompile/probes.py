@@ -18,10 +18,10 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from . import versions
-from .errors import OptionError
+from .errors import HeapError, OptionError
 from .options import Options, unknown_variables
 
 SHM = "/dev/shm"
@@ -189,10 +189,45 @@ def _probe_nvshmem() -> Iterator[Check]:
     for name in wheels:
         if cuda and not name.endswith("cu" + cuda.split(".")[0]):
             yield Check("warn", "NVSHMEM wheels", f"{name} beside torch of CUDA {cuda}", f"pip uninstall {name}")
+    listed = ", ".join(f"{name} {found}" for name, found in wheels.items()) or "no wheel"
+    library = _nvshmem_library()
+    if isinstance(library, HeapError):
+        yield Check("ok", "NVSHMEM", f"{listed}; {library}")
+        return
     with open("/proc/self/maps") as maps:
         mapped = sorted({line.split()[-1] for line in maps if "libnvshmem_host" in line})
-    listed = ", ".join(f"{name} {found}" for name, found in wheels.items()) or "no wheel"
-    yield Check("ok", "NVSHMEM", f"{listed}; mapped by torch: {', '.join(mapped) or 'no'}; not used by this release")
+    yield Check("ok", "NVSHMEM", f"{listed}; {library.version()}, {library.source}: {', '.join(mapped)}")
+
+
+def _nvshmem_library() -> Any:
+    """The library, or the HeapError that says why there is none. Nothing is initialised: that takes all ranks of a program."""
+    _torch()  # a CUDA build maps its own copy, which comes first
+    try:
+        return import_module("tscompile.nvshmem.host").load()
+    except HeapError as error:
+        return error
+
+
+def _probe_gpu_memory() -> Iterator[Check]:
+    """Where the memory of a group of GPUs would come from; the ranks agree on it when a program runs."""
+    torch = _torch()
+    if isinstance(torch, Exception) or not torch.cuda.is_available():
+        return
+    count = torch.cuda.device_count()
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+    blind = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    if blind:
+        detail = f"GPU {blind[0][0]} cannot address the memory of GPU {blind[0][1]} ({len(blind)} such pairs)"
+        yield Check("warn", "GPU memory", detail, "form groups of GPUs that reach each other: nvidia-smi topo -p2p rw")
+    library = _nvshmem_library()
+    refusal = import_module("tscompile.nvshmem.p2p").backend_refusal()
+    if not isinstance(library, HeapError):
+        second = f"without the second choice, symm_mem: {refusal}" if refusal else "else symm_mem"
+        yield Check("ok", "GPU memory", f"nvshmem, if all ranks of the program can enter it; {second}")
+    elif not refusal:
+        yield Check("ok", "GPU memory", f"symm_mem, since not nvshmem: {library}")
+    else:
+        yield Check("warn", "GPU memory", f"neither symm_mem ({refusal}) nor nvshmem", f"mend one of them: {library}")
 
 
 def _probe_gloo() -> Iterator[Check]:
@@ -258,6 +293,7 @@ PROBES: tuple[Callable[[], Iterable[Check]], ...] = (
     _probe_compilers,
     _probe_gpus,
     _probe_nvshmem,
+    _probe_gpu_memory,
     _probe_gloo,
     _probe_shared_memory,
 )

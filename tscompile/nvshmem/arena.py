@@ -9,6 +9,7 @@ lease is written with a compare-and-set by one rank of the group, after which no
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,7 @@ from ..errors import HeapError
 GRAIN = 4096  # offsets and sizes in an arena are multiples of this, in bytes
 
 Interval = tuple[int, int]  # [start, end) in bytes
+_EMPTY = '{"leases": []}'
 
 
 def grains(nbytes: int) -> int:
@@ -150,15 +152,17 @@ class Ledger:
         self.nbytes = nbytes
 
     def _read(self) -> str:
-        return self._store.compare_set(self._KEY, "", "[]").decode()
+        return self._store.compare_set(self._KEY, "", _EMPTY).decode()
 
     @staticmethod
     def _parse(text: str) -> list[Lease]:
-        return [Lease(offset, nbytes, tuple(holders)) for offset, nbytes, holders in json.loads(text)]
+        return [Lease(offset, nbytes, tuple(holders)) for offset, nbytes, holders in json.loads(text)["leases"]]
 
     def _replace(self, old: str, leases: Iterable[Lease]) -> bool:
-        new = json.dumps([(lease.offset, lease.nbytes, lease.holders) for lease in leases])
-        return new == old or self._store.compare_set(self._KEY, old, new).decode() == new
+        rows = [(lease.offset, lease.nbytes, lease.holders) for lease in leases]
+        # The mark tells this write from another rank's of the same leases: compare_set answers with the value that stands.
+        new = json.dumps({"mark": secrets.token_hex(8), "leases": rows})
+        return self._store.compare_set(self._KEY, old, new).decode() == new
 
     def leases(self) -> list[Lease]:
         """What is leased now."""

@@ -97,8 +97,7 @@ class NvlinkHeap:
     """Symmetric heap of the GPU ranks of one host.
 
     It lives like a ShmHeap: `prepare`, exchange of the posts, `connect`, `release_names`; the same steps replace the region
-    by a larger one. Two more for the old region: kernels may still use it when `connect` returns, so the caller calls
-    `retire` once every rank has connected and this rank's device has no work of the old region left.
+    by a larger one. Then the old region goes by `retire`, which only the caller can time: see there.
 
     Args:
         rank: index of this rank in the group.
@@ -194,8 +193,8 @@ class NvlinkHeap:
     def connect(self, peers: list[Post]) -> None:
         """Choose the provider, map the regions that every rank's `prepare` described, and use them from now on.
 
-        If the posts differ in size, the smallest counts. On return this rank's control block is zero; a peer may use it after
-        the next stage of the caller's ballot, in which all ranks say that they are here.
+        If the posts differ in size, the smallest counts. On return this rank's control block is zero, and its device has no work
+        left; a peer may use the block after the next stage of the caller's ballot, in which all ranks say that they are here.
 
         Raises:
             HeapError: no provider serves all ranks, or a region cannot be mapped; the old regions stay in use.
@@ -223,7 +222,8 @@ class NvlinkHeap:
     def retire(self) -> None:
         """Release the regions that `connect` has replaced.
 
-        The caller has seen that all ranks connected, and has synchronised its device after that.
+        The caller has seen that all ranks connected: each waited for its device in `connect`, so no eager kernel uses the old
+        regions any more. A captured graph does, whenever it is replayed: then the caller must not call this.
         """
         old, self._old = self._old, []
         for memory in old:

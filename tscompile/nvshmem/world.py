@@ -1,8 +1,9 @@
 """NVSHMEM for the ranks of this world: entered together or not at all, one arena per process, regions of it for groups.
 
-Not for groups: provider.py takes regions of the arena for them. NVSHMEM can be initialised once per process and by all ranks of the world
-together, while groups are formed by some ranks, at any time. So the world enters it once, after a muster, and allocates one
-arena; after that a group needs nobody outside it: the ledger says which offsets are free, and PEs are global ranks.
+Not for groups: provider.py takes regions of the arena for them. NVSHMEM can be initialised once per process and by all ranks
+of the world together, while groups are formed by some ranks, at any time. So the world enters it once, after a muster, and
+allocates one arena; after that a group needs nobody outside it: the ledger says which offsets are free, and PEs are global
+ranks.
 """
 
 from __future__ import annotations
