@@ -11,10 +11,13 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tscompile import doctor, probes, versions
+from tscompile.errors import HeapError
+from tscompile.nvshmem import host, p2p
 from tscompile.probes import Check
 
 
@@ -120,6 +123,37 @@ def test_two_nvshmem_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     check = found(probes._probe_nvshmem)["NVSHMEM wheels"]
     assert check.status == "warn"
     assert "same files" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("library", "refusal", "status", "words"),
+    [
+        (True, "", "ok", "nvshmem, if all ranks of the program can enter it; else symm_mem"),
+        (True, "set to NCCL", "ok", "without the second choice, symm_mem: set to NCCL"),
+        (False, "", "ok", "symm_mem, since not nvshmem: no library here: install it"),
+        (False, "set to NCCL", "warn", r"neither symm_mem (set to NCCL) nor nvshmem"),
+    ],
+)
+def test_where_gpu_memory_comes_from(
+    monkeypatch: pytest.MonkeyPatch, library: bool, refusal: str, status: str, words: str
+) -> None:
+    def load() -> SimpleNamespace:
+        if not library:
+            raise HeapError("no library here: install it")
+        return SimpleNamespace(version=lambda: "3.4.5", source="a fake")  # nothing that initialises
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: 3, can_device_access_peer=lambda i, j: {i, j} != {0, 2}
+    )
+    monkeypatch.setattr(probes, "_torch", lambda: SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0")))
+    monkeypatch.setattr(host, "load", load)
+    monkeypatch.setattr(p2p, "backend_refusal", lambda: refusal)
+    pairs, source = probes._probe_gpu_memory()
+    assert (pairs.status, pairs.detail) == ("warn", "GPU 0 cannot address the memory of GPU 2 (2 such pairs)")
+    assert source.status == status
+    assert words in source.detail
+    assert source.action == ("" if status == "ok" else "mend one of them: no library here: install it")
+    assert ("3.4.5, a fake" in found(probes._probe_nvshmem)["NVSHMEM"].detail) == library
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from tscompile.errors import HeapError
 from tscompile.nvshmem import host
+from tscompile.nvshmem.world import current_world
 
+from ..worlds import run_world
 from .fakes import CPU, CpuProvider, FakeLibrary, make_worlds, together
 
 
@@ -178,3 +181,28 @@ def test_memory_that_is_not_mapped() -> None:
         provider.connect([provider.prepare(4096, True), {}], 4096)
     assert worlds[0].ledger is not None
     assert [lease.holders for lease in worlds[0].ledger.leases()] == [(1,)]
+
+
+def _two_lives(rank: int, size: int) -> list[str]:
+    store = distributed_c10d._get_default_store()
+    found = []
+    for life in range(2):
+        if life:
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        world = current_world(CPU)
+        assert current_world(CPU) is world
+        world._load = _missing
+        found.append(world.enter())
+    return found
+
+
+def _missing() -> host.Nvshmem:
+    raise HeapError("no library")
+
+
+@pytest.mark.slow
+def test_each_life_of_the_process_group_has_its_own_world() -> None:
+    first, second = run_world(2, _two_lives)
+    assert first == second
+    assert all(reason.endswith(": no library") for reason in first)

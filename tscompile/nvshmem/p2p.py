@@ -187,8 +187,11 @@ class SymmMemProvider:
             )
         handle, group = handles[0]
         pad = -own.data_ptr() % _PAGE
-        if handle.buffer_ptrs[self._rank] != own.data_ptr():
-            raise HeapError("torch's symmetric memory maps this rank's own buffer elsewhere: report this")
+        if handle is None or handle.buffer_ptrs[self._rank] != own.data_ptr():
+            raise HeapError(
+                "torch's symmetric memory does not know this rank's buffer: report this with the output of "
+                "python -m tscompile.doctor"
+            )
         held: list[Any] = [own, handle, group]
         addresses = tuple(int(address) + pad for address in handle.buffer_ptrs)
         return Region(self.name, self._rank, self._device, addresses, nbytes, held.clear)

@@ -9,6 +9,7 @@ ranks.
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -105,6 +106,7 @@ class World:
         self._touch = touch
         self._library: host.Nvshmem | None = None
         self._refusal: str | None = None
+        self._lock = threading.Lock()
 
     def enter(self) -> str:
         """Enter NVSHMEM together with all ranks; returns "" if that succeeded, else why the world does without it.
@@ -114,11 +116,12 @@ class World:
         Raises:
             HeapError: all ranks agreed to start NVSHMEM, and then it did not start in time.
         """
-        if self._refusal is None:
-            self._refusal = "NVSHMEM did not start on this rank"  # what later calls say if this one raises
-            self._refusal = self._enter()
-            log.info("NVSHMEM: %s", self._refusal or f"entered by {self.size} ranks")
-        return self._refusal
+        with self._lock:
+            if self._refusal is None:
+                self._refusal = "NVSHMEM did not start on this rank"  # what later calls say if this one raises
+                self._refusal = self._enter()
+                log.info("NVSHMEM: %s", self._refusal or f"entered by {self.size} ranks")
+            return self._refusal
 
     def _statement(self) -> dict[str, Any]:
         """This rank's position in the first stage."""
@@ -136,7 +139,7 @@ class World:
             if library.arena is not None:
                 state, nbytes = "has an arena", library.arena[1]
             return {**facts, "state": state, "nbytes": nbytes, "version": library.version()}
-        except (HeapError, RuntimeError, OSError) as error:
+        except (RuntimeError, AssertionError, OSError) as error:
             return {"refusal": str(error)}
 
     def _enter(self) -> str:
@@ -208,6 +211,7 @@ class World:
 
 
 _current: tuple[weakref.ref[Any], World] | None = None
+_current_lock = threading.Lock()  # forward and backward run in different threads
 
 
 def current_world(device: torch.device, heap_bytes: int = DEFAULT_HEAP_BYTES) -> World:
@@ -219,12 +223,13 @@ def current_world(device: torch.device, heap_bytes: int = DEFAULT_HEAP_BYTES) ->
     """
     global _current
     group = distributed_c10d._get_default_group()
-    if _current is not None and _current[0]() is group:
-        return _current[1]
-    rank, size = dist.get_rank(), dist.get_world_size()
-    store = dist.PrefixStore("tscompile/nvshmem", distributed_c10d._get_default_store())
-    # Keys of an earlier life in the same store are not seen: each start of a rank is counted, and the ranks count alike.
-    life = store.add(f"starts/{rank}", 1)
-    world = World(dist.PrefixStore(str(life), store), rank, size, device, heap_bytes)
-    _current = (weakref.ref(group), world)
-    return world
+    with _current_lock:
+        if _current is not None and _current[0]() is group:
+            return _current[1]
+        rank, size = dist.get_rank(), dist.get_world_size()
+        store = dist.PrefixStore("tscompile/nvshmem", distributed_c10d._get_default_store())
+        # Keys of an earlier life in the same store are not seen: each start of a rank is counted, and the ranks count alike.
+        life = store.add(f"starts/{rank}", 1)
+        world = World(dist.PrefixStore(str(life), store), rank, size, device, heap_bytes)
+        _current = (weakref.ref(group), world)
+        return world
