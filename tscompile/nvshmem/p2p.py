@@ -30,7 +30,8 @@ _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 class ExchangeStore(dist.Store):
     """The part of `store` under `prefix`, for one rendezvous. Keys end in "<number of the exchange>/<rank>".
 
-    The number counts from the first one that is seen, so ranks agree on it however many exchanges each took part in before.
+    For each beginning of a key the number counts from the first one that is seen, so the ranks agree on it, however many
+    exchanges each took part in before.
     """
 
     def __init__(self, store: dist.Store, prefix: str, timeout_s: float) -> None:
@@ -38,13 +39,11 @@ class ExchangeStore(dist.Store):
         self._store = store
         self._prefix = prefix
         self._timeout = timedelta(seconds=timeout_s)
-        self._first: int | None = None
+        self._first: dict[str, int] = {}
 
     def _key(self, key: str) -> str:
         head, number, rank = key.rsplit("/", 2)
-        if self._first is None:
-            self._first = int(number)
-        return f"{self._prefix}/{head}/{int(number) - self._first}/{rank}"
+        return f"{self._prefix}/{head}/{int(number) - self._first.setdefault(head, int(number))}/{rank}"
 
     def set(self, key: str, value: Any) -> None:
         self._store.set(self._key(key), value)
