@@ -11,7 +11,7 @@ typedef int (*value_fn)(void *stream, uint64_t address, uint32_t value, unsigned
 typedef int (*record_fn)(void *event, void *stream);
 typedef int (*wait_fn)(void *stream, void *event, unsigned flags);
 typedef int (*create_fn)(void **event, unsigned flags);
-typedef int (*destroy_fn)(void *event);
+typedef int (*query_fn)(void *event);
 
 static copy_fn copy_async;
 static copy2d_fn copy2d_async;
@@ -19,7 +19,7 @@ static value_fn write_value, wait_value;
 static record_fn event_record;
 static wait_fn stream_wait;
 static create_fn event_create;
-static destroy_fn event_destroy;
+static query_fn event_query;
 
 /* cuda.h's CUDA_MEMCPY2D */
 struct copy2d {
@@ -56,8 +56,8 @@ int tsc_copies_load(void) {
     event_record = (record_fn)dlsym(driver, "cuEventRecord");
     stream_wait = (wait_fn)dlsym(driver, "cuStreamWaitEvent");
     event_create = (create_fn)dlsym(driver, "cuEventCreate");
-    event_destroy = (destroy_fn)dlsym(driver, "cuEventDestroy_v2");
-    return !(copy_async && copy2d_async && write_value && wait_value && event_record && stream_wait && event_create && event_destroy);
+    event_query = (query_fn)dlsym(driver, "cuEventQuery");
+    return !(event_query && copy_async && copy2d_async && write_value && wait_value && event_record && stream_wait && event_create);
 }
 
 /* A new event without timing, 0 if there is no context or no memory. */
@@ -65,7 +65,8 @@ void *tsc_event(void) {
     void *event = 0;
     return event_create(&event, DISABLE_TIMING) ? 0 : event;
 }
-void tsc_event_free(void *event) { event_destroy(event); }
+/* 1 unless work that the event was recorded behind is still to run. */
+int tsc_event_done(void *event) { return event_query(event) != 600 /* CUDA_ERROR_NOT_READY */; }
 
 /* Issue n steps in order; returns 0, or the CUresult of the step whose index is left in *failed. */
 int tsc_issue(const struct step *steps, int n, void *const *streams, void *const *events, int *failed) {

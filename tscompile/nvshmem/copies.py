@@ -45,7 +45,7 @@ class CopyEngine:
     def __init__(self) -> None:
         library = ctypes.CDLL(str(native.build(Path(__file__).with_name("copies.c"), ("-ldl",))))
         library.tsc_event.restype = ctypes.c_void_p
-        library.tsc_event_free.argtypes = [ctypes.c_void_p]
+        library.tsc_event_done.argtypes = [ctypes.c_void_p]
         library.tsc_issue.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         if library.tsc_copies_load():
             raise HeapError("the CUDA driver (libcuda.so.1) cannot be loaded: install NVIDIA's driver")
@@ -57,6 +57,10 @@ class CopyEngine:
         if not event:
             raise HeapError("cannot create a CUDA event: set the device (torch.cuda.set_device) before the first step")
         return int(event)
+
+    def is_done(self, event: int | None) -> bool:
+        """Whether all work that the event was recorded behind has run."""
+        return bool(self._library.tsc_event_done(event))
 
     def issue(self, steps: ctypes.Array[Step], streams: ctypes.Array[ctypes.c_void_p], events: ctypes.Array[ctypes.c_void_p]) -> None:
         """Issue all steps, in order.

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Protocol
 
@@ -57,24 +58,11 @@ class DowngradedError(Exception):
         self.reason = reason
 
 
-class SymmetricHeap(Protocol):
-    """What templates and the runtime need of symmetric memory. Offsets and sizes are in bytes."""
+class HostWords(Protocol):
+    """What the ranks of a group tell each other through shared host memory, beside their data."""
 
     rank: int
     size: int
-    half_bytes: int
-
-    def view(self, owner: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Contiguous tensor over the arena of `owner`; `offset` counts from the arena's start and is a multiple of ALIGNMENT."""
-        ...
-
-    def signal(self, peer: int, flag: int, epoch: int, site: int, payload: int) -> None:
-        """Release store of `epoch` into the flag that `peer` keeps for this rank; `site` and `payload` go along for checking."""
-        ...
-
-    def wait(self, peer: int, flag: int, epoch: int, site: int, payload: int, budget_s: float) -> WaitStatus:
-        """Acquire wait until the flag of `peer` reaches `epoch`, for `budget_s` seconds at most."""
-        ...
 
     def enter(self, epoch: int, site: int, name: str) -> None:
         """Say that this rank has entered `epoch` at the site `name`."""
@@ -115,18 +103,53 @@ class SymmetricHeap(Protocol):
     def aborted(self) -> AbortRecord | None: ...
 
 
+class GroupHeap(HostWords, Protocol):
+    """Life cycle of a group's heap, whatever its memory: prepare, exchange of the posts, connect, release_names. The same steps
+    replace its arenas by larger ones. `half_bytes` is what one call can use of an arena."""
+
+    half_bytes: int
+
+    @property
+    def connected(self) -> bool: ...
+
+    def prepare(self, half_bytes: int) -> dict[str, object]: ...
+
+    def connect(self, peers: list[dict[str, object]]) -> None: ...
+
+    def release_names(self) -> None: ...
+
+
+class SymmetricHeap(HostWords, Protocol):
+    """Symmetric memory that hosts read and write themselves. Offsets and sizes are in bytes."""
+
+    half_bytes: int
+
+    def view(self, owner: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Contiguous tensor over the arena of `owner`; `offset` counts from the arena's start and is a multiple of ALIGNMENT."""
+        ...
+
+    def signal(self, peer: int, flag: int, epoch: int, site: int, payload: int) -> None:
+        """Release store of `epoch` into the flag that `peer` keeps for this rank; `site` and `payload` go along for checking."""
+        ...
+
+    def wait(self, peer: int, flag: int, epoch: int, site: int, payload: int, budget_s: float) -> WaitStatus:
+        """Acquire wait until the flag of `peer` reaches `epoch`, for `budget_s` seconds at most."""
+        ...
+
+
 def aligned(nbytes: int) -> int:
     """`nbytes` rounded up to the alignment of arena offsets."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+@lru_cache(maxsize=4096)
 def site_hash(site: str) -> int:
     """Positive 62-bit number that stands for a site's name in flags."""
     return int.from_bytes(blake2b(site.encode(), digest_size=8).digest(), "little") >> 2
 
 
-class Channel:
-    """One epoch of one group, as a template sees it: views of the epoch's halves, signals, bounded waits.
+class HostChannel:
+    """One epoch of one group, as its host sees it: the start of the op, and how it may fail.
 
     Args:
         heap: the group's heap.
@@ -136,31 +159,52 @@ class Channel:
         timeout_s: how long a rank waits for one signal.
     """
 
-    def __init__(self, heap: SymmetricHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> None:
-        self.heap = heap
+    def __init__(self, heap: HostWords, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> None:
+        self.words = heap
         self.rank = heap.rank
         self.size = heap.size
         self.ranks = ranks
         self.epoch = epoch
         self.site = site
         self.timeout_s = timeout_s
-        self._site_hash = site_hash(site)
-        self._base = (epoch & 1) * heap.half_bytes
-        self.payload = 0
+        self.site_hash = site_hash(site)
 
     def enter(self) -> None:
         """Announce the epoch to the peers, then leave if the group has been downgraded or aborted."""
-        self.heap.enter(self.epoch, self._site_hash, self.site)
+        self.words.enter(self.epoch, self.site_hash, self.site)
         self.check()
 
     def check(self) -> None:
         """Raise DowngradedError or PeerError if the group will not finish this epoch."""
-        record = self.heap.aborted()
+        record = self.words.aborted()
         if record is not None:
             raise self.peer_error(record)
-        downgrade = self.heap.downgraded()
+        downgrade = self.words.downgraded()
         if downgrade is not None and downgrade[0] <= self.epoch:
             raise DowngradedError(downgrade[1])
+
+    def fail(self, guilty: int, text: str) -> PeerError:
+        """Abort the group, naming the rank at fault, and return the error to raise. The first abort of a group wins."""
+        self.words.abort(guilty, f"{text} [seen by rank {self.ranks[self.rank]} at site {self.site}]")
+        record = self.words.aborted()
+        return self.peer_error(record if record is not None else AbortRecord(guilty, self.rank, text))
+
+    def peer_error(self, record: AbortRecord) -> PeerError:
+        message = (
+            f"{record.text}. The fused ops of ranks {list(self.ranks)} stay refused until the process group is "
+            f"initialised again (this rank was at site {self.site})"
+        )
+        return PeerError(self.ranks[record.guilty], self.site, message)
+
+
+class Channel(HostChannel):
+    """One epoch of one group, as a template on the host sees it: views of the epoch's halves, signals, bounded waits."""
+
+    def __init__(self, heap: SymmetricHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> None:
+        super().__init__(heap, ranks, epoch, site, timeout_s)
+        self.heap = heap
+        self._base = (epoch & 1) * heap.half_bytes
+        self.payload = 0
 
     def peers(self) -> Iterator[int]:
         """The other ranks, the next one first, so that no rank is everybody's first destination."""
@@ -173,15 +217,15 @@ class Channel:
 
     def signal(self, peer: int, flag: int = 0) -> None:
         """Tell `peer` that everything this rank wrote so far for `flag` may be read."""
-        self.heap.signal(peer, flag, self.epoch, self._site_hash, self.payload)
+        self.heap.signal(peer, flag, self.epoch, self.site_hash, self.payload)
 
     def signal_all(self, flag: int = 0) -> None:
         for peer in self.peers():
-            self.heap.signal(peer, flag, self.epoch, self._site_hash, self.payload)
+            self.heap.signal(peer, flag, self.epoch, self.site_hash, self.payload)
 
     def ready(self, peer: int, flag: int = 0) -> bool:
         """True if the signal is there already; never blocks and never raises."""
-        return self.heap.wait(peer, flag, self.epoch, self._site_hash, self.payload, 0.0) == WaitStatus.ARRIVED
+        return self.heap.wait(peer, flag, self.epoch, self.site_hash, self.payload, 0.0) == WaitStatus.ARRIVED
 
     def wait(self, peer: int, flag: int = 0) -> None:
         """Wait for `signal(flag)` of `peer`.
@@ -193,7 +237,7 @@ class Channel:
         deadline = 0.0
         budget = TICK_S
         while True:
-            status = self.heap.wait(peer, flag, self.epoch, self._site_hash, self.payload, budget)
+            status = self.heap.wait(peer, flag, self.epoch, self.site_hash, self.payload, budget)
             if status == WaitStatus.ARRIVED:
                 return
             if status == WaitStatus.MISMATCH:
@@ -231,16 +275,3 @@ class Channel:
             f"rank {self.ranks[peer]} did not answer within {self.timeout_s:g} s, its process is alive and {where}: "
             "look for a rank that runs another program path, or raise tilescale.timeout_s"
         )
-
-    def fail(self, guilty: int, text: str) -> PeerError:
-        """Abort the group, naming the rank at fault, and return the error to raise. The first abort of a group wins."""
-        self.heap.abort(guilty, f"{text} [seen by rank {self.ranks[self.rank]} at site {self.site}]")
-        record = self.heap.aborted()
-        return self.peer_error(record if record is not None else AbortRecord(guilty, self.rank, text))
-
-    def peer_error(self, record: AbortRecord) -> PeerError:
-        message = (
-            f"{record.text}. The fused ops of ranks {list(self.ranks)} stay refused until the process group is "
-            f"initialised again (this rank was at site {self.site})"
-        )
-        return PeerError(self.ranks[record.guilty], self.site, message)

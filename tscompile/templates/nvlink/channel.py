@@ -7,6 +7,7 @@ captured call.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,8 +27,21 @@ RESULTS = 2048  # first flag of an all_reduce's tiles
 CONTEXT_WORDS = 32
 MAX_COUNTS = 1024
 
-MAIN, SIDE = 0, 1  # streams of a step
-FORK, JOIN = 0, 1  # events
+MAIN, SIDE, ALARM = 0, 1, 2  # streams of a step
+FORK, JOIN, DONE = 0, 1, 2  # events
+_TIMEOUT_WORD = 2  # of a context
+_STUCK_S = 2.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a kernel wrote when it gave up: indices of this rank and the peer, the site's number, and the epochs of the flag."""
+
+    rank: int
+    peer: int
+    site: int
+    expected: int
+    seen: int
 
 
 class Memory(Protocol):
@@ -67,9 +81,9 @@ class DeviceLink:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.engine = copies.load()
         self.side = torch.cuda.Stream(priority=-1)
-        events = [self.engine.event() for _ in range(2)]
-        self._events = (ctypes.c_void_p * 2)(*events)
-        self._streams = (ctypes.c_void_p * 2)(0, self.side.cuda_stream)
+        self._alarm = torch.cuda.Stream(priority=-1)
+        self._events = (ctypes.c_void_p * 3)(*(self.engine.event() for _ in range(3)))
+        self._streams = (ctypes.c_void_p * 3)(0, self.side.cuda_stream, self._alarm.cuda_stream)
         with torch.inference_mode(False):
             self.record = torch.zeros(8, dtype=torch.int64).pin_memory()
             self.counters = [
@@ -83,6 +97,10 @@ class DeviceLink:
                 torch.tensor(self._context(slot, timeout_s), dtype=torch.int64, device=self.device)
                 for slot in range(SLOTS)
             ]
+        self.timeout_s = timeout_s
+        self._record = ctypes.c_int64.from_address(self.record.data_ptr())
+        self._stuck_at = 0
+        self._stuck_since = 0.0
         self._eager = 0
         self._captured = 0
         self._last_stream = 0
@@ -133,8 +151,49 @@ class DeviceLink:
         self._eager += 1
         return DeviceChannel(self, self._eager & 1, self._eager & 0x7FFFFFFF, site, False)
 
+    @property
+    def was_captured(self) -> bool:
+        """A CUDA graph holds addresses of this region."""
+        return self._captured > 0
+
     def issue(self, steps: ctypes.Array[Step]) -> None:
         self.engine.issue(steps, self._streams, self._events)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Give later waits of kernels another bound, in seconds."""
+        if timeout_s != self.timeout_s:
+            self.timeout_s = timeout_s
+            for context in self.contexts:
+                context[_TIMEOUT_WORD] = int(timeout_s * 1e9)
+
+    def has_record(self) -> bool:
+        """A kernel of this rank has given up a wait, or seen that another rank did."""
+        return bool(self._record.value)
+
+    def read_record(self) -> Record:
+        words = self.record.tolist()
+        return Record(words[0] - 1, words[1], words[2], words[3], words[4])
+
+    def is_idle(self) -> bool:
+        """Nothing that this group has enqueued eagerly is still to run."""
+        return self._eager == 0 or self.engine.is_done(self._events[DONE])
+
+    def is_stuck(self) -> bool:
+        """The same call has been running for a while."""
+        now = time.monotonic()
+        if self._stuck_at != self._eager or not self._stuck_since:
+            self._stuck_at, self._stuck_since = self._eager, now
+        return now - self._stuck_since > _STUCK_S
+
+    def stop(self) -> None:
+        """Set the abort word of every rank, by copy engine: the kernels that wait need no SM to hear of it."""
+        word = self.rank + 1
+        steps = [
+            Step(kind=copies.WRITE, stream=ALARM, dst=self.address(owner, _ABORT), value=word)
+            for owner in range(self.size)
+        ]
+        with torch.cuda.device(self.device):
+            self.issue((Step * len(steps))(*steps))
 
     def slot_view(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         """Contiguous tensor over this rank's slot; cached."""
@@ -203,7 +262,10 @@ class DeviceChannel:
 
     def join(self) -> list[Step]:
         """Last steps: the main stream goes on after the copy stream."""
-        return [
+        steps = [
             Step(kind=copies.RECORD, stream=SIDE, event=JOIN),
             Step(kind=copies.AWAIT, stream=MAIN, event=JOIN),
         ]
+        if not self.captured:
+            steps.append(Step(kind=copies.RECORD, stream=MAIN, event=DONE))
+        return steps

@@ -1,0 +1,96 @@
+"""What a group's memory is and how its ops run on it, by executor: "shm" for CPU ranks of one host, "nvlink" for its GPUs.
+
+Not for votes: group.py asks an executor for its heap and its channels, and knows nothing else about the hardware.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import torch
+
+from ..nvshmem.heap import Channel, GroupHeap, HostChannel
+from ..nvshmem.shm import ShmHeap
+from ..problem import Plan
+from ..templates import Template
+
+
+class Executor(Protocol):
+    """One per group.
+
+    Attributes:
+        name: as plans say.
+        shares: parts that a call's memory is multiplied into: halves or slots.
+        runs_ahead: ops are enqueued, not finished, when a launch returns; so a rank cannot take back what peers have enqueued.
+    """
+
+    name: str
+    shares: int
+    runs_ahead: bool
+
+    def make_heap(self, ranks: tuple[int, ...], index: int, heap_bytes: int | None) -> GroupHeap: ...
+
+    def adopt(self, heap: GroupHeap, ranks: tuple[int, ...], timeout_s: float) -> None:
+        """The ranks have agreed on this heap, or on its new size, or on another time-out."""
+        ...
+
+    def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> HostChannel: ...
+
+    def run(self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor]: ...
+
+    def failed(self) -> tuple[int, str] | None:
+        """(index of the rank at fault, text) if an enqueued op has failed since."""
+        ...
+
+    def stop(self) -> None:
+        """End the waits of what all ranks have enqueued."""
+        ...
+
+    def describe(self, heap: GroupHeap) -> str:
+        """Provider and bytes, for the report."""
+        ...
+
+
+class ShmExecutor:
+    """Templates run on the host, over POSIX shared memory."""
+
+    name = "shm"
+    shares = 2
+    runs_ahead = False
+
+    def make_heap(self, ranks: tuple[int, ...], index: int, heap_bytes: int | None) -> ShmHeap:
+        return ShmHeap(index, len(ranks))
+
+    def adopt(self, heap: GroupHeap, ranks: tuple[int, ...], timeout_s: float) -> None:
+        pass
+
+    def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> Channel:
+        assert isinstance(heap, ShmHeap)
+        return Channel(heap, ranks, epoch, site, timeout_s)
+
+    def run(self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        return template.run(channel, plan, *args)
+
+    def failed(self) -> tuple[int, str] | None:
+        return None
+
+    def stop(self) -> None:
+        pass
+
+    def describe(self, heap: GroupHeap) -> str:
+        return f"shared memory, {2 * heap.half_bytes} bytes"
+
+
+def make_executor(name: str) -> Executor:
+    """A new executor of that name; the GPU one is imported on first use, since it needs TileLang and CUDA.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    if name == "shm":
+        return ShmExecutor()
+    if name == "nvlink":
+        executor: Executor = importlib.import_module("tscompile.lowering.nvlink").NvlinkExecutor()
+        return executor
+    raise KeyError(name)

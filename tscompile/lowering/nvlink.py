@@ -1,0 +1,140 @@
+"""Executor of GPU groups: ops are enqueued on CUDA streams, and a watchdog looks after what was enqueued.
+
+A launch returns long before its op has run, so failures come to light later: a kernel that gives up leaves a record in pinned host
+memory, which the next launch and the watchdog read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from typing import Any
+
+import torch
+
+from ..errors import HeapError
+from ..nvshmem.device import NvlinkHeap
+from ..nvshmem.heap import GroupHeap, HostChannel, site_hash
+from ..nvshmem.world import DEFAULT_HEAP_BYTES
+from ..observe import log
+from ..problem import Plan
+from ..templates import Template
+from ..templates.nvlink.channel import DeviceLink
+
+_LOOK_EVERY_S = 0.2
+_MASK = 0x7FFFFFFF
+
+
+class NvlinkExecutor:
+    """Templates enqueue kernels and copies over NVLink."""
+
+    name = "nvlink"
+    shares = 4
+    runs_ahead = True
+
+    def __init__(self) -> None:
+        self.link: DeviceLink | None = None
+        self.heap: NvlinkHeap | None = None
+        self.ranks: tuple[int, ...] = ()
+        self._sites: dict[int, str] = {}
+        self._numbers: dict[str, int] = {}
+
+    def make_heap(self, ranks: tuple[int, ...], index: int, heap_bytes: int | None) -> NvlinkHeap:
+        if not torch.cuda.is_available():
+            raise HeapError("torch sees no GPU in this process: check CUDA_VISIBLE_DEVICES")
+        device = torch.device("cuda", torch.cuda.current_device())
+        return NvlinkHeap(index, len(ranks), device, ranks=ranks, heap_bytes=heap_bytes or DEFAULT_HEAP_BYTES)
+
+    def adopt(self, heap: GroupHeap, ranks: tuple[int, ...], timeout_s: float) -> None:
+        assert isinstance(heap, NvlinkHeap)
+        self.heap, self.ranks = heap, ranks
+        if self.link is not None and self.link.memory is heap.memory:
+            self.link.set_timeout(timeout_s)
+            return
+        old, self.link = self.link, DeviceLink(heap.memory, heap.half_bytes, timeout_s)
+        if old is not None and not old.was_captured:  # a captured graph keeps using the old region
+            heap.retire()
+        _watchdog.watch(self)
+
+    def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> HostChannel:
+        return HostChannel(heap, ranks, epoch, site, timeout_s)
+
+    def run(self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        assert self.link is not None
+        number = self._numbers.get(plan.site)
+        if number is None:
+            number = self._numbers[plan.site] = site_hash(plan.site) & _MASK
+            self._sites[number] = plan.site
+        return template.run(self.link.open(number), plan, *args)
+
+    def failed(self) -> tuple[int, str] | None:
+        link = self.link
+        if link is None or not link.has_record():
+            return None
+        found = link.read_record()
+        site = self._sites.get(found.site, f"number {found.site}")
+        waited = f"{link.timeout_s:g} s"
+        return found.peer, (
+            f"rank {self.ranks[found.peer]} did not send within {waited} what rank {self.ranks[found.rank]} waited for at site "
+            f"{site} (its flag says epoch {found.seen} of {found.expected}): look for a rank that ended or runs another program "
+            "path, or raise tilescale.timeout_s; outputs of that op are NaN"
+        )
+
+    def stop(self) -> None:
+        if self.link is not None:
+            self.link.stop()
+
+    def describe(self, heap: GroupHeap) -> str:
+        assert isinstance(heap, NvlinkHeap)
+        return f"{heap.provider}, {heap.memory.nbytes} bytes ({heap.provider_reason})"
+
+    def look(self) -> None:
+        """One round of the watchdog: spread the news of a failure to the peers' hosts, and of theirs to this GPU."""
+        heap, link = self.heap, self.link
+        if heap is None or link is None:
+            return
+        failure = self.failed()
+        if failure is not None and heap.aborted() is None:
+            log.error("%s", failure[1])
+            heap.abort(*failure)
+        if link.is_idle():
+            return
+        record = heap.aborted()
+        if record is None:
+            dead = next((peer for peer in range(heap.size) if peer != heap.rank and not heap.alive(peer)), None)
+            # A peer may end after it has done its part; then what is enqueued here completes all the same.
+            if dead is None or not link.is_stuck():
+                return
+            heap.abort(dead, f"the process of rank {self.ranks[dead]} has ended: look at its log for the first error")
+        link.stop()
+
+
+class _Watchdog:
+    """One thread per process that looks at every GPU group."""
+
+    def __init__(self) -> None:
+        self._executors: weakref.WeakSet[NvlinkExecutor] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, executor: NvlinkExecutor) -> None:
+        with self._lock:
+            self._executors.add(executor)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="tscompile-watchdog", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_LOOK_EVERY_S)
+            with self._lock:
+                executors = list(self._executors)
+            for executor in executors:
+                try:
+                    executor.look()
+                except (RuntimeError, OSError, HeapError) as error:
+                    log.debug("watchdog: %r", error)
+
+
+_watchdog = _Watchdog()
