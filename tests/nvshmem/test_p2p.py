@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,7 +67,7 @@ class OnCpu(p2p.SymmMemProvider):
 
 def test_life_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symm_mem, "get_backend", lambda device: "CUDA")
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     seen: list[tuple[Any, ...]] = []
 
     def rendezvous(buffer: torch.Tensor, name: str, rank: int, size: int, store: Any) -> tuple[Any, Any]:

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..errors import HeapError
-from .muster import Worker
 from .region import Region
 
-RENDEZVOUS_S = 60.0  # all ranks have posted by then, so only the mapping itself takes time
+RENDEZVOUS_S = (
+    60.0  # for each exchange over the store; all ranks have posted before, so only the mapping itself takes time
+)
 _PAGE = 4096
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
@@ -112,7 +113,8 @@ class SymmMemProvider:
         rank: index of this rank in the group.
         device: the local GPU, with its index.
         store: gives a store that all ranks of the group share; the default process group's if None.
-        timeout_s: bound of the mapping, in seconds.
+        timeout_s: bound of each exchange over the store, in seconds. torch then passes file descriptors from rank to rank without
+            a bound, for some milliseconds: a rank that is killed just then leaves its peers waiting.
     """
 
     name = "symm_mem"
@@ -168,30 +170,22 @@ class SymmMemProvider:
             buffer = self._allocate(nbytes)
         name = f"tscompile/symm_mem/{posts[0]['token']}"
         store = ExchangeStore(self._store(), name, self._timeout_s)
-        own, handles = buffer, []
-
-        def action() -> None:
-            torch.cuda.set_device(self._device)
-            with _without_multicast():
-                handles.append(_rendezvous(own, name, self._rank, len(self._ranks), store))
-
         self._kept.append(store)
-        worker = Worker("tscompile-symm-mem", action)
-        worker.join(self._timeout_s + 5.0)  # the exchange of file descriptors has no bound of its own
-        if worker.is_alive() or worker.error is not None:
-            reason = worker.error or f"not done after {self._timeout_s + 5.0:g} s"
+        try:
+            with torch.cuda.device(self._device), _without_multicast():
+                handle, group = _rendezvous(buffer, name, self._rank, len(self._ranks), store)
+        except RuntimeError as error:
             raise HeapError(
-                f"torch's symmetric memory cannot map the peers' GPUs ({reason}): look at the logs of ranks "
+                f"torch's symmetric memory cannot map the peers' GPUs ({error}): look at the logs of ranks "
                 f"{list(self._ranks)}, and give them one container and one TMPDIR"
-            )
-        handle, group = handles[0]
-        pad = -own.data_ptr() % _PAGE
-        if handle is None or handle.buffer_ptrs[self._rank] != own.data_ptr():
+            ) from error
+        pad = -buffer.data_ptr() % _PAGE
+        if handle is None or handle.buffer_ptrs[self._rank] != buffer.data_ptr():
             raise HeapError(
                 "torch's symmetric memory does not know this rank's buffer: report this with the output of "
                 "python -m tscompile.doctor"
             )
-        held: list[Any] = [own, handle, group]
+        held: list[Any] = [buffer, handle, group]
         addresses = tuple(int(address) + pad for address in handle.buffer_ptrs)
         return Region(self.name, self._rank, self._device, addresses, nbytes, held.clear)
 
