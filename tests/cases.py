@@ -314,7 +314,8 @@ def manifest(
 ) -> str:
     """Manifest of a graph with that many fused sites per group."""
     entries = {
-        name: {"digest": digest, "sites": sites, "scratch_bytes": scratch_bytes} for name, sites in groups.items()
+        name: {"executor": "shm", "digest": digest, "sites": sites, "scratch_bytes": scratch_bytes}
+        for name, sites in groups.items()
     }
     return json.dumps({"version": 1, "graph": digest, "groups": entries, "rows": rows or [], "runtime": runtime})
 

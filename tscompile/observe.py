@@ -39,6 +39,7 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rows: dict[str, Row] = {}
+        self._memory: dict[tuple[int, ...], str] = {}
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows; a site that is already known keeps its row (the same artifact may start more than once)."""
@@ -57,6 +58,15 @@ class Ledger:
                 if row.group == group and row.decision == "fused":
                     row.decision, row.code, row.reason = "kept", code, reason
 
+    def memory(self, ranks: tuple[int, ...], text: str) -> None:
+        """Where the buffers of a group are, and how large."""
+        with self._lock:
+            self._memory[ranks] = text
+
+    def memories(self) -> dict[tuple[int, ...], str]:
+        with self._lock:
+            return dict(self._memory)
+
     def measured(self, site: str, us: float) -> None:
         """Wall time of one launch of a fused site on this rank; the report shows the last one."""
         row = self._rows.get(site)  # no lock: dict reads are atomic, and this runs at every launch
@@ -66,6 +76,7 @@ class Ledger:
     def clear(self) -> None:
         with self._lock:
             self._rows.clear()
+            self._memory.clear()
 
 
 ledger = Ledger()

@@ -110,6 +110,7 @@ class FusionProblem:
     dtype: str
     comm_bytes: int  # bytes of the full tensor [P, R, Q] that the original collective moves
     gemms: tuple[Gemm, ...]
+    gemm_dtypes: tuple[str, ...] = ()  # of each matmul's result, before any cast
     reduce_op: str = "sum"
     return_gathered: bool = False
 

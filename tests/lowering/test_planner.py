@@ -8,7 +8,7 @@ import pytest
 
 from tscompile.lowering import cost_model, planner
 from tscompile.options import Options
-from tscompile.problem import Fuse, FusionProblem, Gemm, Keep
+from tscompile.problem import Fuse, FusionProblem, GatherUse, Gemm, Keep, Plan
 
 PROBLEM = FusionProblem(
     kind="all_gather_matmul",
@@ -20,14 +20,17 @@ PROBLEM = FusionProblem(
     gemms=(Gemm(4096, 512, 1024),),
 )
 
+USE = GatherUse("lhs", False, "rows", "float32")
+PLAN = Plan("all_gather_matmul", "", "", "float32", uses=(USE,))
+
 
 def code(problem: FusionProblem, **options: object) -> str:
-    decision = planner.plan(problem, Options(**options))  # type: ignore[arg-type]
+    decision = planner.plan(problem, PLAN, Options(**options))  # type: ignore[arg-type]
     return decision.code if isinstance(decision, Keep) else "fused"
 
 
 def test_fuses_what_is_predicted_to_gain() -> None:
-    decision = planner.plan(PROBLEM, Options())
+    decision = planner.plan(PROBLEM, PLAN, Options())
     assert isinstance(decision, Fuse)
     assert decision.executor == "shm"
     assert decision.predicted_fused_us < decision.predicted_original_us
@@ -36,7 +39,7 @@ def test_fuses_what_is_predicted_to_gain() -> None:
 def test_keeps_what_is_not_and_says_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = {kind: cost_model.Link(1e6, 1e6) for kind in cost_model.SHM}
     monkeypatch.setattr(cost_model, "SHM", slow)
-    decision = planner.plan(PROBLEM, Options())
+    decision = planner.plan(PROBLEM, PLAN, Options())
     assert isinstance(decision, Keep) and decision.code == "no-gain"
     assert "us fused against" in decision.reason
     assert code(PROBLEM, fuse="always") == "fused"
@@ -58,7 +61,8 @@ def test_predictions_grow_with_every_cost() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"device": "cuda"}, "no-executor"),
+        ({"device": "xpu"}, "no-executor"),
+        ({"device": "cuda"}, "unsupported"),  # float32
         ({"group_size": 1}, "one-rank"),
         ({"comm_bytes": 0}, "empty"),
         ({"dtype": "int64"}, "unsupported"),

@@ -40,7 +40,7 @@ class Life:
 
     @property
     def state(self) -> group_module.GroupState:
-        return runtime._world.by_name[self.name]
+        return runtime._world.by_name[self.name, "shm"]
 
     def begin(self, digest: str = "d", *, sites: int = 1, scratch_bytes: int = 4096, **options: Any) -> None:
         rows = [row(self.name, f"{digest}/site")] if sites else []

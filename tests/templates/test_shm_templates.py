@@ -14,7 +14,7 @@ from tests.cases import Case, all_cases, all_gather, manifest, reduction, shuffl
 from tests.compat import permuted_group
 from tests.worlds import run_world
 from tscompile.lowering import runtime
-from tscompile.problem import FusionProblem, Gemm
+from tscompile.problem import FusionProblem, Gemm, Plan
 from tscompile.templates import find_template, register_template, registered
 
 
@@ -45,7 +45,7 @@ def correctness(rank: int, size: int) -> None:
     cases = all_cases(size)
     for case in cases:
         case.check(rank, call(case, group, rank))
-    state = runtime._world.by_name[group]
+    state = runtime._world.by_name[group, "shm"]
     assert state.refusal is None
     soak(rank, size, cases, group, 300)
     same = reduction("matmul_all_reduce", size, 1, "bfloat16", inner=301, free=1000)
@@ -127,5 +127,5 @@ def test_supports(changes: dict[str, Any], said: str | None) -> None:
         assert template is not None
         if executor != "shm":
             continue
-        reason = template.supports(problem(**changes))
+        reason = template.supports(problem(**changes), Plan(kind, "", "", "float32"))
         assert reason is None if said is None else said in str(reason)

@@ -99,6 +99,7 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
         dtype=dtype_name(wire),
         comm_bytes=hint(product(value.shape)) * wire.itemsize,
         gemms=tuple(r.matmul.gemm for r in readers),
+        gemm_dtypes=tuple(use.dtype for use in uses),
         return_gathered=bool(live.nodes),
     )
     shapes = (

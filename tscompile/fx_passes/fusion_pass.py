@@ -174,7 +174,7 @@ class _Fusion:
 
     def _match(self, label: str, match: Match) -> None:
         group = match.collectives[0].group
-        decision = planner.plan(match.problem, self.options)
+        decision = planner.plan(match.problem, match.plan, self.options)
         if isinstance(decision, Fuse) and self.options.dry_run:
             decision = Keep("dry-run", "dry run: this site would be fused")
         source = source_line(match.collectives[0].node)
@@ -283,12 +283,14 @@ class _Fusion:
         groups: dict[str, dict[str, Any]] = {}
         for row in self.rows:
             if row.group and row.ranks > 1:
-                groups.setdefault(row.group, {"sites": 0, "scratch_bytes": 0, "plans": []})
+                executor = planner.EXECUTORS.get(self.context.token.meta["val"].device.type, "shm")
+                groups.setdefault(row.group, {"executor": executor, "sites": 0, "scratch_bytes": 0, "plans": []})
         for node, plan, group in self.fused:
             entry = groups[group]
             entry["sites"] += 1
             args = fx.map_arg(node.args[:-3], lambda n: n.meta["val"])
             need = planner.scratch_bytes(plan, len(group_ranks(group)), args)
+            entry["executor"] = plan.executor
             entry["scratch_bytes"] = max(entry["scratch_bytes"], need)
             entry["plans"].append(plan.dumps())
         for entry in groups.values():

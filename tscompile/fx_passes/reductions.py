@@ -59,6 +59,7 @@ def reduction_problem(kind: str, collective: Collective, reduction: Reduction) -
         dtype=dtype_name(value.dtype),
         comm_bytes=hint(product(value.shape)) * value.dtype.itemsize,
         gemms=tuple(m.gemm for m in matmuls_of(reduction)),
+        gemm_dtypes=tuple(dtype_name(m.node.meta["val"].dtype) for m in matmuls_of(reduction)),
         reduce_op=collective.reduce_op,
     )
 

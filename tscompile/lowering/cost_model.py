@@ -1,7 +1,7 @@
-"""Predicted times of a site on CPU ranks, fused over shared memory and as the original gloo collective plus matmul.
+"""Predicted times of a site, fused and as the original collective plus matmul: on CPU ranks and on H200 GPUs.
 
 Only ratios matter: the matmul is the same on both sides, so the model compares what is left exposed of the communication.
-The constants were measured with benchmarks/bench_cpu.py (see benchmarks/results) on 2 ranks with one thread each.
+Every constant has its unit and where it was measured.
 """
 
 from __future__ import annotations
@@ -51,9 +51,50 @@ class Prediction:
 
 def predict(problem: FusionProblem) -> Prediction:
     """Both times of a site, in us; the planner's only source of them."""
+    return _predict_gpu(problem) if problem.device == "cuda" else _predict_cpu(problem)
+
+
+def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:
         fused += problem.comm_bytes / _MIB * GATHERED_US_PER_MIB
     return Prediction(matmul_us + fused, matmul_us + GLOO[problem.kind].us(sent))
+
+
+# [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank]
+SMS = 132
+TILE = (128, 256)  # rows and columns that one SM computes at a time
+TILE_US_PER_K = 0.0122  # of one tile per unit of k, all SMs busy; a GEMM [8192, 7168, 4096] takes 0.69 ms
+LAUNCH_US = 6.0
+NCCL = {  # of the whole tensor on 4 ranks
+    "all_gather_matmul": Link(20.0, 4.05),
+    "matmul_reduce_scatter": Link(18.0, 4.1),
+    "matmul_all_reduce": Link(22.0, 6.6),
+    "matmul_all_gather": Link(20.0, 4.05),
+}
+COPY_ENGINE = Link(10.0, 3.1)  # a pass over NVLink, per MiB that one rank sends
+SLOWDOWN = {
+    "all_gather_matmul": 1.04,
+    "matmul_reduce_scatter": 1.05,
+    "matmul_all_reduce": 1.08,
+}  # of the GEMM by the traffic beside it
+TAIL_US = {"all_gather_matmul": 6.0, "matmul_reduce_scatter": 15.0, "matmul_all_reduce": 30.0}
+
+
+def _gemm_us(m: int, n: int, k: int) -> float:
+    """Whole waves of tiles; a last wave that is not full costs as much as a full one."""
+    tiles = -(-m // TILE[0]) * -(-n // TILE[1])
+    return LAUNCH_US + -(-tiles // SMS) * k * TILE_US_PER_K
+
+
+def _predict_gpu(problem: FusionProblem) -> Prediction:
+    matmul_us = sum(_gemm_us(g.m, g.n, g.k) for g in problem.gemms)
+    total = problem.comm_bytes / _MIB
+    sent = total * (problem.group_size - 1) / problem.group_size
+    original = matmul_us + NCCL[problem.kind].us(total * 4 / 3 * (problem.group_size - 1) / problem.group_size)
+    passes = 2 if problem.kind == "matmul_all_reduce" else 1
+    transport = COPY_ENGINE.us(sent * passes)
+    fused = max(matmul_us * SLOWDOWN.get(problem.kind, 1.0), transport) + TAIL_US.get(problem.kind, 0.0)
+    return Prediction(fused, original)

@@ -15,6 +15,8 @@ from ..nvshmem.shm import ShmHeap
 from ..problem import Plan
 from ..templates import Template
 
+NAMES = ("shm", "nvlink", "reference")  # "reference": the original ops
+
 
 class Executor(Protocol):
     """One per group.
@@ -35,9 +37,13 @@ class Executor(Protocol):
         """The ranks have agreed on this heap, or on its new size, or on another time-out."""
         ...
 
-    def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> HostChannel: ...
+    def channel(
+        self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float
+    ) -> HostChannel: ...
 
-    def run(self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor]: ...
+    def run(
+        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]
+    ) -> list[torch.Tensor]: ...
 
     def failed(self) -> tuple[int, str] | None:
         """(index of the rank at fault, text) if an enqueued op has failed since."""

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import HeapError, PeerError, TscompileError
-from ..nvshmem.heap import Channel, DowngradedError
-from ..nvshmem.shm import ShmHeap, process_is_alive
+from ..nvshmem.heap import DowngradedError, GroupHeap, HostChannel
+from ..nvshmem.shm import process_is_alive
 from ..observe import ledger, log, once
 from ..problem import Plan
 from ..templates import Template, find_template
+from .executors import Executor
 from .vote import Ballot, Post, Verdict, group_store, host_facts, judge_plans, judge_ready
 
 _SAY_AFTER_S = 20.0  # a rank that waits longer in a vote says so: compile times differ, but a user wants to know
@@ -44,9 +45,10 @@ class GroupState:
         ranks: global ranks in the group's order.
         rank: this process (global).
         timeout_s: how long to wait for a peer where no option says so.
+        executor: how its ops run.
     """
 
-    def __init__(self, ranks: tuple[int, ...], rank: int, timeout_s: float) -> None:
+    def __init__(self, ranks: tuple[int, ...], rank: int, timeout_s: float, executor: Executor) -> None:
         self.ranks = ranks
         self.rank = rank
         self.names: set[str] = set()
@@ -54,7 +56,8 @@ class GroupState:
         self.graphs = 0  # graphs started on this group, voted on or not
         self.refusal: Verdict | None = None  # set: the ranks run the original ops from now on
         self.error: PeerError | None = None  # set: the group is broken
-        self.heap: ShmHeap | None = None  # set once a vote was won
+        self.heap: GroupHeap | None = None  # set once a vote was won
+        self.executor = executor
         self._lock = threading.RLock()
         self._agreed: set[str] = set()
         self._default_timeout_s = timeout_s
@@ -67,7 +70,7 @@ class GroupState:
 
     def _ballot(self, key: str) -> Ballot:
         if self._store is None:
-            self._store = group_store(self.ranks, self.rank)
+            self._store = group_store(self.ranks, self.rank, self.executor.name)
         return Ballot(self._store, self.ranks, self.rank, key)
 
     def start_again(self) -> None:
@@ -99,21 +102,34 @@ class GroupState:
             return None
         return Election(self, ballot, stake)
 
-    def adopt(self, stake: Stake, heap: ShmHeap) -> None:
+    def adopt(self, stake: Stake, heap: GroupHeap) -> None:
         """A vote was won: the graph may run fused."""
         self.heap = heap
         self._agreed.add(stake.digest)
         self._timeout_s = stake.timeout_s if stake.timeout_s is not None else self._default_timeout_s
         self._limit_bytes = stake.heap_bytes
+        self.executor.adopt(heap, self.ranks, self._timeout_s)
+        ledger.memory(self.ranks, self.executor.describe(heap))
 
     def refuse(self, verdict: Verdict) -> None:
         """From the next epoch on the ranks run the original ops; peers that are waiting in it are told."""
         if self.refusal is not None:
             return
-        self.refusal = verdict
         if self.heap is not None:
+            ahead = [i for i in range(len(self.ranks)) if self.heap.entered(i) > self.epoch]
+            if ahead and self.executor.runs_ahead:
+                # What a peer has enqueued waits for this rank on the GPU and cannot be taken back.
+                channel = self._channel("the start of a graph")
+                self.error = channel.fail(self.heap.rank, verdict.reason)
+                self.executor.stop()
+                raise self.error
             self.heap.downgrade(self.epoch + 1, f"{verdict.code}|{verdict.reason}")
+        self.refusal = verdict
         self._tell()
+
+    def _channel(self, site: str) -> HostChannel:
+        assert self.heap is not None
+        return self.executor.channel(self.heap, self.ranks, self.epoch, site, self._timeout_s)
 
     def _tell(self) -> None:
         assert self.refusal is not None
@@ -171,7 +187,11 @@ class GroupState:
             if self.error is not None:
                 raise PeerError(self.error.rank, self.error.site, str(self.error))
             self.epoch += 1
-            channel = Channel(self.heap, self.ranks, self.epoch, plan.site, self._timeout_s)
+            channel = self._channel(plan.site)
+            failure = self.executor.failed()
+            if failure is not None:
+                self.error = channel.fail(*failure)
+                raise self.error
             try:
                 channel.enter()
                 outputs = self._run(template, channel, plan, args)
@@ -187,26 +207,30 @@ class GroupState:
             except BaseException as error:
                 text = f"rank {self.rank} raised {type(error).__name__}: {str(error)[:300]}"
                 self.error = channel.fail(self.heap.rank, text)
+                self.executor.stop()
                 raise
         return reference(), False
 
     def _run(
-        self, template: Template, channel: Channel, plan: Plan, args: tuple[Any, ...]
+        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]
     ) -> list[torch.Tensor] | None:
-        """Outputs of the template; None if it needs more memory than the options allow (on every rank alike)."""
+        """Outputs of the template; None if the original ops must run: on every rank, since all see the same sizes."""
         assert self.heap is not None
         need = template.scratch_bytes(plan, len(self.ranks), *args)
+        if need < 0:
+            return None
         if need > self.heap.half_bytes:
             half = max(need, self.heap.half_bytes * 3 // 2)
             if self._limit_bytes is not None:
-                half = max(need, min(half, self._limit_bytes // 2))
-                if 2 * need > self._limit_bytes:
+                limit = self._limit_bytes // self.executor.shares
+                half = max(need, min(half, limit))
+                if need > limit:
                     return None
             self._grow(half, channel)
         with torch.no_grad():
-            return template.run(channel, plan, *args)
+            return self.executor.run(template, channel, plan, args)
 
-    def _grow(self, half_bytes: int, channel: Channel) -> None:
+    def _grow(self, half_bytes: int, channel: HostChannel) -> None:
         """Replace the arenas of all ranks by larger ones, in the middle of an op; every rank does so in the same epoch."""
         heap = self.heap
         assert heap is not None
@@ -235,6 +259,8 @@ class GroupState:
             heap.release_names()
         if not verdict.agreed:
             raise DowngradedError(f"{verdict.code}|{verdict.reason}")
+        self.executor.adopt(heap, self.ranks, self._timeout_s)
+        ledger.memory(self.ranks, self.executor.describe(heap))
 
 
 class Election:
@@ -253,10 +279,12 @@ class Election:
             "heap_bytes": stake.heap_bytes,
             "facts": host_facts(),
         }
-        half = stake.scratch_bytes if stake.heap_bytes is None else min(stake.scratch_bytes, stake.heap_bytes // 2)
+        half = stake.scratch_bytes
+        if stake.heap_bytes is not None:
+            half = min(half, stake.heap_bytes // state.executor.shares)
         try:
             if self._heap is None:
-                self._heap = ShmHeap(state.ranks.index(state.rank), len(state.ranks))
+                self._heap = state.executor.make_heap(state.ranks, state.ranks.index(state.rank), stake.heap_bytes)
             if not self._heap.connected or half > self._heap.half_bytes:
                 post |= self._heap.prepare(half)
         except HeapError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from ..problem import Decision, Fuse, FusionProblem, Keep, Plan
 from ..templates.template import find_template
 from . import cost_model
 
-EXECUTORS = {"cpu": "shm"}
+EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 
 
-def plan(problem: FusionProblem, options: Options) -> Decision:
+def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     """Decide on one site. Reads nothing that may differ between ranks.
 
     Returns:
@@ -28,12 +29,16 @@ def plan(problem: FusionProblem, options: Options) -> Decision:
     if problem.group_size < 2:
         return Keep("one-rank", "the group has one rank: there is no communication to hide")
     executor = EXECUTORS.get(problem.device)
+    if executor == "nvlink":
+        importlib.import_module(
+            "tscompile.templates.nvlink.registered"
+        )  # registers its templates; needs TileLang, so not sooner
     template = find_template(problem.kind, executor) if executor else None
     if executor is None or template is None:
         return Keep("no-executor", f"no kernel for {problem.kind} on {problem.device} tensors in this version")
     if problem.comm_bytes == 0:
         return Keep("empty", "a tensor without elements is exchanged")
-    refusal = template.supports(problem)
+    refusal = template.supports(problem, plan)
     if refusal is not None:
         return Keep("unsupported", refusal)
     prediction = cost_model.predict(problem)
@@ -52,4 +57,4 @@ def scratch_bytes(plan: Plan, ranks: int, args: Sequence[Any]) -> int:
     template = find_template(plan.kind, plan.executor)
     if template is None or not all(isinstance(size, int) for size in sizes):
         return 0
-    return template.scratch_bytes(plan, ranks, *args)
+    return max(0, template.scratch_bytes(plan, ranks, *args))

@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from ..errors import TscompileError
 from ..observe import ledger
 from ..problem import Plan, Row
+from . import executors
 from .group import Election, GroupState, Stake
 
 MANIFEST_VERSION = 1
@@ -34,8 +35,8 @@ class _World:
         self.group = None if group is None else weakref.ref(group)
         self.begun: dict[str, tuple[GroupState, ...]] = {}  # manifest -> groups that it concerns
         self.verified: set[str] = set()  # sites
-        self.states: dict[tuple[int, ...], GroupState] = {}
-        self.by_name: dict[str, GroupState] = {}
+        self.states: dict[tuple[tuple[int, ...], str], GroupState] = {}
+        self.by_name: dict[tuple[str, str], GroupState] = {}  # (group's name, executor's name)
 
 
 _world = _World(None)
@@ -60,28 +61,30 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _timeout_s(group: dist.ProcessGroup) -> float:
+def _timeout_s(group: dist.ProcessGroup, device: str) -> float:
     """The process group's own time-out in seconds."""
     try:
-        timeout = group._get_backend(torch.device("cpu")).options._timeout
+        timeout = group._get_backend(torch.device(device)).options._timeout
     except (AttributeError, RuntimeError):
         timeout = distributed_c10d.default_pg_timeout
     return float(timeout.total_seconds())
 
 
-def _find_state(world: _World, name: str) -> GroupState | None:
+def _find_state(world: _World, name: str, executor: str) -> GroupState | None:
     """State of the group of that name; None if its ranks cannot share memory because they are not other processes."""
-    if name in world.by_name:
-        return world.by_name[name]
+    if (name, executor) in world.by_name:
+        return world.by_name[name, executor]
     group = distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, unused-ignore]
     ranks = tuple(dist.get_process_group_ranks(group))
     if len(ranks) < 2 or dist.get_backend(group) in _NO_REAL_PEERS:
         return None
-    state = world.states.get(ranks)
+    state = world.states.get((ranks, executor))
     if state is None:
-        state = world.states[ranks] = GroupState(ranks, dist.get_rank(), _timeout_s(group))
+        timeout_s = _timeout_s(group, "cuda" if executor == "nvlink" else "cpu")
+        state = GroupState(ranks, dist.get_rank(), timeout_s, executors.make_executor(executor))
+        world.states[ranks, executor] = state
     state.names.add(name)
-    world.by_name[name] = state
+    world.by_name[name, executor] = state
     return state
 
 
@@ -89,7 +92,8 @@ def begin(manifest: str) -> None:
     """Start of a graph: the first time, register its report rows and vote with the peers on running it fused.
 
     Args:
-        manifest: JSON `{"version": 1, "graph": str, "groups": {name: {"digest": str, "sites": int, "scratch_bytes": int}},
+        manifest: JSON `{"version": 1, "graph": str,
+            "groups": {name: {"executor": str, "digest": str, "sites": int, "scratch_bytes": int}},
             "rows": [Row as dict], "runtime": {"timeout_s": float | None, "heap_bytes": int | None, "verify": bool}}`;
             `sites` counts fused sites, `scratch_bytes` is the largest need of one of them.
 
@@ -114,7 +118,7 @@ def begin(manifest: str) -> None:
         world.verified.update(row["site"] for row in parsed["rows"] if row["decision"] == "fused")
     if world.group is not None:
         _vote(world, parsed["groups"], options)
-    states = (world.by_name.get(name) for name in parsed["groups"])
+    states = (world.by_name.get((name, entry["executor"])) for name, entry in parsed["groups"].items())
     world.begun[manifest] = tuple(dict.fromkeys(state for state in states if state is not None))
 
 
@@ -123,7 +127,7 @@ def _vote(world: _World, groups: dict[str, dict[str, Any]], options: dict[str, A
     try:
         at_stake: dict[GroupState, list[dict[str, Any]]] = {}
         for name, entry in groups.items():
-            state = _find_state(world, name)
+            state = _find_state(world, name, entry["executor"])
             if state is not None:
                 at_stake.setdefault(state, []).append(entry)  # several names may mean the same ranks
             elif entry["sites"]:
@@ -170,7 +174,12 @@ def launch(
     """
     start = time.perf_counter()
     world = _current_world()
-    state = world.by_name.get(group_name)
+    state = world.by_name.get((group_name, plan.executor))
+    if plan.executor not in executors.NAMES:
+        raise TscompileError(
+            f"no executor {plan.executor!r} (site {plan.site}): the graph was compiled by another tscompile: "
+            "clear the Inductor cache (TORCHINDUCTOR_CACHE_DIR)"
+        )
     if state is None or plan.executor == "reference":
         outputs = reference()
     else:

@@ -43,13 +43,13 @@ class Verdict:
 AGREED = Verdict(True)
 
 
-def group_store(ranks: tuple[int, ...], rank: int) -> dist.Store:
+def group_store(ranks: tuple[int, ...], rank: int, executor: str) -> dist.Store:
     """The part of the default store that the ranks of one group share for votes.
 
     Keys of an earlier life of the group in the same store are not seen: each start of a rank is counted, and since a start
     goes with the initialisation of the process group, the ranks count alike.
     """
-    name = blake2b(repr(ranks).encode(), digest_size=12).hexdigest()
+    name = blake2b(f"{executor}{ranks}".encode(), digest_size=12).hexdigest()
     store = dist.PrefixStore(f"tscompile/{name}", distributed_c10d._get_default_store())
     start = store.add(f"starts/{rank}", 1)
     return dist.PrefixStore(str(start), store)

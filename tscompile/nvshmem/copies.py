@@ -62,7 +62,9 @@ class CopyEngine:
         """Whether all work that the event was recorded behind has run."""
         return bool(self._library.tsc_event_done(event))
 
-    def issue(self, steps: ctypes.Array[Step], streams: ctypes.Array[ctypes.c_void_p], events: ctypes.Array[ctypes.c_void_p]) -> None:
+    def issue(
+        self, steps: ctypes.Array[Step], streams: ctypes.Array[ctypes.c_void_p], events: ctypes.Array[ctypes.c_void_p]
+    ) -> None:
         """Issue all steps, in order.
 
         Raises:
@@ -71,7 +73,9 @@ class CopyEngine:
         failed = ctypes.c_int(0)
         result = self._library.tsc_issue(steps, len(steps), streams, events, ctypes.byref(failed))
         if result:
-            raise HeapError(f"CUDA refused a copy between GPUs (step {failed.value} of {len(steps)}: CUresult {result})")
+            raise HeapError(
+                f"CUDA refused a copy between GPUs (step {failed.value} of {len(steps)}: CUresult {result})"
+            )
 
 
 @lru_cache(maxsize=1)

@@ -112,7 +112,7 @@ class _Use:
 class ShmAllGatherGemm:
     """shard [P, Q] of each rank, gathered to [P, R*Q], times the other operands."""
 
-    def supports(self, problem: FusionProblem) -> str | None:
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return shm_refusal(problem)
 
     def scratch_bytes(

@@ -27,7 +27,7 @@ def _chunks(rows: int, nbytes: int) -> list[tuple[int, int]]:
 class ShmGemmAllGather:
     """Result [M, N] of each rank's matmul, gathered along the rank dimension of its rows or columns."""
 
-    def supports(self, problem: FusionProblem) -> str | None:
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return shm_refusal(problem)
 
     def scratch_bytes(self, plan: Plan, size: int, lhs: Tensor, rhs: Tensor, bias: Tensor | None, outer: int) -> int:

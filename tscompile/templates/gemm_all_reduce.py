@@ -38,7 +38,7 @@ def _bounds(rows: int, size: int, index: int) -> tuple[int, int]:
 class ShmGemmAllReduce:
     """Sum over ranks of terms [M, N], on every rank."""
 
-    def supports(self, problem: FusionProblem) -> str | None:
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return shm_refusal(problem)
 
     def scratch_bytes(

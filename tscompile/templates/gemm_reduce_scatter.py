@@ -90,7 +90,7 @@ def result_shape(lhs: Sequence[Tensor], rhs: Sequence[Tensor], addends: Sequence
 class ShmGemmReduceScatter:
     """Sum over ranks of terms [M, N], scattered along the rank dimension of its rows or columns."""
 
-    def supports(self, problem: FusionProblem) -> str | None:
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return shm_refusal(problem)
 
     def scratch_bytes(

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ..nvshmem.heap import Channel
 from ..problem import FusionProblem, Plan
 
 SHM_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -19,12 +18,13 @@ SHM_DTYPES = ("float32", "float64", "bfloat16", "float16")
 class Template(Protocol):
     """One way to run one kind of fused op. Instances have no state of their own."""
 
-    def supports(self, problem: FusionProblem) -> str | None:
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         """None if this template can run the problem, otherwise the reason why not. The same answer on every rank."""
         ...
 
     def scratch_bytes(self, plan: Plan, size: int, *args: Any) -> int:
-        """Bytes of each rank's arena that one call needs (of one half of it), from shapes alone.
+        """Bytes of each rank's arena that one call needs (of one half of it), from shapes alone; negative if the template cannot
+        serve these sizes, which a plan for symbolic sizes may meet: then the original ops run.
 
         Args:
             plan: the op's plan.
@@ -33,9 +33,10 @@ class Template(Protocol):
         """
         ...
 
-    def run(self, channel: Channel, plan: Plan, *args: Any) -> list[torch.Tensor]:
+    def run(self, channel: Any, plan: Plan, *args: Any) -> list[torch.Tensor]:
         """Run the op on this rank and return its outputs without the token: fresh memory, never views of the heap.
 
+        `channel` is what the executor gives: a Channel ("shm"), a DeviceChannel ("nvlink").
         It must not change its inputs, and must receive at least one signal from every peer before it returns.
 
         Raises:

@@ -18,16 +18,16 @@ from ...nvshmem import copies
 from ...nvshmem.copies import Step
 from ...problem import FusionProblem, GatherUse, Plan
 from ..template import register_template, torch_dtype
-from .all_gather_kernel import all_gather_kernel
 from .channel import ACK, SIDE, DeviceChannel
-from .gemm import MAX_OPERANDS, SMS, GemmConfig
 from .jit import kernel
-from .operands import Right, aligned_pointer, aligned_sizes, right_operand
-from .refusal import nvlink_refusal
-from .service_kernel import service_kernel
+from .kernels.all_gather import all_gather_kernel
+from .kernels.gemm import MAX_OPERANDS, SMS, GemmConfig
+from .kernels.service import service_kernel
+from .operands import Right, aligned_pointer, right_operand
+from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
 
-_TILE_WIDTHS = (256, 240, 224, 192, 128)  # multiples of 16 that wgmma runs at full rate
+_TILE_WIDTHS = (256, 240, 224)  # narrower ones lose more in the tensor cores than they win in waves
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class _Fused:
 
 def tile_width(rows: int, widths: Sequence[int]) -> int:
     """Columns of a tile for `rows` tile rows over weights of these widths: fewest wave-columns, then the widest."""
+    if max(widths) <= 128:
+        return 128
 
     def cost(tile: int) -> tuple[int, int]:
         waves = math.ceil(rows * sum(math.ceil(width / tile) for width in widths) / SMS)
@@ -53,8 +55,8 @@ def tile_width(rows: int, widths: Sequence[int]) -> int:
 class NvlinkAllGatherGemm:
     """shard [P, Q] of each rank, gathered to [P, R*Q], times the other operands."""
 
-    def supports(self, problem: FusionProblem) -> str | None:
-        return nvlink_refusal(problem)
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
+        return gather_refusal(problem, plan)
 
     def scratch_bytes(
         self, plan: Plan, size: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
@@ -62,7 +64,12 @@ class NvlinkAllGatherGemm:
         return int(shard.numel()) * size * torch_dtype(plan.dtype).itemsize
 
     def run(
-        self, channel: DeviceChannel, plan: Plan, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+        self,
+        channel: DeviceChannel,
+        plan: Plan,
+        shard: Tensor,
+        others: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         dtype = torch_dtype(plan.dtype)
         shard = aligned_pointer(shard.to(dtype).contiguous())
@@ -73,7 +80,7 @@ class NvlinkAllGatherGemm:
         channel.issue(_push(channel, shard))
         fused: list[_Fused] = []
         for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
-            if _is_served(plan, use, shard, other):
+            if serves_use(use, plan.dtype, other.shape[0], other.shape[1]):
                 fused.append(_Fused(index, right_operand(other), None if bias is None else bias.to(dtype)))
         rest = len(fused) < len(plan.uses)
         gathered = shard.new_empty((pieces, channel.size * width)) if plan.return_gathered else None
@@ -119,7 +126,11 @@ class NvlinkAllGatherGemm:
                 own[:, channel.rank].copy_(shard)
                 local = False
             config = GemmConfig(
-                str(shard.dtype).removeprefix("torch."), batch[0].right.transposed, len(batch), batch[0].bias is not None, tile_n
+                str(shard.dtype).removeprefix("torch."),
+                batch[0].right.transposed,
+                len(batch),
+                batch[0].bias is not None,
+                tile_n,
             )
             collects = gathered is not None and number == 0
             results = [shard.new_empty((m, n)) for n in widths]
@@ -163,14 +174,6 @@ class NvlinkAllGatherGemm:
 def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
     """As many tensors as a kernel takes; it does not look at the surplus."""
     return [*tensors, *[tensors[0]] * (MAX_OPERANDS - len(tensors))]
-
-
-def _is_served(plan: Plan, use: GatherUse, shard: Tensor, other: Tensor) -> bool:
-    """True if the kernel can run this use: gathered rows on the left, sizes that TMA can address."""
-    if use.side != "lhs" or use.transposed or use.rank_axis != "rows" or use.dtype != plan.dtype:
-        return False
-    k, n = other.shape
-    return aligned_sizes(k, n) and shard.shape[1] % k == 0
 
 
 def _table(

@@ -15,15 +15,15 @@ from torch import Tensor
 from ...nvshmem import copies
 from ...nvshmem.copies import Step
 from ...nvshmem.heap import aligned
-from ...problem import FusionProblem, Plan
+from ...problem import FusionProblem, Gemm, Plan
 from ..template import register_template, torch_dtype
 from .channel import ACK, RESULTS, SIDE, DeviceChannel
-from .gemm import DTYPE_CODES, MAX_OPERANDS, GemmConfig
 from .jit import kernel
-from .operands import Right, aligned_pointer, aligned_sizes, right_operand
-from .reduce_kernel import reduce_kernel
-from .refusal import nvlink_refusal
-from .service_kernel import service_kernel
+from .kernels.gemm import MAX_OPERANDS, GemmConfig
+from .kernels.reduce import reduce_kernel
+from .kernels.service import service_kernel
+from .operands import Right, aligned_pointer, right_operand
+from .refusal import sum_refusal, terms_refusal
 from .tiles import TILE_M, Part, Reduction, all_reduce_tiles, scatter_tiles
 
 _TILE_N = 256
@@ -59,7 +59,8 @@ def _gather_terms(
     dtype = torch_dtype(plan.dtype)
     coefficients = plan.coefficients or (1.0,) * len(lhs)
     factor = coefficients[0]
-    lefts, rights = [], []
+    lefts: list[Tensor] = []
+    rights: list[Right] = []
     for a, b, c in zip(lhs, rhs, coefficients, strict=False):
         right = right_operand(b.to(dtype))
         if rights and right.transposed != rights[0].transposed:
@@ -76,16 +77,8 @@ def _gather_terms(
     return _Sum(lefts, rights, None if bias is None else bias.to(dtype), factor / divisor)
 
 
-def _refusal(plan: Plan, lhs: Sequence[Tensor], rhs: Sequence[Tensor], addends: Sequence[Tensor]) -> str | None:
-    if addends:
-        return "a term of the sum is not a matmul"
-    if not 1 <= len(lhs) <= MAX_OPERANDS:
-        return f"the sum has {len(lhs)} matmuls, the kernel takes {MAX_OPERANDS}"
-    if plan.coefficients and plan.coefficients[0] == 0:
-        return "a coefficient is zero"
-    if not aligned_sizes(*(a.shape[1] for a in lhs), rhs[0].shape[1]):
-        return "a matrix has rows that are no multiple of 16 bytes"
-    return None
+def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
+    return tuple(Gemm(a.shape[0], b.shape[1], a.shape[1]) for a, b in zip(lhs, rhs, strict=True))
 
 
 def _parts(tiles: int, k: int) -> int:
@@ -184,8 +177,8 @@ def _tiles_of(rows: int, n: int) -> int:
 class NvlinkGemmReduceScatter:
     """Sum over ranks of terms [M, N], scattered along the rank dimension of its rows."""
 
-    def supports(self, problem: FusionProblem) -> str | None:
-        return nvlink_refusal(problem)
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
+        return sum_refusal(problem, plan)
 
     def scratch_bytes(
         self,
@@ -197,6 +190,8 @@ class NvlinkGemmReduceScatter:
         addends: Sequence[Tensor],
         outer: int,
     ) -> int:
+        if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
+            return -1
         inner = int(lhs[0].shape[0]) // (size * outer)
         tiles = outer * _tiles_of(inner, int(rhs[0].shape[1]))
         return size * tiles * TILE_M * _TILE_N * _ITEM
@@ -218,9 +213,7 @@ class NvlinkGemmReduceScatter:
         tables = channel.link.tables.get(key)
         if tables is None:
             parts = _parts(outer * _tiles_of(inner, n), terms.lhs[0].shape[1])
-            tables = _tables(
-                channel, key, scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N, parts)
-            )
+            tables = _tables(channel, key, scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N, parts))
         out = terms.lhs[0].new_empty((outer * inner, n))
         _Run(channel, terms, tables, False).launch(out)
         return [out]
@@ -230,8 +223,8 @@ class NvlinkGemmReduceScatter:
 class NvlinkGemmAllReduce:
     """Sum over ranks of terms [M, N], to every rank."""
 
-    def supports(self, problem: FusionProblem) -> str | None:
-        return nvlink_refusal(problem)
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
+        return sum_refusal(problem, plan)
 
     def scratch_bytes(
         self,
@@ -242,6 +235,8 @@ class NvlinkGemmAllReduce:
         biases: Sequence[Tensor | None],
         addends: Sequence[Tensor],
     ) -> int:
+        if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
+            return -1
         m, n = int(lhs[0].shape[0]), int(rhs[0].shape[1])
         return result_offset(-(-_tiles_of(m, n) // size), size) + m * n * _ITEM
 

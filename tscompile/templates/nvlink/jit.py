@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from ...nvshmem.native import cache_dir
 from ...observe import log
-from .gemm import GemmConfig, compile_kernel
+from .kernels.gemm import GemmConfig, compile_kernel
 
 Build = Callable[[GemmConfig, bool], Any]
 

@@ -1,6 +1,6 @@
 """Tables of tiles: which tile a kernel takes next, whom it waits for, where its result goes. Pure functions of sizes and rank.
 
-A table is a list of rows of eight numbers, in the order in which the tiles are claimed. Words (kernels.h has the same enum):
+A table is a list of rows of eight numbers, in the order in which the tiles are claimed. Words (tile.h has the same enum):
 ROW, COL: first row and column of the tile in the operands. ROWS: how many of its rows are stored. OWNER: 1 if the tile is this
 rank's own matter (its rows lie in its own shard; it sums the tile). INDEX: place of a travelling tile. OUT_ROW: first row in the
 output. MASK: ranks whose data the tile needs, or the part that it travels in. GROUP: number of the weight, or of the tile among all.
@@ -109,7 +109,9 @@ class Reduction:
 _Place = tuple[int, int, int, int, int]
 
 
-def _reduction(rank: int, ranks: int, places: list[list[_Place]], parts: int, lag: bool) -> tuple[list[Row], int, int, list[Part]]:
+def _reduction(
+    rank: int, ranks: int, places: list[list[_Place]], parts: int, lag: bool
+) -> tuple[list[Row], int, int, list[Part]]:
     """Table, tiles, parts and copies from each owner's tiles in the order of their computation.
 
     lag: own tiles of a part come one part after those of the peers, so that results leave early; otherwise they come last.
@@ -122,7 +124,9 @@ def _reduction(rank: int, ranks: int, places: list[list[_Place]], parts: int, la
     copies: list[Part] = []
 
     def own(part: int) -> None:
-        for index, (row, col, stored, out, number) in enumerate(places[rank][part * size : (part + 1) * size], part * size):
+        for index, (row, col, stored, out, number) in enumerate(
+            places[rank][part * size : (part + 1) * size], part * size
+        ):
             rows.append((row, col, stored, 1, index, out, part, number))
 
     steps = [(part, step) for part in range(parts) for step in range(1, ranks)]

@@ -14,7 +14,7 @@ from typing import Any
 import tilelang
 import tilelang.language as T
 
-from ...language import cuda_source
+from ....language import cuda_source
 
 SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
 THREADS = 384
@@ -26,7 +26,7 @@ PASS_CONFIGS = {
     "tl.disable_thread_storage_sync": True,
     "tl.disable_safe_memory_legalize": True,
 }
-DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of kernels.h
+DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of tile.h
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class GemmConfig:
 
 def prelude() -> str:
     """Text of the device functions; it stands in each kernel, so that TileLang's cache key sees it."""
-    return cuda_source() + files(__package__).joinpath("kernels.h").read_text()
+    return cuda_source() + files(__package__).joinpath("tile.h").read_text()
 
 
 def compile_kernel(function: Any) -> Any:

@@ -1,8 +1,9 @@
 """Kernel of matmul_reduce_scatter and matmul_all_reduce: partial tiles for peers first, the own tiles last.
 
 A tile that a peer sums goes to local staging, in the order of the registers, and a counter per part tells the copy stream
-when the part may travel. A tile that this rank sums waits for the peers' partial tiles and adds them in float32 to its accumulator: there
-is no reduce kernel and no barrier. For an all_reduce the sum is stored to every rank, and idle warps copy it to the output.
+when the part may travel. A tile that this rank sums waits for the peers' partial tiles and adds them in float32 to its
+accumulator: there is no reduce kernel and no barrier. For an all_reduce the sum is stored to every rank, and idle warps copy it to
+the output.
 """
 
 from typing import Any
@@ -112,7 +113,11 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                         T.call_extern("handle", "TSK_BIAS", NF, DT, T.access_ptr(V[0], "r"), table[tile, 1], N)
                     if table[tile, 3] == 0:
                         T.call_extern(
-                            "handle", "TSK_STAGE", NF, DT, T.access_ptr(staging[T.cast(table[tile, 4], "int64") * (bM * bN)], "rw")
+                            "handle",
+                            "TSK_STAGE",
+                            NF,
+                            DT,
+                            T.access_ptr(staging[T.cast(table[tile, 4], "int64") * (bM * bN)], "rw"),
                         )
                         T.barrier_wait(taken[0], (notes & 1) ^ 1)
                         T.call_extern("handle", "tsk_leave_note", 1, table[tile, 6])
@@ -120,19 +125,48 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                         notes = notes + 1
                     else:
                         T.call_extern(
-                            "handle", "tsk_wait_parts", T.access_ptr(context[0], "r"), table[tile, 6], parts, epoch, site
+                            "handle",
+                            "tsk_wait_parts",
+                            T.access_ptr(context[0], "r"),
+                            table[tile, 6],
+                            parts,
+                            epoch,
+                            site,
                         )
-                        T.call_extern("handle", "TSK_ADD_PARTS", NF, DT, T.access_ptr(context[0], "r"), T.cast(table[tile, 4], "int64"), T.cast(tiles, "int64"))
+                        T.call_extern(
+                            "handle",
+                            "TSK_ADD_PARTS",
+                            NF,
+                            DT,
+                            T.access_ptr(context[0], "r"),
+                            T.cast(table[tile, 4], "int64"),
+                            T.cast(tiles, "int64"),
+                        )
                         if scale != T.float32(1):
                             T.call_extern("handle", "TSK_SCALE", NF, scale)
                         T.call_extern(
-                            "handle", "TSK_STORE", NF, DT, T.access_ptr(C[0, 0], "rw"),
-                            table[tile, 5], table[tile, 1], table[tile, 2], N,
+                            "handle",
+                            "TSK_STORE",
+                            NF,
+                            DT,
+                            T.access_ptr(C[0, 0], "rw"),
+                            table[tile, 5],
+                            table[tile, 1],
+                            table[tile, 2],
+                            N,
                         )
                         if all_reduce:
                             T.call_extern(
-                                "handle", "TSK_STORE_PEERS", NF, DT, T.access_ptr(context[0], "r"), result_offset,
-                                table[tile, 5], table[tile, 1], table[tile, 2], N,
+                                "handle",
+                                "TSK_STORE_PEERS",
+                                NF,
+                                DT,
+                                T.access_ptr(context[0], "r"),
+                                result_offset,
+                                table[tile, 5],
+                                table[tile, 1],
+                                table[tile, 2],
+                                N,
                             )
                             T.barrier_wait(taken[0], (notes & 1) ^ 1)
                             T.call_extern("handle", "tsk_leave_note", 2, table[tile, 7])
@@ -148,9 +182,16 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                     T.call_extern("handle", "tsk_join")
                 if T.call_extern("int32", "tsk_last", T.access_ptr(counters[0], "rw"), SMS) != 0:
                     if T.call_extern("int32", "tsl_aborted", T.access_ptr(context[0], "r")) != 0:
-                        T.call_extern("handle", "tsk_fill_nan", T.access_ptr(C[0, 0], "rw"), T.cast(MO, "int64") * N * 2)
+                        T.call_extern(
+                            "handle", "tsk_fill_nan", T.access_ptr(C[0, 0], "rw"), T.cast(MO, "int64") * N * 2
+                        )
                     T.call_extern(
-                        "handle", "tsk_finish", T.access_ptr(context[0], "r"), T.access_ptr(counters[0], "rw"), epoch, ack
+                        "handle",
+                        "tsk_finish",
+                        T.access_ptr(context[0], "r"),
+                        T.access_ptr(counters[0], "rw"),
+                        epoch,
+                        ack,
                     )
             elif thread < 64:
                 kind = 1
@@ -167,8 +208,21 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
             else:
                 if all_reduce:
                     T.call_extern(
-                        "handle", "tsk_collect_tiles", bM, bN, T.access_ptr(context[0], "r"), T.access_ptr(C[0, 0], "rw"), result_offset,
-                        T.access_ptr(order[0, 0], "r"), NO, N, done, epoch, site, cta, SMS,
+                        "handle",
+                        "tsk_collect_tiles",
+                        bM,
+                        bN,
+                        T.access_ptr(context[0], "r"),
+                        T.access_ptr(C[0, 0], "rw"),
+                        result_offset,
+                        T.access_ptr(order[0, 0], "r"),
+                        NO,
+                        N,
+                        done,
+                        epoch,
+                        site,
+                        cta,
+                        SMS,
                     )
                     T.call_extern("handle", "tsk_join")
 

@@ -16,7 +16,7 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
 
     Arguments of the kernel: X [MR, K] the own shard; A [M, K] the slot that the peers write; B_g [N_g, K] if transposed else
     [K, N_g]; C_g [M, N_g]; V_g [N_g] bias; gathered [M, K]; the tile table; the context; counters; `pieces` and `shard_bytes` as the
-    shard lies in the gathered tensor [pieces, ranks, shard_bytes]; `epoch`, `site` and `ack` as kernels.h says. What the
+    shard lies in the gathered tensor [pieces, ranks, shard_bytes]; `epoch`, `site` and `ack` as tile.h says. What the
     config does not use may be any tensor of the right shape.
     """
     dtype, transposed, weights, bias = config.dtype, config.transposed, config.operands, config.bias
@@ -86,7 +86,13 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                         if k == 0:
                             T.call_extern("handle", "tsk_pass", turn, tile)
                             ready = T.call_extern(
-                                "int32", "tsk_wait_ranks", T.access_ptr(context[0], "r"), table[tile, 6], ready, epoch, site
+                                "int32",
+                                "tsk_wait_ranks",
+                                T.access_ptr(context[0], "r"),
+                                table[tile, 6],
+                                ready,
+                                epoch,
+                                site,
                             )
                         if own != 0:
                             load_rows(X, row, k * bK, As, full, it % S, config)
@@ -114,11 +120,24 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                         if table[tile, 7] == g:
                             if bias:
                                 T.call_extern(
-                                    "handle", "TSK_BIAS", NF, DT, T.access_ptr((V0, V1, V2)[g][0], "r"), table[tile, 1], (N0, N1, N2)[g]
+                                    "handle",
+                                    "TSK_BIAS",
+                                    NF,
+                                    DT,
+                                    T.access_ptr((V0, V1, V2)[g][0], "r"),
+                                    table[tile, 1],
+                                    (N0, N1, N2)[g],
                                 )
                             T.call_extern(
-                                "handle", "TSK_STORE", NF, DT, T.access_ptr((C0, C1, C2)[g][0, 0], "rw"),
-                                table[tile, 5], table[tile, 1], table[tile, 2], (N0, N1, N2)[g],
+                                "handle",
+                                "TSK_STORE",
+                                NF,
+                                DT,
+                                T.access_ptr((C0, C1, C2)[g][0, 0], "rw"),
+                                table[tile, 5],
+                                table[tile, 1],
+                                table[tile, 2],
+                                (N0, N1, N2)[g],
                             )
                     turn = turn + 1
                     T.barrier_wait(full[it % S], (it // S) & 1)
@@ -129,18 +148,37 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                     if T.call_extern("int32", "tsl_aborted", T.access_ptr(context[0], "r")) != 0:
                         for g in numbers:
                             T.call_extern(
-                                "handle", "tsk_fill_nan", T.access_ptr((C0, C1, C2)[g][0, 0], "rw"), T.cast(M, "int64") * (N0, N1, N2)[g] * 2
+                                "handle",
+                                "tsk_fill_nan",
+                                T.access_ptr((C0, C1, C2)[g][0, 0], "rw"),
+                                T.cast(M, "int64") * (N0, N1, N2)[g] * 2,
                             )
                         if collects:
-                            T.call_extern("handle", "tsk_fill_nan", T.access_ptr(gathered[0, 0], "rw"), T.cast(M, "int64") * K * 2)
+                            T.call_extern(
+                                "handle", "tsk_fill_nan", T.access_ptr(gathered[0, 0], "rw"), T.cast(M, "int64") * K * 2
+                            )
                     T.call_extern(
-                        "handle", "tsk_finish", T.access_ptr(context[0], "r"), T.access_ptr(counters[0], "rw"), epoch, ack
+                        "handle",
+                        "tsk_finish",
+                        T.access_ptr(context[0], "r"),
+                        T.access_ptr(counters[0], "rw"),
+                        epoch,
+                        ack,
                     )
             elif thread >= 64:
                 if collects:
                     T.call_extern(
-                        "handle", "tsk_collect_shards", T.access_ptr(context[0], "r"), T.access_ptr(gathered[0, 0], "rw"),
-                        T.access_ptr(X[0, 0], "r"), shard_bytes, pieces, epoch, site, cta, SMS,
+                        "handle",
+                        "tsk_collect_shards",
+                        T.access_ptr(context[0], "r"),
+                        T.access_ptr(gathered[0, 0], "rw"),
+                        T.access_ptr(X[0, 0], "r"),
+                        shard_bytes,
+                        pieces,
+                        epoch,
+                        site,
+                        cta,
+                        SMS,
                     )
                     T.call_extern("handle", "tsk_join")
 

@@ -12,7 +12,7 @@ from .gemm import compile_kernel, prelude
 
 @lru_cache
 def service_kernel(name: str) -> Any:
-    """Compiled kernel that runs the device function `name` of kernels.h: tsk_open, tsk_await_shards or tsk_acknowledge."""
+    """Compiled kernel that runs the device function `name` of tile.h: tsk_open, tsk_await_shards or tsk_acknowledge."""
     text = prelude()
 
     @T.prim_func
