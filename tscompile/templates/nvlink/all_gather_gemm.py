@@ -148,7 +148,7 @@ class NvlinkAllGatherGemm:
                 gathered.view(m, k) if gathered is not None else slot,
                 table,
                 channel.context,
-                channel.counters.claims,
+                channel.counters,
                 pieces,
                 width * shard.element_size(),
                 channel.epoch,

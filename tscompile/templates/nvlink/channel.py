@@ -19,13 +19,11 @@ from ...nvshmem.copies import Step
 
 SLOTS = 4  # 0 and 1 for eager calls, 2 and 3 for captured ones
 CONTROL_BYTES = 1 << 20
-FLAGS = 48 << 10  # of a slot; 4 bytes each
+FLAGS = 48 << 10  # of a slot, of 4 bytes each
 _WORDS = SLOTS * FLAGS * 4  # where the control block's other words start
 _ABORT, _EPOCHS = _WORDS, _WORDS + 256
-ACK = 1024  # flag that tells a rank that a peer has read its slot; the flags below belong to data
-RESULTS = 2048  # first flag of an all_reduce's tiles
-CONTEXT_WORDS = 32
-MAX_COUNTS = 1024
+ACK = FLAGS - 64  # first flag that tells a rank that a peer has read its slot; those below belong to data
+DATA_FLAGS = 24 << 10  # of data; as many device words hold the epochs of tiles that landed
 
 MAIN, SIDE, ALARM = 0, 1, 2  # streams of a step
 FORK, JOIN, DONE = 0, 1, 2  # events
@@ -56,14 +54,6 @@ class Memory(Protocol):
     def view(self, owner: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
 
 
-@dataclass
-class Counters:
-    """Device words of one pair of slots: claims and finished CTAs of a kernel, and tiles per part that a copy waits for."""
-
-    claims: torch.Tensor
-    counts: torch.Tensor
-
-
 class DeviceLink:
     """What the calls of one group share. One per group and region; a larger region gets a new one.
 
@@ -86,13 +76,9 @@ class DeviceLink:
         self._streams = (ctypes.c_void_p * 3)(0, self.side.cuda_stream, self._alarm.cuda_stream)
         with torch.inference_mode(False):
             self.record = torch.zeros(8, dtype=torch.int64).pin_memory()
-            self.counters = [
-                Counters(
-                    torch.zeros(16, dtype=torch.int32, device=self.device),
-                    torch.zeros(MAX_COUNTS, dtype=torch.int32, device=self.device),
-                )
-                for _ in range(2)
-            ]
+            # Claims of a kernel, for eager and for captured calls; epochs of tiles that landed, for each slot.
+            self.counters = [torch.zeros(16, dtype=torch.int32, device=self.device) for _ in range(2)]
+            self.landed = [torch.zeros(DATA_FLAGS, dtype=torch.int32, device=self.device) for _ in range(SLOTS)]
             self.contexts = [
                 torch.tensor(self._context(slot, timeout_s), dtype=torch.int64, device=self.device)
                 for slot in range(SLOTS)
@@ -228,8 +214,12 @@ class DeviceChannel:
         return self.link.contexts[self.slot]
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> torch.Tensor:
         return self.link.counters[self.slot >> 1]
+
+    @property
+    def landed(self) -> torch.Tensor:
+        return self.link.landed[self.slot]
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         return self.link.slot_view(self.slot, shape, dtype, offset)
@@ -266,6 +256,13 @@ class DeviceChannel:
             Step(kind=copies.RECORD, stream=SIDE, event=JOIN),
             Step(kind=copies.AWAIT, stream=MAIN, event=JOIN),
         ]
-        if not self.captured:
-            steps.append(Step(kind=copies.RECORD, stream=MAIN, event=DONE))
-        return steps
+        return [*steps, *self._done()]
+
+    def finish(self) -> None:
+        """Last step of a call that needs no copy stream."""
+        steps = self._done()
+        if steps:
+            self.issue(steps)
+
+    def _done(self) -> list[Step]:
+        return [] if self.captured else [Step(kind=copies.RECORD, stream=MAIN, event=DONE)]

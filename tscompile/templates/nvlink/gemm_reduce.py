@@ -1,40 +1,38 @@
-"""matmul_reduce_scatter and matmul_all_reduce over NVLink: one GEMM over all terms, partial tiles by copy engine, sums in its epilogue.
+"""matmul_reduce_scatter and matmul_all_reduce over NVLink: one GEMM over all terms that sums in its epilogue.
 
-Tiles that peers sum come first, go to local staging, and travel in parts as soon as a part is complete. Tiles that this rank sums come
-last (for an all_reduce: one part later than the peers') and add what arrived to their accumulators.
+Tiles that peers sum come first; the peers pull them while the rest is computed. Tiles that this rank sums come last (for an all_reduce
+in parts, one part later than the peers') and add what has landed to their accumulators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...nvshmem import copies
-from ...nvshmem.copies import Step
-from ...nvshmem.heap import aligned
 from ...problem import FusionProblem, Gemm, Plan
 from ..template import register_template, torch_dtype
-from .channel import ACK, RESULTS, SIDE, DeviceChannel
+from .channel import ACK, DATA_FLAGS, DeviceChannel
 from .jit import kernel
 from .kernels.gemm import MAX_OPERANDS, GemmConfig
 from .kernels.reduce import reduce_kernel
 from .kernels.service import service_kernel
 from .operands import Right, aligned_pointer, right_operand
 from .refusal import sum_refusal, terms_refusal
-from .tiles import TILE_M, Part, Reduction, all_reduce_tiles, scatter_tiles
+from .tiles import TILE_M, Reduction, all_reduce_tiles, scatter_tiles
 
 _TILE_N = 256
 _ITEM = 2  # bytes of an element
+_PARTS = 4  # of an all_reduce: more let sums leave earlier, but make more tiles wait for their landing
 
 
 @dataclass(frozen=True)
 class _Tables:
-    plan: Reduction
+    tiles: int
     rows: Tensor
-    order: Tensor
+    pulls: Tensor
 
 
 @dataclass(frozen=True)
@@ -81,96 +79,66 @@ def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
     return tuple(Gemm(a.shape[0], b.shape[1], a.shape[1]) for a, b in zip(lhs, rhs, strict=True))
 
 
-def _parts(tiles: int, k: int) -> int:
-    """Pieces that a peer's tiles travel in: a short GEMM sends in two, so that the first leaves early."""
-    return 1 if k >= 4096 or tiles < 64 else 2
+def _launch(channel: DeviceChannel, terms: _Sum, tables: _Tables, out: Tensor, all_reduce: bool) -> None:
+    if channel.captured:
+        service_kernel("tsk_open")(channel.context, channel.epoch, channel.site, ACK)
+    dtype = out.dtype
+    elements = TILE_M * _TILE_N
+    config = GemmConfig(
+        str(dtype).removeprefix("torch."), terms.rhs[0].transposed, len(terms.lhs), terms.bias is not None, _TILE_N
+    )
+    pad = MAX_OPERANDS - len(terms.lhs)
+    rights = [right.matrix for right in terms.rhs]
+    kernel(reduce_kernel, config, all_reduce)(
+        *terms.lhs,
+        *[terms.lhs[0]] * pad,
+        *rights,
+        *[rights[0]] * pad,
+        terms.bias if terms.bias is not None else out.view(-1)[: out.shape[1]],
+        out,
+        channel.view((slot_tiles(tables.tiles, channel.size, all_reduce) * elements,), dtype),
+        out.new_empty(channel.size * tables.tiles * elements),
+        channel.landed,
+        tables.rows,
+        tables.pulls,
+        channel.context,
+        channel.counters,
+        tables.tiles,
+        terms.factor,
+        (channel.size - 1) * tables.tiles * elements,
+        channel.epoch,
+        channel.site,
+        ACK,
+    )
+    channel.finish()
 
 
-class _Run:
-    """One call on one channel."""
+def slot_tiles(tiles: int, size: int, all_reduce: bool) -> int:
+    """Tiles of a slot: partial ones for every peer, and for an all_reduce the sums."""
+    return (size - 1 + all_reduce) * tiles
 
-    def __init__(self, channel: DeviceChannel, terms: _Sum, tables: _Tables, all_reduce: bool) -> None:
-        self.channel = channel
-        self.terms = terms
-        self.tables = tables
-        self.all_reduce = all_reduce
-        self.tile_bytes = TILE_M * _TILE_N * _ITEM
 
-    def launch(self, out: Tensor) -> None:
-        channel, plan, terms = self.channel, self.tables.plan, self.terms
-        dtype = out.dtype
-        if channel.captured:
-            service_kernel("tsk_open")(channel.context, channel.epoch, channel.site, ACK)
-        staging = out.new_empty((channel.size - 1) * plan.tiles * TILE_M * _TILE_N)
-        channel.issue([channel.fork(), channel.forked()])
-        config = GemmConfig(
-            str(dtype).removeprefix("torch."), terms.rhs[0].transposed, len(terms.lhs), terms.bias is not None, _TILE_N
+def _tables(channel: DeviceChannel, key: tuple[object, ...], make: Callable[[], Reduction]) -> _Tables:
+    tables: _Tables | None = channel.link.tables.get(key)
+    if tables is None:
+        made = make()
+        rows, pulls = (
+            torch.tensor(data, dtype=torch.int32, device=channel.link.device).view(-1, 8)
+            for data in (made.rows, made.pulls)
         )
-        pad = MAX_OPERANDS - len(terms.lhs)
-        rights = [right.matrix for right in terms.rhs]
-        kernel(reduce_kernel, config, self.all_reduce)(
-            *terms.lhs,
-            *[terms.lhs[0]] * pad,
-            *rights,
-            *[rights[0]] * pad,
-            terms.bias if terms.bias is not None else out.view(-1)[: out.shape[1]],
-            out,
-            staging,
-            channel.counters.counts,
-            self.tables.rows,
-            self.tables.order,
-            channel.context,
-            channel.counters.claims,
-            plan.tiles,
-            plan.parts,
-            terms.factor,
-            result_offset(plan.tiles, channel.size),
-            RESULTS,
-            channel.epoch,
-            channel.site,
-            ACK,
-        )
-        # The kernel stands in its queue before the copy stream starts to wait for its counts.
-        steps: list[Step] = []
-        for part in plan.copies:
-            steps += self._travel(part, staging)
-        channel.issue([*steps, *channel.join()])
-
-    def _travel(self, part: Part, staging: Tensor) -> list[Step]:
-        channel = self.channel
-        count = channel.counters.counts.data_ptr() + 4 * part.counter
-        steps = []
-        if part.count:
-            steps += [
-                Step(kind=copies.WAIT, stream=SIDE, dst=count, value=part.count),
-                Step(kind=copies.WRITE, stream=SIDE, dst=count, value=0),
-                Step(
-                    kind=copies.COPY,
-                    stream=SIDE,
-                    dst=channel.data(part.peer, part.place * self.tile_bytes),
-                    src=staging.data_ptr() + part.first * self.tile_bytes,
-                    bytes=part.count * self.tile_bytes,
-                ),
-            ]
-        flag = channel.rank * self.tables.plan.parts + part.part
-        return [*steps, channel.signal_step(part.peer, flag)]
-
-
-def result_offset(tiles: int, size: int) -> int:
-    """Bytes into a slot at which the result of an all_reduce lies, behind the partial tiles of all ranks."""
-    return aligned(tiles * size * TILE_M * _TILE_N * _ITEM)
-
-
-def _tables(channel: DeviceChannel, key: tuple[object, ...], make: Reduction) -> _Tables:
-    device = channel.link.device
-    rows = torch.tensor(make.rows, dtype=torch.int32, device=device).view(-1, 8)
-    order = torch.tensor(make.order or [(0, 0, 0, 0)], dtype=torch.int32, device=device)
-    tables = channel.link.tables[key] = _Tables(make, rows, order)
+        tables = channel.link.tables[key] = _Tables(made.tiles, rows, pulls)
     return tables
 
 
 def _tiles_of(rows: int, n: int) -> int:
     return -(-rows // TILE_M) * -(-n // _TILE_N)
+
+
+def _scratch(tiles: int, size: int, all_reduce: bool) -> int:
+    """Bytes of a slot; negative if there are more tiles than flags."""
+    if 2 * size * tiles > DATA_FLAGS:
+        return -1
+    return slot_tiles(tiles, size, all_reduce) * TILE_M * _TILE_N * _ITEM
 
 
 @register_template("matmul_reduce_scatter", "nvlink")
@@ -193,8 +161,7 @@ class NvlinkGemmReduceScatter:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
         inner = int(lhs[0].shape[0]) // (size * outer)
-        tiles = outer * _tiles_of(inner, int(rhs[0].shape[1]))
-        return size * tiles * TILE_M * _TILE_N * _ITEM
+        return _scratch(outer * _tiles_of(inner, int(rhs[0].shape[1])), size, False)
 
     def run(
         self,
@@ -209,13 +176,10 @@ class NvlinkGemmReduceScatter:
         terms = _gather_terms(plan, channel.size, lhs, rhs, biases)
         m, n = terms.shape
         inner = m // (channel.size * outer)
-        key = ("scatter", m, n, outer, terms.lhs[0].shape[1])
-        tables = channel.link.tables.get(key)
-        if tables is None:
-            parts = _parts(outer * _tiles_of(inner, n), terms.lhs[0].shape[1])
-            tables = _tables(channel, key, scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N, parts))
+        key = ("scatter", m, n, outer)
+        tables = _tables(channel, key, lambda: scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N))
         out = terms.lhs[0].new_empty((outer * inner, n))
-        _Run(channel, terms, tables, False).launch(out)
+        _launch(channel, terms, tables, out, False)
         return [out]
 
 
@@ -238,7 +202,7 @@ class NvlinkGemmAllReduce:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
         m, n = int(lhs[0].shape[0]), int(rhs[0].shape[1])
-        return result_offset(-(-_tiles_of(m, n) // size), size) + m * n * _ITEM
+        return _scratch(-(-_tiles_of(m, n) // size), size, True)
 
     def run(
         self,
@@ -251,10 +215,8 @@ class NvlinkGemmAllReduce:
     ) -> list[Tensor]:
         terms = _gather_terms(plan, channel.size, lhs, rhs, biases)
         m, n = terms.shape
-        key = ("all", m, n, terms.lhs[0].shape[1])
-        tables = channel.link.tables.get(key)
-        if tables is None:
-            tables = _tables(channel, key, all_reduce_tiles(channel.rank, channel.size, m, n, _TILE_N, 2))
+        key = ("all", m, n)
+        tables = _tables(channel, key, lambda: all_reduce_tiles(channel.rank, channel.size, m, n, _TILE_N, _PARTS))
         out = terms.lhs[0].new_empty((m, n))
-        _Run(channel, terms, tables, True).launch(out)
+        _launch(channel, terms, tables, out, True)
         return [out]

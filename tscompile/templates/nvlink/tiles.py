@@ -3,7 +3,10 @@
 A table is a list of rows of eight numbers, in the order in which the tiles are claimed. Words (tile.h has the same enum):
 ROW, COL: first row and column of the tile in the operands. ROWS: how many of its rows are stored. OWNER: 1 if the tile is this
 rank's own matter (its rows lie in its own shard; it sums the tile). INDEX: place of a travelling tile. OUT_ROW: first row in the
-output. MASK: ranks whose data the tile needs, or the part that it travels in. GROUP: number of the weight, or of the tile among all.
+output. MASK: ranks whose data the tile needs, or the peer that it goes to. GROUP: number of the weight, or a flag.
+
+A list of pulls has rows of eight numbers too: kind (0: a partial tile lands, 1: a sum goes to the output), peer, its flag at this
+rank, number of the tile in the peer's slot, then the tile's number in the landing zone, or row, column and rows in the output.
 """
 
 from __future__ import annotations
@@ -78,107 +81,106 @@ def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequenc
     return Gather(rows, spans)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Tiles that travel together to one peer: from staging tile `first` on, `count` tiles, to `place` in the peer's slot."""
-
-    peer: int
-    part: int
-    counter: int
-    first: int
-    count: int
-    place: int
+LAND, RESULT = 0, 1
 
 
 @dataclass(frozen=True)
 class Reduction:
     """Tiles of matmul_reduce_scatter and matmul_all_reduce.
 
-    rows: the table. tiles: tiles that a rank sums (the largest number of any rank). parts: pieces per peer. copies: in the order in
-    which they become ready. order: all_reduce only: (row, column, rows, owner) of every tile, alike on all ranks.
+    rows: the table. pulls: the list of pulls. tiles: tiles that a rank sums (the largest number of any rank).
     """
 
     rows: list[Row]
+    pulls: list[Row]
     tiles: int
-    parts: int
-    copies: list[Part]
-    order: list[tuple[int, int, int, int]]
+
+    @property
+    def flags(self) -> int:
+        """Flags that the list of pulls uses."""
+        return 1 + max((pull[2] for pull in self.pulls), default=0)
 
 
-# (row, column, stored rows, output row, number among all) of a tile
-_Place = tuple[int, int, int, int, int]
+# (row, column, stored rows, output row) of a tile
+_Place = tuple[int, int, int, int]
 
 
-def _reduction(
-    rank: int, ranks: int, places: list[list[_Place]], parts: int, lag: bool
-) -> tuple[list[Row], int, int, list[Part]]:
-    """Table, tiles, parts and copies from each owner's tiles in the order of their computation.
+def _reduction(rank: int, places: list[list[_Place]], parts: int, gathers: bool) -> Reduction:
+    """Table and pulls, from each owner's tiles in the order of their computation.
 
-    lag: own tiles of a part come one part after those of the peers, so that results leave early; otherwise they come last.
+    The peers' tiles come first, the next rank's before all; with several parts the own tiles of a part come one part after those of
+    the peers, so that sums leave early.
+
+    Flags of a rank: `source * tiles + index` for partial tiles, behind them `owner * tiles + index` for sums.
     """
+    ranks = len(places)
     tiles = max(1, *(len(owned) for owned in places))
-    parts = max(1, min(parts, tiles))
     size = -(-tiles // parts)
-    parts = -(-tiles // size)
+    bounds = [(first, min(first + size, tiles)) for first in range(0, tiles, size)]
     rows: list[Row] = []
-    copies: list[Part] = []
+    pulls: list[Row] = []
+    sums = ranks * tiles  # first flag of the sums
 
-    def own(part: int) -> None:
-        for index, (row, col, stored, out, number) in enumerate(
-            places[rank][part * size : (part + 1) * size], part * size
-        ):
-            rows.append((row, col, stored, 1, index, out, part, number))
+    def compute(first: int, stop: int, step: int) -> None:
+        owner = (rank + step) % ranks
+        for index, (row, col, stored, out) in enumerate(places[owner][first:stop], first):
+            if step:
+                rows.append((row, col, stored, 0, (step - 1) * tiles + index, out, owner, rank * tiles + index))
+            else:
+                rows.append((row, col, stored, 1, index, out, 0, sums + rank * tiles + index))
 
-    steps = [(part, step) for part in range(parts) for step in range(1, ranks)]
-    if not lag:
-        steps.sort(key=lambda item: (item[1], item[0]))
-    for position, (part, step) in enumerate(steps):
-        peer = (rank + step) % ranks
-        owned = places[peer][part * size : (part + 1) * size]
-        counter = (step - 1) * parts + part
-        first = (step - 1) * tiles + part * size
-        for index, (row, col, stored, out, number) in enumerate(owned, first):
-            rows.append((row, col, stored, 0, index, out, counter, number))
-        copies.append(Part(peer, part, counter, first, len(owned), rank * tiles + part * size))
-        if lag and (position + 1) % (ranks - 1) == 0 and part > 0:
-            own(part - 1)
-    for part in range(parts - 1 if lag and parts > 1 else 0, parts):
-        own(part)
-    return rows, tiles, parts, copies
+    def land(first: int, stop: int) -> None:
+        for step in range(1, ranks):  # the rank `step` before this one computes for this one in its step `step`
+            source = (rank - step) % ranks
+            for index in range(first, min(stop, len(places[rank]))):
+                flag = source * tiles + index
+                pulls.append((LAND, source, flag, (step - 1) * tiles + index, flag, 0, 0, 0))
+
+    def collect(first: int, stop: int) -> None:
+        for index in range(first, stop):
+            for step in range(1, ranks):
+                owner = (rank + step) % ranks
+                if index < len(places[owner]):
+                    row, col, stored, _ = places[owner][index]
+                    pulls.append((RESULT, owner, sums + owner * tiles + index, index, row, col, stored, 0))
+
+    for number, (first, stop) in enumerate(bounds):
+        for step in range(1, ranks):
+            compute(first, stop, step)
+        land(first, stop)
+        if number:
+            compute(*bounds[number - 1], 0)
+        if gathers and number > 1:
+            collect(*bounds[number - 2])
+    compute(*bounds[-1], 0)
+    if gathers:
+        for bound in bounds[-2:]:
+            collect(*bound)
+    return Reduction(rows, pulls, tiles)
 
 
-def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n: int, parts: int) -> Reduction:
-    """Tiles of a result [(outer, ranks, inner), n] that is scattered to [(outer, inner), n]; the next rank's tiles come first."""
+def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n: int) -> Reduction:
+    """Tiles of a result [(outer, ranks, inner), n] that is scattered to [(outer, inner), n]."""
     tile_rows = -(-inner // TILE_M)
-    columns = -(-n // tile_n)
+    blocks = [(o, i * TILE_M) for o in range(outer) for i in range(tile_rows)]
+    walk = _walk(_bands(len(blocks)), -(-n // tile_n))
     places: list[list[_Place]] = []
     for owner in range(ranks):
-        blocks = [(o, i * TILE_M) for o in range(outer) for i in range(tile_rows)]
-        walk = _walk(_bands(len(blocks)), columns)
         owned = []
         for t, c in walk:
             o, start = blocks[t]
             row = (o * ranks + owner) * inner + start
-            owned.append((row, c * tile_n, min(TILE_M, inner - start), o * inner + start, 0))
+            owned.append((row, c * tile_n, min(TILE_M, inner - start), o * inner + start))
         places.append(owned)
-    rows, tiles, parts, copies = _reduction(rank, ranks, places, parts, lag=False)
-    return Reduction(rows, tiles, parts, copies, [])
+    return _reduction(rank, places, 1, False)
 
 
 def all_reduce_tiles(rank: int, ranks: int, m: int, n: int, tile_n: int, parts: int) -> Reduction:
     """Tiles of a result [m, n] that every rank gets; each rank sums a run of tiles of equal length."""
     walk = _walk(_bands(-(-m // TILE_M)), -(-n // tile_n))
     share = -(-len(walk) // ranks)
-    order: list[tuple[int, int, int, int]] = []
     places: list[list[_Place]] = [[] for _ in range(ranks)]
-    for index in range(share):
-        for owner in range(ranks):
-            position = owner * share + index
-            if position < len(walk):
-                t, c = walk[position]
-                row, col = t * TILE_M, c * tile_n
-                stored = min(TILE_M, m - row)
-                places[owner].append((row, col, stored, row, len(order)))
-                order.append((row, col, stored, owner))
-    rows, tiles, parts, copies = _reduction(rank, ranks, places, parts, lag=True)
-    return Reduction(rows, tiles, parts, copies, order)
+    for position, (t, c) in enumerate(walk):
+        row = t * TILE_M
+        places[position // share].append((row, c * tile_n, min(TILE_M, m - row), row))
+    return _reduction(rank, places, max(1, min(parts, share)), True)

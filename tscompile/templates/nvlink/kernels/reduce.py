@@ -1,9 +1,9 @@
 """Kernel of matmul_reduce_scatter and matmul_all_reduce: partial tiles for peers first, the own tiles last.
 
-A tile that a peer sums goes to local staging, in the order of the registers, and a counter per part tells the copy stream
-when the part may travel. A tile that this rank sums waits for the peers' partial tiles and adds them in float32 to its
-accumulator: there is no reduce kernel and no barrier. For an all_reduce the sum is stored to every rank, and idle warps copy it to
-the output.
+A tile that a peer sums goes to this rank's slot, in the order of the registers, and a flag at the peer tells that it is there. An idle
+warp of the peer pulls it by bulk copies through shared memory; the epilogue of the peer's own tile adds it in float32 to
+its accumulator: there is no reduce kernel, no barrier and no work for the host. For an all_reduce the sum is also left in the
+slot, and the same warp of every peer pulls it into the output.
 """
 
 from typing import Any
@@ -18,15 +18,16 @@ from .gemm import DTYPE_CODES, SMS, TABLE_WORDS, THREADS, GemmConfig, load_colum
 def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
     """prim_func of the sum over terms and ranks of A_t @ B_t (+ V on the terms' sum), scattered or to all.
 
-    Arguments of the kernel: A_t [M, K_t]; B_t [N, K_t] if transposed else [K_t, N]; V [N] the bias; C [MO, N] the output; staging
-    for the peers' tiles; counts, one per (peer, part); the tile table; `tiles` a rank's number of tiles; `parts` copies per peer;
-    `scale` a factor on the sum; `result_offset` where in a slot an all_reduce's result lies; `done` the first flag of its tiles.
+    Arguments of the kernel: A_t [M, K_t]; B_t [N, K_t] if transposed else [K_t, N]; V [N] the bias; C [MO, N] the output; slot: this
+    rank's slot, first the tiles for peers, at `result_offset` (in elements) the sums of an all_reduce; landing: room for the
+    peers' tiles [ranks, tiles, tile], and their epochs in `landed`; the tile table and the list of pulls (tiles.py); `tiles` a rank's
+    number of tiles; `scale` a factor on the sum.
     """
     dtype, transposed, terms = config.dtype, config.transposed, config.operands
     bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
     NF, DT = config.registers, DTYPE_CODES[config.dtype]
     M, MO, N, NT, NS, NC = (T.dynamic(name) for name in ("M", "MO", "N", "NT", "NS", "NC"))
-    NO = T.dynamic("NO")
+    NP, NL = T.dynamic("NP"), T.dynamic("NL")
     K0, K1, K2 = T.dynamic("K0"), T.dynamic("K1"), T.dynamic("K2")
     B_shapes = [(N, k) if transposed else (k, N) for k in (K0, K1, K2)]
     text = prelude()
@@ -42,24 +43,24 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
         B2: T.Tensor(B_shapes[2], dtype),
         V: T.Tensor((N,), dtype),
         C: T.Tensor((MO, N), dtype),
-        staging: T.Tensor((NS,), dtype),
-        counts: T.Tensor((NC,), "int32"),
+        slot: T.Tensor((NS,), dtype),
+        landing: T.Tensor((NL,), dtype),
+        landed: T.Tensor((NC,), "int32"),
         table: T.Tensor((NT, TABLE_WORDS), "int32"),
-        order: T.Tensor((NO, 4), "int32"),
+        pulls: T.Tensor((NP, TABLE_WORDS), "int32"),
         context: T.Tensor((32,), "int64"),
         counters: T.Tensor((16,), "int32"),
         tiles: T.int32,
-        parts: T.int32,
         scale: T.float32,
         result_offset: T.int64,
-        done: T.int32,
         epoch: T.int32,
         site: T.int32,
         ack: T.int32,
     ):
-        with T.Kernel(SMS, threads=THREADS, prelude=text) as cta:
+        with T.Kernel(SMS, threads=THREADS, prelude=text):
             As = T.alloc_shared((S, bM, bK), dtype)
             Bs = T.alloc_shared((S, bN, bK) if transposed else (S, bK, bN), dtype)
+            pieces = T.alloc_shared((2 * bM * bN // 4,), dtype)
             Cl = T.alloc_fragment((bM, bN), "float32")
             full = T.alloc_barrier([1] * S)
             empty = T.alloc_barrier([256] * S)
@@ -117,19 +118,20 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                             "TSK_STAGE",
                             NF,
                             DT,
-                            T.access_ptr(staging[T.cast(table[tile, 4], "int64") * (bM * bN)], "rw"),
+                            T.access_ptr(slot[T.cast(table[tile, 4], "int64") * (bM * bN)], "rw"),
                         )
                         T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                        T.call_extern("handle", "tsk_leave_note", 1, table[tile, 6])
+                        T.call_extern("handle", "tsk_leave_note", 1, table[tile, 6], table[tile, 7])
                         T.barrier_arrive(noted[0])
                         notes = notes + 1
                     else:
                         T.call_extern(
                             "handle",
-                            "tsk_wait_parts",
+                            "tsk_wait_landed",
                             T.access_ptr(context[0], "r"),
-                            table[tile, 6],
-                            parts,
+                            T.access_ptr(landed[0], "rw"),
+                            table[tile, 4],
+                            tiles,
                             epoch,
                             site,
                         )
@@ -139,47 +141,48 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                             NF,
                             DT,
                             T.access_ptr(context[0], "r"),
+                            T.access_ptr(landing[0], "rw"),
                             T.cast(table[tile, 4], "int64"),
                             T.cast(tiles, "int64"),
                         )
                         if scale != T.float32(1):
                             T.call_extern("handle", "TSK_SCALE", NF, scale)
-                        T.call_extern(
-                            "handle",
-                            "TSK_STORE",
-                            NF,
-                            DT,
-                            T.access_ptr(C[0, 0], "rw"),
-                            table[tile, 5],
-                            table[tile, 1],
-                            table[tile, 2],
-                            N,
-                        )
                         if all_reduce:
                             T.call_extern(
                                 "handle",
-                                "TSK_STORE_PEERS",
+                                "TSK_STORE_TWICE",
                                 NF,
                                 DT,
-                                T.access_ptr(context[0], "r"),
-                                result_offset,
+                                T.access_ptr(C[0, 0], "rw"),
+                                table[tile, 5],
+                                table[tile, 1],
+                                table[tile, 2],
+                                N,
+                                T.access_ptr(slot[result_offset + T.cast(table[tile, 4], "int64") * (bM * bN)], "rw"),
+                            )
+                            T.barrier_wait(taken[0], (notes & 1) ^ 1)
+                            T.call_extern("handle", "tsk_leave_note", 2, 0, table[tile, 7])
+                            T.barrier_arrive(noted[0])
+                            notes = notes + 1
+                        else:
+                            T.call_extern(
+                                "handle",
+                                "TSK_STORE",
+                                NF,
+                                DT,
+                                T.access_ptr(C[0, 0], "rw"),
                                 table[tile, 5],
                                 table[tile, 1],
                                 table[tile, 2],
                                 N,
                             )
-                            T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                            T.call_extern("handle", "tsk_leave_note", 2, table[tile, 7])
-                            T.barrier_arrive(noted[0])
-                            notes = notes + 1
                     turn = turn + 1
                     T.barrier_wait(full[it % S], (it // S) & 1)
                     tile = T.call_extern("int32", "tsk_passed", turn)
                 T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                T.call_extern("handle", "tsk_leave_note", 0, 0)
+                T.call_extern("handle", "tsk_leave_note", 0, 0, 0)
                 T.barrier_arrive(noted[0])
-                if all_reduce:
-                    T.call_extern("handle", "tsk_join")
+                T.call_extern("handle", "tsk_join")
                 if T.call_extern("int32", "tsk_last", T.access_ptr(counters[0], "rw"), SMS) != 0:
                     if T.call_extern("int32", "tsl_aborted", T.access_ptr(context[0], "r")) != 0:
                         T.call_extern(
@@ -198,32 +201,33 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                 while kind > 0:
                     T.barrier_wait(noted[0], notes & 1)
                     kind = T.call_extern("int32", "tsk_note_kind")
-                    tile = T.call_extern("int32", "tsk_note_value")
+                    row = T.call_extern("int32", "tsk_note_peer")
+                    tile = T.call_extern("int32", "tsk_note_flag")
                     T.barrier_arrive(taken[0])
                     notes = notes + 1
                     if kind == 1:
-                        T.call_extern("handle", "tsk_count_part", T.access_ptr(counts[0], "rw"), tile)
+                        T.call_extern("handle", "tsk_signal_peer", T.access_ptr(context[0], "r"), row, tile, epoch)
                     if kind == 2:
-                        T.call_extern("handle", "tsk_signal_peers", T.access_ptr(context[0], "r"), done + tile, epoch)
+                        T.call_extern("handle", "tsk_signal_peers", T.access_ptr(context[0], "r"), tile, epoch)
             else:
-                if all_reduce:
+                if thread < 96:
                     T.call_extern(
                         "handle",
-                        "tsk_collect_tiles",
-                        bM,
-                        bN,
+                        "TSK_PULL",
+                        NF,
                         T.access_ptr(context[0], "r"),
+                        T.access_ptr(counters[2], "rw"),
+                        T.access_ptr(pulls[0, 0], "r"),
+                        NP,
+                        T.access_ptr(pieces[0], "rw"),
+                        T.access_ptr(landing[0], "rw"),
+                        T.access_ptr(landed[0], "rw"),
                         T.access_ptr(C[0, 0], "rw"),
-                        result_offset,
-                        T.access_ptr(order[0, 0], "r"),
-                        NO,
+                        result_offset * 2,
                         N,
-                        done,
                         epoch,
                         site,
-                        cta,
-                        SMS,
                     )
-                    T.call_extern("handle", "tsk_join")
+                T.call_extern("handle", "tsk_join")
 
     return gemm_reduce

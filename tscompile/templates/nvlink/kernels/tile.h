@@ -52,13 +52,13 @@ TSL int tsk_wait_ranks(const void *context, int mask, int ready, int epoch, int 
   return ready | mask;
 }
 
-// Multiplying warps: wait until the partial tiles of `part` are there from every peer.
-TSL void tsk_wait_parts(const void *context, int part, int parts, int epoch, int site) {
+// Multiplying warps: wait until the partial tiles `index` of all peers have landed. `landed` holds epochs, [ranks, tiles].
+TSL void tsk_wait_landed(const void *context, const void *landed, int index, int tiles, int epoch, int site) {
   const TslContext *c = tsl_context(context);
   const int t = TSK_THREAD, size = (int)c->size;
   if (t < size - 1) {
     const int peer = ((int)c->rank + 1 + t) % size;
-    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (peer * parts + part)), tsk_epoch(context, epoch), peer, site);
+    tsl_wait_epoch(context, (const char *)landed + 4ull * (peer * tiles + index), tsk_epoch(context, epoch), peer, site);
   }
   tsk_sync();
 }
@@ -128,9 +128,9 @@ template <int NF> TSL void tsk_scale(float *acc, float factor) {
   for (int i = 0; i < NF; ++i) acc[i] *= factor;
 }
 
-// Store the tile to a row-major matrix [.., ld] at (row, col), as far as `rows` and the columns below n go. n and ld are multiples
-// of 8 elements and the base is 16-byte aligned.
-template <int NF, int DT> TSL void tsk_rows(float *acc, void *out, int row, int col, int rows, int n) {
+// Store the tile to a row-major matrix [.., n] at (row, col), as far as `rows` and the columns below n go; n is a multiple of 8 and
+// the base 16-byte aligned. If COPY, the whole tile goes to `copy` as well, row-major and contiguous.
+template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, void *out, int row, int col, int rows, int n, void *copy) {
   const int t = TSK_THREAD, w = t >> 5, l = t & 31, q = l & 3, first = w * 16 + (l >> 2);
   #pragma unroll
   for (int jb = 0; jb < NF / 16; ++jb) {
@@ -141,10 +141,9 @@ template <int NF, int DT> TSL void tsk_rows(float *acc, void *out, int row, int 
       for (int j = 0; j < 4; ++j) a[j] = tsk_pack<DT>(acc[(jb * 4 + j) * 4 + h * 2], acc[(jb * 4 + j) * 4 + h * 2 + 1]);
       tsk_quad_transpose(a, q);
       const int c = col + jb * 32 + q * 8, r = first + h * 8;
-      if (c < n && r < rows) {
-        uint4 v; v.x = a[0]; v.y = a[1]; v.z = a[2]; v.w = a[3];
-        tsl_st_v4((char *)out + ((uint64_t)(row + r) * n + c) * 2, v);
-      }
+      uint4 v; v.x = a[0]; v.y = a[1]; v.z = a[2]; v.w = a[3];
+      if (c < n && r < rows) tsl_st_v4((char *)out + ((uint64_t)(row + r) * n + c) * 2, v);
+      if (COPY) tsl_st_v4((char *)copy + (r * (NF * 2) + jb * 32 + q * 8) * 2, v);
     }
   }
   if (NF % 16) {
@@ -153,19 +152,11 @@ template <int NF, int DT> TSL void tsk_rows(float *acc, void *out, int row, int 
       #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int c = col + j * 8 + q * 2, r = first + h * 8;
-        if (c < n && r < rows)
-          *(uint32_t *)((char *)out + ((uint64_t)(row + r) * n + c) * 2) = tsk_pack<DT>(acc[j * 4 + h * 2], acc[j * 4 + h * 2 + 1]);
+        const uint32_t x = tsk_pack<DT>(acc[j * 4 + h * 2], acc[j * 4 + h * 2 + 1]);
+        if (c < n && r < rows) *(uint32_t *)((char *)out + ((uint64_t)(row + r) * n + c) * 2) = x;
+        if (COPY) *(uint32_t *)((char *)copy + (r * (NF * 2) + j * 8 + q * 2) * 2) = x;
       }
   }
-}
-
-// The same to the slot of every peer, at `offset` bytes: row-major [.., n]. The next rank comes first, so that no rank is
-// everybody's first destination.
-template <int NF, int DT> TSL void tsk_rows_to_peers(float *acc, const void *context, int64_t offset, int row, int col, int rows, int n) {
-  const TslContext *c = tsl_context(context);
-  const int size = (int)c->size;
-  #pragma unroll 1
-  for (int i = 1; i < size; ++i) tsk_rows<NF, DT>(acc, (void *)(c->data[((int)c->rank + i) % size] + offset), row, col, rows, n);
 }
 
 // Tiles that travel keep the registers' order: thread t's i-th 16 bytes lie at i * 4096 + t * 16, so stores and loads are whole lines.
@@ -175,13 +166,13 @@ template <int NF, int DT> TSL void tsk_stage(float *acc, void *tile) {
   for (int i = 0; i < NF / 8; ++i) tsl_st_v4(p + i * 4096, tsk_pack8<DT>(acc + i * 8));
 }
 // acc += the partial tile of every peer, in ring order: a fixed order, so results repeat bit by bit.
-template <int NF, int DT> TSL void tsk_add_parts(float *acc, const void *context, int64_t index, int64_t tiles) {
+template <int NF, int DT> TSL void tsk_add_parts(float *acc, const void *context, const void *landing, int64_t index, int64_t tiles) {
   const TslContext *c = tsl_context(context);
   const int size = (int)c->size, rank = (int)c->rank;
   #pragma unroll 1
   for (int i = 1; i < size; ++i) {
     const int peer = (rank + i) % size;
-    const char *p = (const char *)c->data[rank] + (peer * tiles + index) * (NF * 512ll) + TSK_THREAD * 16;
+    const char *p = (const char *)landing + (peer * tiles + index) * (NF * 512ll) + TSK_THREAD * 16;
     #pragma unroll
     for (int j = 0; j < NF / 8; j += 4) {
       uint4 v[4];
@@ -196,19 +187,22 @@ template <int NF, int DT> TSL void tsk_add_parts(float *acc, const void *context
 // ---- signalling warp: a fence at system scope in a multiplying warp would stall its warpgroup until the tile has drained -------
 
 TSL int *tsk_note() {
-  __shared__ int note[2];
+  __shared__ int note[3];
   return note;
 }
-TSL void tsk_leave_note(int kind, int value) {
-  if (TSK_THREAD == 0) { tsk_note()[0] = kind; tsk_note()[1] = value; }
+TSL void tsk_leave_note(int kind, int peer, int flag) {
+  if (TSK_THREAD == 0) { tsk_note()[0] = kind; tsk_note()[1] = peer; tsk_note()[2] = flag; }
 }
 TSL int tsk_note_kind() { return ((volatile int *)tsk_note())[0]; }
-TSL int tsk_note_value() { return ((volatile int *)tsk_note())[1]; }
-// One more tile of the part lies in local staging: the copy stream waits for this count.
-TSL void tsk_count_part(void *counts, int part) {
+TSL int tsk_note_peer() { return ((volatile int *)tsk_note())[1]; }
+TSL int tsk_note_flag() { return ((volatile int *)tsk_note())[2]; }
+// Set flag `flag` of one peer to the epoch: what this rank wrote for it may be read.
+TSL void tsk_signal_peer(const void *context, int peer, int flag, int epoch) {
+  const uint32_t e = tsk_epoch(context, epoch);
   if ((threadIdx.x & 31) == 0) {
+    tsl_fence_async();   // peers read by bulk copies
     tsl_fence_sys();
-    asm volatile("red.relaxed.sys.global.add.u32 [%0], 1;" ::"l"((unsigned int *)counts + part) : "memory");
+    tsl_st_relaxed_sys((void *)(tsl_context(context)->flags[peer] + 4ull * (uint32_t)flag), e);
   }
   __syncwarp();
 }
@@ -217,7 +211,10 @@ TSL void tsk_signal_peers(const void *context, int flag, int epoch) {
   const TslContext *c = tsl_context(context);
   const int lane = threadIdx.x & 31;
   const uint32_t e = tsk_epoch(context, epoch);
-  if (lane == 0) tsl_fence_sys();
+  if (lane == 0) {
+    tsl_fence_async();
+    tsl_fence_sys();
+  }
   __syncwarp();
   if (lane < (int)c->size && lane != (int)c->rank) tsl_st_relaxed_sys((void *)(c->flags[lane] + 4ull * (uint32_t)flag), e);
   __syncwarp();
@@ -225,24 +222,6 @@ TSL void tsk_signal_peers(const void *context, int flag, int epoch) {
 
 // ---- collecting warps (2 and 3): copy what arrived in the slot to the op's own output -------------------------------------------
 
-// [row, row + rows) x [col, col + cols) of a row-major matrix [.., n]; cols and n are multiples of 8.
-TSL void tsk_copy_block(void *to, const void *from, int row, int col, int rows, int cols, int n) {
-  const int t = (int)threadIdx.x - 64, width = min(cols, n - col) / 8, total = rows * width;
-  #pragma unroll 1
-  for (int i = t; i < total; i += 64 * 8) {
-    uint4 v[8];
-    #pragma unroll
-    for (int u = 0; u < 8; ++u) {
-      const int x = i + u * 64;
-      if (x < total) v[u] = tsl_ld_v4((const char *)from + ((uint64_t)(row + x / width) * n + col + x % width * 8) * 2);
-    }
-    #pragma unroll
-    for (int u = 0; u < 8; ++u) {
-      const int x = i + u * 64;
-      if (x < total) tsl_st_v4((char *)to + ((uint64_t)(row + x / width) * n + col + x % width * 8) * 2, v[u]);
-    }
-  }
-}
 TSL void tsk_copy_bytes(void *to, const void *from, int64_t bytes, int cta, int ctas) {   // bytes is a multiple of 16
   const int64_t total = bytes / 16, stride = 64ll * ctas;
   #pragma unroll 1
@@ -274,25 +253,92 @@ TSL void tsk_collect_shards(const void *context, void *out, const void *shard, i
   }
 }
 
-// The tiles that peers summed, from this rank's slot to the output; CTA c takes every ctas-th. `order` is [all tiles, 4]: row, column,
-// rows and owner of each tile of the result, the same on every rank and in the order of arrival.
-TSL void tsk_collect_tiles(int bM, int bN, const void *context, void *out, int64_t offset, const int *order, int total, int n, int done,
-                           int epoch, int site, int cta, int ctas) {
+
+// ---- pulling warp (2): tiles of the peers, through shared memory, by bulk copies that occupy no registers -----------------------
+
+// A work list row: kind, peer, its flag here, tile number in the peer's slot, then for TSK_LAND the tile number in `landing`, for
+// TSK_RESULT row, column and rows of the output.
+enum { TSK_KIND, TSK_PEER, TSK_FLAG, TSK_FROM, TSK_TO, TSK_TO_COL, TSK_TO_ROWS };
+enum { TSK_LAND, TSK_RESULT };
+
+TSL uint32_t tsk_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+TSL uint64_t *tsk_pull_barriers() {
+  __shared__ __align__(8) uint64_t barriers[2];
+  return barriers;
+}
+TSL void tsk_pull_init() {
+  if ((threadIdx.x & 31) == 0) {
+    for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(tsk_shared(tsk_pull_barriers() + i)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    tsl_fence_async();
+  }
+  __syncwarp();
+}
+TSL void tsk_bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+TSL void tsk_bulk_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  } while (!done);
+}
+TSL void tsk_bulk_store(void *to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+// Claim rows of the work list until none is left. `buffer` is shared memory of 2 * PIECE bytes; a tile is four pieces of 32 rows.
+template <int NF> TSL void tsk_pull(const void *context, void *counter, const int *list, int total, void *buffer, void *landing, void *landed,
+                                    void *out, int64_t result_offset, int n, int epoch, int site) {
   const TslContext *c = tsl_context(context);
-  const int rank = (int)c->rank;
-  for (int i = cta; i < total; i += ctas) {
-    const int *t = order + i * 4;
-    if (t[3] == rank) continue;
-    tsk_collect_wait(context, done + i, epoch, t[3], site);
-    tsk_copy_block(out, (const char *)c->data[rank] + offset, t[0], t[1], t[2], bN, n);
+  const int lane = threadIdx.x & 31;
+  constexpr uint32_t PIECE = NF * 128, WIDTH = NF * 4;   // bytes: of a piece, and of a row of a tile
+  const uint32_t shared = tsk_shared(buffer), barrier = tsk_shared(tsk_pull_barriers()), now = tsk_epoch(context, epoch);
+  uint32_t loads = 0;
+  tsk_pull_init();
+  for (int item = tsk_claim(counter, total); item >= 0; item = tsk_claim(counter, total)) {
+    const int *row = list + item * TSK_WORDS;
+    const int kind = row[TSK_KIND], peer = row[TSK_PEER], to = row[TSK_TO];
+    if (lane == 0) tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)row[TSK_FLAG]), now, peer, site);
+    __syncwarp();
+    const char *from = (const char *)c->data[peer] + (kind == TSK_RESULT ? result_offset : 0) + (int64_t)row[TSK_FROM] * (PIECE * 4);
+    if (lane == 0) {
+      tsl_fence_async();
+      for (int p = 0; p < 2; ++p) tsk_bulk_load(shared + ((loads + p) & 1) * PIECE, from + p * PIECE, PIECE, barrier + ((loads + p) & 1) * 8);
+    }
+    for (int p = 0; p < 4; ++p, ++loads) {
+      const uint32_t piece = shared + (loads & 1) * PIECE;
+      tsk_bulk_wait(barrier + (loads & 1) * 8, (loads >> 1) & 1);
+      if (kind == TSK_LAND) {
+        if (lane == 0) tsk_bulk_store((char *)landing + ((int64_t)to * 4 + p) * PIECE, piece, PIECE);
+      } else {
+        const int r = p * 32 + lane, col = row[TSK_TO_COL];
+        const uint32_t bytes = min((uint32_t)(n - col) * 2, WIDTH);
+        if (r < row[TSK_TO_ROWS]) tsk_bulk_store((char *)out + ((int64_t)(to + r) * n + col) * 2, piece + lane * WIDTH, bytes);
+      }
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      if (p < 2) {
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        __syncwarp();
+        if (lane == 0) tsk_bulk_load(piece, from + (p + 2) * PIECE, PIECE, barrier + (loads & 1) * 8);
+      }
+    }
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    __syncwarp();
+    if (kind == TSK_LAND && lane == 0) {
+      tsl_fence_async();
+      __threadfence();
+      *(volatile uint32_t *)((char *)landed + 4ull * to) = now;
+    }
   }
 }
 
 // ---- end of a kernel ----------------------------------------------------------------------------------------------------------
 
-// counters: [0] claims, [1] CTAs that are done. The last CTA leaves both at zero for the next launch and tells the peers that this
+// counters: [0] claims of tiles, [1] CTAs that are done, [2] claims of pulls. The last CTA leaves them at zero for the next launch and tells the peers that this
 // rank has read its slot (unless ack_flag is negative); if the group was aborted it fills the output with NaN, since part of it was never computed.
-TSL void tsk_join() { asm volatile("bar.sync 10, 320;" ::: "memory"); }   // multiplying and collecting warps of a CTA
+TSL void tsk_join() { asm volatile("bar.sync 10, 320;" ::: "memory"); }   // multiplying warps and warps 2 and 3
 TSL int tsk_last(void *counters, int ctas) {
   __shared__ int last;
   tsk_sync();
@@ -310,7 +356,7 @@ TSL void tsk_fill_nan(void *out, int64_t bytes) {
 }
 TSL void tsk_finish(const void *context, void *counters, int epoch, int ack_flag) {
   const TslContext *c = tsl_context(context);
-  if (TSK_THREAD == 0) { ((volatile unsigned int *)counters)[0] = 0; ((volatile unsigned int *)counters)[1] = 0; }
+  if (TSK_THREAD == 0) { for (int i = 0; i < 3; ++i) ((volatile unsigned int *)counters)[i] = 0; }
   const int t = TSK_THREAD;
   if (ack_flag >= 0 && t < (int)c->size && t != (int)c->rank) tsl_st_release_sys((void *)(c->flags[t] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
 }
@@ -341,7 +387,8 @@ TSL void tsk_acknowledge(const void *context, int epoch, int, int ack_flag) {
 
 #define TSK_BIAS(NF, DT, ...) tsk_bias<NF, DT>(Cl, __VA_ARGS__)
 #define TSK_SCALE(NF, ...) tsk_scale<NF>(Cl, __VA_ARGS__)
-#define TSK_STORE(NF, DT, ...) tsk_rows<NF, DT>(Cl, __VA_ARGS__)
-#define TSK_STORE_PEERS(NF, DT, ...) tsk_rows_to_peers<NF, DT>(Cl, __VA_ARGS__)
+#define TSK_STORE(NF, DT, ...) tsk_rows<NF, DT, false>(Cl, __VA_ARGS__, nullptr)
+#define TSK_STORE_TWICE(NF, DT, ...) tsk_rows<NF, DT, true>(Cl, __VA_ARGS__)
+#define TSK_PULL(NF, ...) tsk_pull<NF>(__VA_ARGS__)
 #define TSK_STAGE(NF, DT, ...) tsk_stage<NF, DT>(Cl, __VA_ARGS__)
 #define TSK_ADD_PARTS(NF, DT, ...) tsk_add_parts<NF, DT>(Cl, __VA_ARGS__)
