@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tscompile.errors import HeapError, PeerError
-from tscompile.nvshmem import shm, signals
+from tscompile.nvshmem import native, shm, signals
 from tscompile.nvshmem.heap import Channel, DowngradedError, WaitStatus, aligned, site_hash
 
 
@@ -149,7 +149,7 @@ def test_lack_of_room_is_an_error_now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(signals, "_compiler", lambda: None)
+    monkeypatch.setattr(native, "_compiler", lambda: None)
     with pytest.raises(HeapError, match="no C compiler: install gcc"):
         signals.load.__wrapped__()
 
