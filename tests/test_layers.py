@@ -16,7 +16,13 @@ PACKAGE = Path(__file__).parents[1] / "tscompile"
 
 LEAVES = ["problem", "options", "errors", "observe", "versions"]
 READERS = ["report", "doctor", "probes"]  # read leaves only
-LAYERS = ["nvshmem", "templates", "lowering", "fx_passes"]  # bottom to top; the modules that are in no list stand above
+LAYERS = [
+    "nvshmem",
+    "language",
+    "templates",
+    "lowering",
+    "fx_passes",
+]  # bottom to top; the modules that are in no list stand above
 
 BLOCKED = """
 import sys
@@ -80,8 +86,26 @@ def test_readers_import_leaves_only(unit: str) -> None:
 @pytest.mark.parametrize("unit", LAYERS)
 def test_layers_import_nothing_above_them(unit: str) -> None:
     below = LAYERS[: LAYERS.index(unit) + 1]
-    kernels = [] if unit == "templates" else ["tilelang"]  # built when an op first runs, never when imported
+    kernels = (
+        [] if unit in ("language", "templates") else ["tilelang"]
+    )  # built when an op first runs, never when imported
     run(import_all(modules_of(unit)), [*all_but(LEAVES + below), *kernels])
+
+
+def test_the_language_package_imports_tilelang_when_it_is_used() -> None:
+    run("import tscompile.language as tl\ntl.fill, tl.WORDS, dir(tl)", ["torch", "tilelang", "tvm"])
+
+
+def test_the_exports_of_the_language_package() -> None:
+    run(
+        "import pkgutil, importlib, tscompile.language as tl\n"
+        "for module in pkgutil.iter_modules(tl.__path__):\n"
+        "    importlib.import_module('tscompile.language.' + module.name)\n"
+        "for name in tl.__all__:\n"
+        "    assert callable(getattr(tl, name)) or name.isupper(), name\n"
+        "assert set(tl._EXPORTS) < set(tl.__all__)\n",
+        [],
+    )
 
 
 def imported_names(path: Path) -> set[str]:
@@ -98,6 +122,7 @@ def imported_names(path: Path) -> set[str]:
     ("unit", "forbidden"),
     [
         ("nvshmem", ("torch.fx", "torch._inductor", "torch._dynamo", "tilelang")),
+        ("language", ("torch.fx", "torch._inductor", "torch._dynamo")),
         ("templates", ("torch.fx", "torch._inductor", "torch._dynamo")),
         ("fx_passes", ("tilelang", "tvm")),
     ],

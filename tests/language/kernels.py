@@ -16,6 +16,11 @@ COMPARES = ("eq", "ne", "ge", "gt", "le", "lt", "epoch")
 CTX = T.Tensor((tl.WORDS,), "int64")
 
 
+def carrier(dtype: str) -> str:
+    """What a tensor parameter is declared as: TileLang's C target has no unsigned words."""
+    return dtype.removeprefix("u")
+
+
 def copies(d: Dialect):
     """Bytes from any address to any other, by a block and by a warp."""
 
@@ -40,20 +45,20 @@ def words(d: Dialect, dtype: str):
     adds = dtype != "float64"
 
     @T.prim_func
-    def words_kernel(cells: T.Tensor((count,), dtype), out: T.Tensor((count,), dtype)):
+    def words_kernel(cells: T.Tensor((count,), carrier(dtype)), out: T.Tensor((count,), carrier(dtype))):
         with T.Kernel(1, threads=128, prelude=d.prelude) as _:
             if d.thread() == 0:
                 for i, semantics, scope in _forms("ld", 0):
-                    out[i] = tl.ld(cells[i], semantics, scope)
-                out[count - 2] = tl.ld(cells[count - 2], "volatile")
+                    out[i] = tl.ld(cells[i], semantics, scope, dtype)
+                out[count - 2] = tl.ld(cells[count - 2], "volatile", dtype=dtype)
                 for i, semantics, scope in _forms("st", 6):
-                    tl.st(cells[i], i + 1, semantics, scope)
-                tl.st(cells[count - 1], 5, "volatile")
+                    tl.st(cells[i], i + 1, semantics, scope, dtype)
+                tl.st(cells[count - 1], 5, "volatile", dtype=dtype)
                 if adds:
                     for i, semantics, scope in _forms("atomic_add", 12):
-                        out[i] = tl.atomic_add(cells[i], 3, semantics, scope)
+                        out[i] = tl.atomic_add(cells[i], 3, semantics, scope, dtype)
                     for i, semantics, scope in _forms("red_add", 24):
-                        tl.red_add(cells[i], 4, semantics, scope)
+                        tl.red_add(cells[i], 4, semantics, scope, dtype)
 
     return words_kernel
 
@@ -68,16 +73,16 @@ def waits(d: Dialect, dtype: str):
 
     @T.prim_func
     def waits_kernel(
-        ctx: CTX, flags: T.Tensor((len(COMPARES),), dtype), value: T.int64, results: T.Tensor((16,), "int32")
+        ctx: CTX, flags: T.Tensor((len(COMPARES),), carrier(dtype)), value: T.int64, results: T.Tensor((16,), "int32")
     ):
         with T.Kernel(1, threads=128, prelude=d.prelude) as _:
             thread = d.thread()
             if thread == 0:
                 for i, compare in forms:
-                    reached = tl.wait(ctx, flags[i], compare, value, peer=i, site=40 + i)
+                    reached = tl.wait(ctx, flags[i], compare, value, peer=i, site=40 + i, dtype=dtype)
                     results[i] = T.cast(reached, "int32")
             if thread < 32:
-                if tl.warp_wait(ctx, flags[2], "ge", value, peer=2, site=50):
+                if tl.warp_wait(ctx, flags[2], "ge", value, peer=2, site=50, dtype=dtype):
                     results[7] = 1
                 if tl.aborted(ctx):
                     results[8] = 1
@@ -90,15 +95,15 @@ def named_waits(d: Dialect):
     forms = list(enumerate((tl.wait_eq, tl.wait_ne, tl.wait_ge, tl.wait_gt, tl.wait_le, tl.wait_lt)))
 
     @T.prim_func
-    def named_waits_kernel(ctx: CTX, to: T.int32, passed: T.uint32, results: T.Tensor((8,), "uint32")):
+    def named_waits_kernel(ctx: CTX, to: T.int32, passed: T.int32, results: T.Tensor((8,), "int32")):
         with T.Kernel(1, threads=32, prelude=d.prelude) as _:
             if d.thread() == 0:
                 flags = tl.peer(ctx, to, 64, (8,), "uint32", region="flags")
                 now = tl.epoch(ctx, passed)
-                results[7] = now
-                results[6] = T.cast(tl.rank(ctx) * 10 + tl.num_ranks(ctx), "uint32")
+                results[7] = T.cast(now, "int32")
+                results[6] = tl.rank(ctx) * 10 + tl.num_ranks(ctx)
                 for i, wait in forms:
-                    results[i] = T.cast(wait(ctx, flags[i], now, peer=to, site=i), "uint32")
+                    results[i] = T.cast(wait(ctx, flags[i], now, peer=to, site=i), "int32")
 
     return named_waits_kernel
 
@@ -107,7 +112,7 @@ def threads(d: Dialect):
     """Votes, shuffles, fences, barriers of a block, and the barrier of all ranks."""
 
     @T.prim_func
-    def threads_kernel(ctx: CTX, epoch: T.uint32, out: T.Tensor((16,), "int32"), x: T.Tensor((4,), "float32")):
+    def threads_kernel(ctx: CTX, epoch: T.int32, out: T.Tensor((16,), "int32"), x: T.Tensor((4,), "float32")):
         with T.Kernel(1, threads=128, prelude=d.prelude) as _:
             thread = d.thread()
             for scope in SCOPES:
@@ -166,8 +171,8 @@ def bulk(d: Dialect):
     return bulk_kernel
 
 
-def waiting_gemm(d: Dialect, size: int = 256, dtype: str = "bfloat16"):
-    """A warp-specialised GEMM whose rows of A arrive from peers while it runs."""
+def waiting_gemm(d: Dialect, size: int = 256, dtype: str = "bfloat16", one_warp: bool = False):
+    """A warp-specialised GEMM whose rows of A arrive from peers while it runs; all warps of the producer wait, or the one that loads."""
 
     @T.prim_func
     def waiting_gemm_kernel(
@@ -175,8 +180,8 @@ def waiting_gemm(d: Dialect, size: int = 256, dtype: str = "bfloat16"):
         a: T.Tensor((size, size), dtype),
         b: T.Tensor((size, size), dtype),
         c: T.Tensor((size, size), dtype),
-        arrived: T.Tensor((size // 64,), "uint32"),
-        epoch: T.uint32,
+        arrived: T.Tensor((size // 64,), "int32"),
+        epoch: T.int32,
     ):
         with T.Kernel(size // 64, size // 64, threads=128, prelude=d.prelude) as (bx, by):
             a_tile = d.alloc_shared((64, 64), dtype)
@@ -184,7 +189,7 @@ def waiting_gemm(d: Dialect, size: int = 256, dtype: str = "bfloat16"):
             result = d.alloc_fragment((64, 64), "float32")
             T.clear(result)
             for k in T.Pipelined(size // 64, num_stages=2):
-                if k == 0:
+                if k == 0 and (not one_warp or d.thread() < 32):
                     tl.warp_wait(ctx, arrived[by], "epoch", epoch, peer=0, site=1)
                 T.copy(a[by * 64, k * 64], a_tile)
                 T.copy(b[k * 64, bx * 64], b_tile)
@@ -192,3 +197,35 @@ def waiting_gemm(d: Dialect, size: int = 256, dtype: str = "bfloat16"):
             T.copy(result, c[by * 64, bx * 64])
 
     return waiting_gemm_kernel
+
+
+def exchange(d: Dialect, size: int = 1000):
+    """Each rank sends `size` numbers to a peer, tells it, waits for what the peer sends, and takes it. Two halves alternate."""
+
+    @T.prim_func
+    def exchange_kernel(
+        ctx: CTX,
+        x: T.Tensor((size,), "float32"),
+        out: T.Tensor((size,), "float32"),
+        to: T.int32,
+        epoch: T.int32,
+        awaited: T.int32,
+        done: T.Tensor((1,), "int32"),
+    ):
+        with T.Kernel(1, threads=128, prelude=d.prelude) as _:
+            thread = d.thread()
+            me = tl.rank(ctx)
+            there = tl.peer(ctx, to, (epoch % 2) * 4 * size, (size,), "float32")
+            tl.put_block(there[0], x[0], 4 * size, thread, 128)
+            d.sync()
+            if thread == 0:
+                tl.signal(tl.peer(ctx, to, 0, (tl.MAX_RANKS,), "int32", region="flags")[me], epoch)
+            if thread < 32:
+                flags = tl.peer(ctx, me, 0, (tl.MAX_RANKS,), "int32", region="flags")
+                if tl.warp_wait(ctx, flags[to], "epoch", awaited, peer=to, site=11):
+                    done[0] = epoch
+            d.sync()
+            here = tl.peer(ctx, me, (epoch % 2) * 4 * size, (size,), "float32")
+            tl.get_block(out[0], here[0], 4 * size, thread, 128)
+
+    return exchange_kernel

@@ -142,7 +142,9 @@ def to_bits(value: Expr, dtype: str) -> Expr:
     value, word = cast(value, dtype), f"uint{bits_of(dtype)}"
     if dtype == word:
         return value
-    return T.reinterpret(value, word) if dtype.startswith("float") else T.cast(value, word)
+    if dtype.startswith("float"):  # not T.reinterpret: the C target takes the address of what may be a literal
+        return call(f"bits_f{bits_of(dtype)}", word, value)
+    return T.cast(value, word)
 
 
 def from_bits(value: Expr, dtype: str) -> Expr:

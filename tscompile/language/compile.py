@@ -61,18 +61,15 @@ def compile_cuda(function: Any, arch: str = "sm_90a", pass_configs: dict[str, An
     Raises:
         ToolchainError: there is no nvcc, or the kernel does not compile; the message has the compiler's last words.
     """
-    nvcc = toolchain.nvcc()
-    ptxas = nvcc.with_name("ptxas")
+    nvcc = str(toolchain.nvcc())
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
     with tvm.transform.PassContext(opt_level=3, config=pass_configs or {}), target:
         source = str(tilelang.lower(function, target=target).kernel_source)
     with tempfile.TemporaryDirectory(prefix="tscompile-") as folder:
         cu, ptx, cubin = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "ptx", "cubin"))
         cu.write_text(source)
-        _run([str(nvcc), "-ptx", "-O3", f"-arch={arch}", *default_compile_options(), "-o", str(ptx), str(cu)])
-        log = _run(
-            [str(ptxas) if ptxas.is_file() else "ptxas", "-v", f"-arch={arch}", "-O3", "-o", str(cubin), str(ptx)]
-        )
+        _run([nvcc, "-ptx", "-O3", f"-arch={arch}", *default_compile_options(), "-o", str(ptx), str(cu)])
+        log = _run([nvcc, "-cubin", "-Xptxas", "-v", f"-arch={arch}", "-o", str(cubin), str(ptx)])
         return CudaArtifact(
             source=source[source.find('extern "C" __global__') :],
             ptx=ptx.read_text(),

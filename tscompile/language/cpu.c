@@ -69,6 +69,14 @@ SCOPE(gpu)
 SCOPE(sys)
 BOTH(LD, volatile, __ATOMIC_RELAXED)
 BOTH(ST, volatile, __ATOMIC_RELAXED)
+uint32_t tsl_x_bits_f32(float v) {
+  uint32_t bits;
+  return memcpy(&bits, &v, 4), bits;
+}
+uint64_t tsl_x_bits_f64(double v) {
+  uint64_t bits;
+  return memcpy(&bits, &v, 8), bits;
+}
 int tsl_x_fence_async(void) { return 0; }
 
 /* ---- bounded waits ---- */

@@ -271,6 +271,8 @@ TSL_ENTRY_SCOPE(gpu)
 TSL_ENTRY_SCOPE(sys)
 TSL_ENTRY_LD(volatile, "volatile.")
 TSL_ENTRY_ST(volatile, "volatile.")
+TSL uint32_t tsl_x_bits_f32(float v) { return __float_as_uint(v); }
+TSL uint64_t tsl_x_bits_f64(double v) { return (uint64_t)__double_as_longlong(v); }
 TSL int tsl_x_fence_async() { tsl_fence_async(); return 0; }
 
 #define TSL_ENTRY_WAIT(TYPE, T)                                                                                        \

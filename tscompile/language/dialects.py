@@ -11,8 +11,8 @@
 
     kernel = dialect("cuda").compile(template(dialect("cuda"), 16))
 
-On the C target: tiles are float32, blocks run one after another in the order of the grid (so none may wait for a later one), and
-arguments are tensors and numbers. See `Dialect` for what else differs.
+On the C target: tiles are float32; parameters are not uint32 (declare int32 and pass `dtype="uint32"` where it matters); blocks run one
+after another, the first axis of the grid outermost, so none may wait for a later one.
 """
 
 from __future__ import annotations
