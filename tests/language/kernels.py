@@ -172,7 +172,7 @@ def bulk(d: Dialect):
 
 
 def waiting_gemm(d: Dialect, size: int = 256, dtype: str = "bfloat16", one_warp: bool = False):
-    """A warp-specialised GEMM whose rows of A arrive from peers while it runs; all warps of the producer wait, or the one that loads."""
+    """A warp-specialised GEMM whose rows of A arrive while it runs; all warps of the producer wait, or the one that loads."""
 
     @T.prim_func
     def waiting_gemm_kernel(

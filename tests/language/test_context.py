@@ -12,7 +12,19 @@ import torch
 from tscompile.language import context
 
 HERE = Path(context.__file__).parent
-FIELDS = ["rank", "size", "timeout_ns", "epoch_cell", "abort_word", "abort_offset", "record", "reserved", "data", "flags", "control"]
+FIELDS = [
+    "rank",
+    "size",
+    "timeout_ns",
+    "epoch_cell",
+    "abort_word",
+    "abort_offset",
+    "record",
+    "reserved",
+    "data",
+    "flags",
+    "control",
+]
 
 
 @pytest.mark.parametrize("header", ["cuda.h", "cpu.h"])

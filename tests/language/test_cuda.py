@@ -77,6 +77,18 @@ def test_short_forms_and_the_epoch() -> None:
     assert [int(n) for n in re.findall(r"tsl_x_wait_u32\(.*?\)\)\), (\d), ", artifact.source)] == [0, 1, 2, 3, 4, 5]
 
 
+def test_an_exchange_signals_after_its_data() -> None:
+    before(
+        compiled(kernels.exchange(D)).ptx,
+        r"st\.global\.v4\.u32",
+        r"bar\.sync",
+        r"st\.release\.sys\.global\.u32",
+        r"ld\.acquire\.sys\.global\.u32",
+        r"bar\.sync",
+        r"ld\.global\.L1::no_allocate\.v4\.u32",
+    )
+
+
 def test_threads() -> None:
     ptx = compiled(kernels.threads(D)).ptx
     for text in ("fence.acq_rel.cta;", "fence.acq_rel.gpu;", "fence.acq_rel.sys;", "fence.proxy.async;"):

@@ -34,9 +34,8 @@ def two_loops(clear_inside: bool):
             if not clear_inside:
                 T.clear(total)
             for outer in T.serial(2):
-                if clear_inside:
-                    if outer == 0:
-                        T.clear(total)
+                if clear_inside and outer == 0:
+                    T.clear(total)
                 for k in T.Pipelined(4, num_stages=2):
                     T.copy(a[0, outer * 256 + k * 64], a_tile)
                     T.copy(b[outer * 256 + k * 64, 0], b_tile)

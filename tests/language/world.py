@@ -1,4 +1,4 @@
-"""A group in memory of this process or of several: contexts over tensors, for kernels on the C target."""
+"""A group in memory of this process or of several, or of one GPU: contexts over tensors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ EPOCH_CELL, ABORT, RECORD = 0, 64, 128  # bytes from the control base
 
 
 class World:
-    """The memory of all ranks in one file that processes map, or in anonymous memory."""
+    """The memory of all ranks: in one file that processes map, or in this process, on any device."""
 
-    def __init__(self, size: int, path: Path | None = None) -> None:
+    def __init__(self, size: int, path: Path | None = None, device: str = "cpu") -> None:
+        self.size, self.device = size, device
         if path is None:
-            self._map = mmap.mmap(-1, size * RANK_BYTES)
+            self.bytes = torch.zeros(size, RANK_BYTES, dtype=torch.uint8, device=device)
         else:
             with path.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), size * RANK_BYTES)
-        self.size = size
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8).view(size, RANK_BYTES)
+            self.bytes = torch.frombuffer(self._map, dtype=torch.uint8).view(size, RANK_BYTES)
 
     @staticmethod
     def create(path: Path, size: int) -> None:
@@ -63,4 +63,4 @@ class World:
             data=[self.data(peer).data_ptr() for peer in range(self.size)],
             flags=[self.flags(peer).data_ptr() for peer in range(self.size)],
             control=control,
-        )
+        ).to(self.device)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .addresses import epoch, num_ranks, peer, peer_address, pointer, rank
     from .bulk import bulk_get, bulk_put, bulk_wait, bulk_wait_read, mbarrier_init, mbarrier_wait
     from .compile import CudaArtifact, compile_cuda
-    from .dialects import Dialect, dialect, prelude
+    from .dialects import Dialect, Target, dialect, prelude
     from .memory import (
         atomic_add,
         fence,
@@ -71,7 +71,7 @@ _MODULES = {
     "addresses": "epoch num_ranks peer peer_address pointer rank",
     "bulk": "bulk_get bulk_put bulk_wait bulk_wait_read mbarrier_init mbarrier_wait",
     "compile": "CudaArtifact compile_cuda",
-    "dialects": "Dialect dialect prelude",
+    "dialects": "Dialect Target dialect prelude",
     "memory": "atomic_add fence fence_async get_block get_warp ld put_block put_warp red_add st",
     "sync": "aborted barrier block_arrive block_sync elect lane shuffle signal wait wait_eq wait_ge wait_gt wait_le wait_lt"
     " wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
@@ -85,6 +85,7 @@ __all__ = [
     "WORDS",
     "CudaArtifact",
     "Dialect",
+    "Target",
     "ToolchainError",
     "aborted",
     "atomic_add",
