@@ -23,9 +23,8 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 @lru_cache
 def compiled(target: tl.Target, name: str, *args: object) -> Callable[..., None]:
     dialect = tl.dialect(target)
-    if name == "bulk" and target == "cuda":
-        dialect.pass_configs["tl.disable_thread_storage_sync"] = True
-    return dialect.compile(getattr(kernels, name)(dialect, *args))
+    configs = {"tl.disable_thread_storage_sync": True} if name == "bulk" and target == "cuda" else None
+    return dialect.compile(getattr(kernels, name)(dialect, *args), configs)
 
 
 class Runner:

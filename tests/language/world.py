@@ -51,7 +51,7 @@ class World:
 
     def context(self, rank: int, timeout_s: float = 20.0) -> torch.Tensor:
         control = [self.control(peer).data_ptr() for peer in range(self.size)]
-        return tl.fill(
+        return tl.fill_context(
             torch.empty(tl.WORDS, dtype=torch.int64),
             rank=rank,
             size=self.size,

@@ -24,7 +24,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .context import MAX_RANKS, RECORD_WORDS, WORDS, fill
+from .context import MAX_RANKS, RECORD_WORDS, WORDS
+from .context import fill as fill_context
 
 if TYPE_CHECKING:
     from .addresses import epoch, num_ranks, peer, peer_address, pointer, rank
@@ -102,7 +103,7 @@ __all__ = [
     "epoch",
     "fence",
     "fence_async",
-    "fill",
+    "fill_context",
     "get_block",
     "get_warp",
     "lane",

@@ -89,7 +89,7 @@ def peer_address(ctx: Any, rank: Expr, offset_bytes: Expr = 0, region: Region = 
     Args:
         ctx: the context.
         rank: group rank, 0 <= rank < num_ranks(ctx), not checked; the own rank is allowed.
-        offset_bytes: from the base of the region.
+        offset_bytes: from the base of the region. An int32 expression overflows past 2 GiB: make it int64.
         region: "data" (the slot), "flags" (the slot's flags) or "control" (the rank's control block).
 
     Raises:

@@ -18,7 +18,7 @@ after another, the first axis of the grid outermost, so none may wait for a late
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +73,6 @@ class Dialect:
         prelude: for `T.Kernel`.
         alloc_shared, alloc_fragment: tiles; plain local arrays on the C target, where shared memory does not work.
         parallel: a parallel loop over a tile.
-        pass_configs: for `tilelang.compile`.
     """
 
     name: Target
@@ -83,7 +82,6 @@ class Dialect:
     alloc_shared: Callable[..., Any]
     alloc_fragment: Callable[..., Any]
     parallel: Callable[..., Any]
-    pass_configs: dict[str, Any] = field(default_factory=dict)
 
     def thread(self) -> Any:
         """Number of this thread in its block, int32."""
@@ -106,14 +104,14 @@ class Dialect:
             raise HeapError(f"{library}: TileLang splits flags at blanks: set XDG_CACHE_HOME to a path without any")
         return ["-O2", str(library), f"-Wl,-rpath,{library.parent}"]
 
-    def compile(self, function: Any) -> Any:
-        """The compiled kernel of a prim_func, from TileLang's cache if it is there."""
+    def compile(self, function: Any, pass_configs: dict[str, Any] | None = None) -> Any:
+        """The compiled kernel of a prim_func, from TileLang's cache if it is there; `pass_configs` as TileLang takes them."""
         return tilelang.compile(
             function,
             target=self.target,
             execution_backend=self.backend,
             compile_flags=self.compile_flags(),
-            pass_configs=self.pass_configs,
+            pass_configs=pass_configs,
         )
 
 
