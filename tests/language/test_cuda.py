@@ -177,6 +177,16 @@ def test_a_wait_stays_with_the_loads_of_a_warp_specialised_gemm(one_warp: bool) 
     assert len(re.findall(r"ld\.acquire\.sys", artifact.ptx)) == 2
 
 
+def test_a_kernel_that_does_not_compile() -> None:
+    @kernels.T.prim_func
+    def broken(x: kernels.T.Tensor((1,), "int32")):
+        with kernels.T.Kernel(1, threads=32, prelude="#error this is no kernel\n") as _:
+            x[0] = 1
+
+    with pytest.raises(tl.ToolchainError, match="this is no kernel"):
+        tl.compile_cuda(broken)
+
+
 def test_the_header_is_part_of_the_kernel() -> None:
     """TileLang's cache key is made of the kernel's text: an `#include` would leave old binaries in the cache."""
     assert "tsl_x_copy_block" in kernels.copies(D).script()

@@ -27,7 +27,7 @@ def rank_main(rank: int, path: Path, barrier, queue) -> None:
     kernel, peer, world = d.compile(kernels.exchange(d, SIZE)), 1 - rank, World(2, path)
     ctx, out, done = world.context(rank), torch.zeros(SIZE), torch.zeros(1, dtype=torch.int32)
     wrong, waited = [], 0.0
-    barrier.wait(60)
+    barrier.wait(120)
     for epoch in range(1, EPOCHS + 1):
         if rank == 1 and epoch in (1, 7):
             time.sleep(DELAY_S)
@@ -36,7 +36,7 @@ def rank_main(rank: int, path: Path, barrier, queue) -> None:
         waited = max(waited, time.monotonic() - start)
         if int(done[0]) != epoch or not torch.equal(out, payload(peer, epoch)):
             wrong.append(epoch)
-    barrier.wait(60)
+    barrier.wait(120)
     # Rank 0 waits for an epoch in which rank 1 has no part, and then rank 1 for one that nobody will ever send.
     last, awaited, patience_s = EPOCHS + 1 + rank, EPOCHS + 1 + rank * 100, TIMEOUT_S if rank == 0 else 60.0
     if rank == 1:
@@ -57,7 +57,7 @@ def test_push_signal_and_wait_between_processes() -> None:
     try:
         for process in ranks:
             process.start()
-        results = sorted(queue.get(timeout=120) for _ in ranks)
+        results = sorted(queue.get(timeout=200) for _ in ranks)
         for process in ranks:
             process.join(30)
     finally:
