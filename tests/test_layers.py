@@ -92,6 +92,22 @@ def test_layers_import_nothing_above_them(unit: str) -> None:
     run(import_all(modules_of(unit)), [*all_but(LEAVES + below), *kernels])
 
 
+def test_the_language_package_imports_tilelang_when_it_is_used() -> None:
+    run("import tscompile.language as tl\ntl.fill_context, tl.WORDS, dir(tl)", ["torch", "tilelang", "tvm"])
+
+
+def test_the_exports_of_the_language_package() -> None:
+    run(
+        "import pkgutil, importlib, tscompile.language as tl\n"
+        "for module in pkgutil.iter_modules(tl.__path__):\n"
+        "    importlib.import_module('tscompile.language.' + module.name)\n"
+        "for name in tl.__all__:\n"
+        "    assert type(getattr(tl, name)) is not type(tl), name\n"
+        "assert set(tl._EXPORTS) < set(tl.__all__)\n",
+        [],
+    )
+
+
 def imported_names(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -106,6 +122,7 @@ def imported_names(path: Path) -> set[str]:
     ("unit", "forbidden"),
     [
         ("nvshmem", ("torch.fx", "torch._inductor", "torch._dynamo", "tilelang")),
+        ("language", ("torch.fx", "torch._inductor", "torch._dynamo")),
         ("templates", ("torch.fx", "torch._inductor", "torch._dynamo")),
         ("fx_passes", ("tilelang", "tvm")),
     ],

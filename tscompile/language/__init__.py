@@ -1,7 +1,151 @@
-"""Device primitives that fused kernels are written in, beside TileLang's own."""
+"""Communication between GPUs inside TileLang kernels, used beside mainline `tilelang.language`:
 
-from importlib.resources import files
+    import tilelang.language as T
+    import tscompile.language as tl
+
+    @T.prim_func
+    def push(ctx: T.Tensor((tl.WORDS,), "int64"), x: T.Tensor((1024,), "float32"), to: T.int32, epoch: T.uint32):
+        with T.Kernel(1, threads=128, prelude=tl.prelude("cuda")) as _:
+            thread = T.get_thread_binding()
+            there = tl.peer(ctx, to, 0, (1024,), "float32")
+            tl.put_block(there[0], x[0], 4096, thread, 128)
+            T.sync_threads()
+            if thread == 0:
+                tl.signal(tl.peer(ctx, to, 0, (1,), "uint32", region="flags")[0], epoch)
+
+Every call lowers to one inlined device function of cuda.h (or to a function of cpu.c on TileLang's C target). None of them uses
+`__syncthreads`, `blockDim` or `threadIdx`, so they may stand in any branch of a warp-specialised kernel. Every wait is bounded.
+
+Importing the package is quick: its functions import tilelang when the first of them is looked up.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .context import MAX_RANKS, RECORD_WORDS, WORDS
+from .context import fill as fill_context
+
+if TYPE_CHECKING:
+    from .addresses import epoch, num_ranks, peer, peer_address, pointer, rank
+    from .bulk import bulk_get, bulk_put, bulk_wait, bulk_wait_read, mbarrier_init, mbarrier_wait
+    from .compile import CudaArtifact, compile_cuda
+    from .dialects import Dialect, Target, dialect, prelude
+    from .memory import (
+        atomic_add,
+        fence,
+        fence_async,
+        get_block,
+        get_warp,
+        ld,
+        put_block,
+        put_warp,
+        red_add,
+        st,
+    )
+    from .sync import (
+        aborted,
+        barrier,
+        block_arrive,
+        block_sync,
+        elect,
+        lane,
+        shuffle,
+        signal,
+        wait,
+        wait_eq,
+        wait_ge,
+        wait_gt,
+        wait_le,
+        wait_lt,
+        wait_ne,
+        warp_all,
+        warp_any,
+        warp_ballot,
+        warp_sync,
+        warp_wait,
+    )
+    from .toolchain import ToolchainError, nvcc, use_wheels
+
+_MODULES = {
+    "addresses": "epoch num_ranks peer peer_address pointer rank",
+    "bulk": "bulk_get bulk_put bulk_wait bulk_wait_read mbarrier_init mbarrier_wait",
+    "compile": "CudaArtifact compile_cuda",
+    "dialects": "Dialect Target dialect prelude",
+    "memory": "atomic_add fence fence_async get_block get_warp ld put_block put_warp red_add st",
+    "sync": "aborted barrier block_arrive block_sync elect lane shuffle signal wait wait_eq wait_ge wait_gt wait_le wait_lt"
+    " wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
+    "toolchain": "ToolchainError nvcc use_wheels",
+}
+_EXPORTS = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = [
+    "MAX_RANKS",
+    "RECORD_WORDS",
+    "WORDS",
+    "CudaArtifact",
+    "Dialect",
+    "Target",
+    "ToolchainError",
+    "aborted",
+    "atomic_add",
+    "barrier",
+    "block_arrive",
+    "block_sync",
+    "bulk_get",
+    "bulk_put",
+    "bulk_wait",
+    "bulk_wait_read",
+    "compile_cuda",
+    "dialect",
+    "elect",
+    "epoch",
+    "fence",
+    "fence_async",
+    "fill_context",
+    "get_block",
+    "get_warp",
+    "lane",
+    "ld",
+    "mbarrier_init",
+    "mbarrier_wait",
+    "num_ranks",
+    "nvcc",
+    "peer",
+    "peer_address",
+    "pointer",
+    "prelude",
+    "put_block",
+    "put_warp",
+    "rank",
+    "red_add",
+    "shuffle",
+    "signal",
+    "st",
+    "use_wheels",
+    "wait",
+    "wait_eq",
+    "wait_ge",
+    "wait_gt",
+    "wait_le",
+    "wait_lt",
+    "wait_ne",
+    "warp_all",
+    "warp_any",
+    "warp_ballot",
+    "warp_sync",
+    "warp_wait",
+]
 
 
-def cuda_source() -> str:
-    return files(__package__).joinpath("cuda.h").read_text()
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

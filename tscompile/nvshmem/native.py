@@ -59,18 +59,20 @@ def _compile(source: Path, target: Path, libraries: tuple[str, ...]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def build(source: Path, libraries: tuple[str, ...] = ()) -> Path:
+def build(source: Path, libraries: tuple[str, ...] = (), headers: tuple[Path, ...] = ()) -> Path:
     """Path of the shared library made of a C file, compiled if need be.
 
     Args:
         source: the C file.
         libraries: linker flags such as "-ldl".
+        headers: what it includes from this package; the library is built anew when one of them changes.
 
     Raises:
         HeapError: there is no C compiler, or no place to put the result; the message says what to do.
     """
     what = (*_FLAGS, *libraries, platform.machine(), platform.system())
-    tag = sha256(source.read_bytes() + " ".join(what).encode()).hexdigest()[:16]
+    text = b"".join(path.read_bytes() for path in (source, *headers))
+    tag = sha256(text + " ".join(what).encode()).hexdigest()[:16]
     target = cache_dir() / f"{source.stem}-{tag}.so"
     if not target.exists():
         with FileLock(str(target) + ".lock"):

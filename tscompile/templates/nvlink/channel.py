@@ -14,20 +14,19 @@ from typing import Any, Protocol
 
 import torch
 
+from ...language import context
 from ...nvshmem import copies
 from ...nvshmem.copies import Step
+from ...nvshmem.device import CONTROL_BYTES, SLOTS
 
-SLOTS = 4  # 0 and 1 for eager calls, 2 and 3 for captured ones
-CONTROL_BYTES = 1 << 20
 FLAGS = 48 << 10  # of a slot, of 4 bytes each
 _WORDS = SLOTS * FLAGS * 4  # where the control block's other words start
-_ABORT, _EPOCHS = _WORDS, _WORDS + 256
+_ABORT, _CELLS, _ZERO = _WORDS, _WORDS + 256, _WORDS + 512  # eager calls pass their epoch: the word at _ZERO stays 0
 ACK = FLAGS - 64  # first flag that tells a rank that a peer has read its slot; those below belong to data
 DATA_FLAGS = 24 << 10  # of data; as many device words hold the epochs of tiles that landed
 
 MAIN, SIDE, ALARM = 0, 1, 2  # streams of a step
 FORK, JOIN, DONE = 0, 1, 2  # events
-_TIMEOUT_WORD = 2  # of a context
 _STUCK_S = 2.0
 
 
@@ -68,6 +67,7 @@ class DeviceLink:
         self.rank = memory.rank
         self.size = memory.size
         self.slot_bytes = slot_bytes
+        self.timeout_s = timeout_s
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.engine = copies.load()
         self.side = torch.cuda.Stream(priority=-1)
@@ -79,11 +79,7 @@ class DeviceLink:
             # Claims of a kernel, for eager and for captured calls; epochs of tiles that landed, for each slot.
             self.counters = [torch.zeros(16, dtype=torch.int32, device=self.device) for _ in range(2)]
             self.landed = [torch.zeros(DATA_FLAGS, dtype=torch.int32, device=self.device) for _ in range(SLOTS)]
-            self.contexts = [
-                torch.tensor(self._context(slot, timeout_s), dtype=torch.int64, device=self.device)
-                for slot in range(SLOTS)
-            ]
-        self.timeout_s = timeout_s
+            self.contexts = [self._context(slot) for slot in range(SLOTS)]
         self._record = ctypes.c_int64.from_address(self.record.data_ptr())
         self._stuck_at = 0
         self._stuck_since = 0.0
@@ -99,28 +95,23 @@ class DeviceLink:
     def slot_offset(self, slot: int) -> int:
         return CONTROL_BYTES + slot * self.slot_bytes
 
-    def _context(self, slot: int, timeout_s: float) -> list[int]:
-        """The words of TslContext in language/cuda.h."""
+    def _context(self, slot: int) -> torch.Tensor:
         own = self.memory.addresses[self.rank]
-        pad = [0] * (8 - self.size)
         bases = list(self.memory.addresses)
-        cell = own + _EPOCHS + (4 * slot if slot >= 2 else 64)  # eager calls pass their epoch: the cell at 64 stays 0
-        return [
-            self.rank,
-            self.size,
-            int(timeout_s * 1e9),
-            cell,
-            own + _ABORT,
-            _ABORT,
-            self.record.data_ptr(),
-            0,
-            *(base + self.slot_offset(slot) for base in bases),
-            *pad,
-            *(base + slot * FLAGS * 4 for base in bases),
-            *pad,
-            *bases,
-            *pad,
-        ]
+        words = context.fill(
+            torch.empty(context.WORDS, dtype=torch.int64),
+            rank=self.rank,
+            size=self.size,
+            timeout_ns=int(self.timeout_s * 1e9),
+            epoch_cell=own + (_CELLS + 4 * slot if slot >= 2 else _ZERO),
+            abort_word=own + _ABORT,
+            abort_offset=_ABORT,
+            record=self.record.data_ptr(),
+            data=[base + self.slot_offset(slot) for base in bases],
+            flags=[base + slot * FLAGS * 4 for base in bases],
+            control=bases,
+        )
+        return words.to(self.device)
 
     def open(self, site: int) -> DeviceChannel:
         """The next call of the group on the current stream."""
@@ -149,8 +140,8 @@ class DeviceLink:
         """Give later waits of kernels another bound, in seconds."""
         if timeout_s != self.timeout_s:
             self.timeout_s = timeout_s
-            for context in self.contexts:
-                context[_TIMEOUT_WORD] = int(timeout_s * 1e9)
+            for words in self.contexts:
+                words[context.TIMEOUT_NS] = int(timeout_s * 1e9)
 
     def has_record(self) -> bool:
         """A kernel of this rank has given up a wait, or seen that another rank did."""
@@ -236,7 +227,7 @@ class DeviceChannel:
         """Step of the copy stream that sets a flag of `owner` to the epoch, after the stream's earlier copies."""
         address = self.flag(owner, flag)
         if self.captured:  # the value is read when the graph runs
-            cell = self.link.address(self.rank, _EPOCHS + 4 * self.slot)
+            cell = self.link.address(self.rank, _CELLS + 4 * self.slot)
             return Step(kind=copies.COPY, stream=SIDE, dst=address, src=cell, bytes=4)
         return Step(kind=copies.WRITE, stream=SIDE, dst=address, value=self.epoch)
 

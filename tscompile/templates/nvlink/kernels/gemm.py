@@ -14,7 +14,7 @@ from typing import Any
 import tilelang
 import tilelang.language as T
 
-from ....language import cuda_source
+from ....language import prelude as language_prelude
 
 SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
 THREADS = 384
@@ -59,7 +59,7 @@ class GemmConfig:
 
 def prelude() -> str:
     """Text of the device functions; it stands in each kernel, so that TileLang's cache key sees it."""
-    return cuda_source() + files(__package__).joinpath("tile.h").read_text()
+    return (language_prelude("cuda") or "") + files(__package__).joinpath("tile.h").read_text()
 
 
 def compile_kernel(function: Any) -> Any:

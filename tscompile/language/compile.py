@@ -1,0 +1,80 @@
+"""Look at what a kernel becomes, without a GPU: generated CUDA source, PTX, cubin, registers and spills."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tilelang
+import tvm
+from tilelang.contrib.nvcc import default_compile_options
+
+from . import toolchain
+
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class CudaArtifact:
+    """A kernel compiled for CUDA.
+
+    Attributes:
+        source: the CUDA C++ that TileLang generated, without the prelude and TileLang's headers.
+        ptx: what nvcc made of it.
+        cubin: the ELF image.
+        registers: per thread.
+        spill_bytes: spill stores and loads, bytes per thread.
+        stack_bytes: stack frame, bytes per thread.
+    """
+
+    source: str
+    ptx: str
+    cubin: bytes
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if done.returncode:
+        raise toolchain.ToolchainError(f"{' '.join(command)} failed: {(done.stderr or done.stdout)[-3000:]}")
+    return done.stdout + done.stderr
+
+
+def _largest(pattern: str, text: str) -> int:
+    return max((int(number) for number in re.findall(pattern, text)), default=0)
+
+
+def compile_cuda(function: Any, arch: str = "sm_90a", pass_configs: dict[str, Any] | None = None) -> CudaArtifact:
+    """Compile a prim_func for CUDA and report on it; nothing is cached, nothing is loaded.
+
+    Args:
+        function: a `T.prim_func` with its prelude in it.
+        arch: the GPU architecture.
+        pass_configs: as `tilelang.compile` takes them.
+
+    Raises:
+        ToolchainError: there is no nvcc, or the kernel does not compile; the message has the compiler's last words.
+    """
+    nvcc = str(toolchain.nvcc())
+    target = tvm.target.Target({"kind": "cuda", "arch": arch})
+    with tvm.transform.PassContext(opt_level=3, config=pass_configs or {}), target:
+        source = str(tilelang.lower(function, target=target).kernel_source)
+    with tempfile.TemporaryDirectory(prefix="tscompile-") as folder:
+        cu, ptx, cubin = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "ptx", "cubin"))
+        cu.write_text(source)
+        _run([nvcc, "-ptx", "-O3", f"-arch={arch}", *default_compile_options(), "-o", str(ptx), str(cu)])
+        log = _run([nvcc, "-cubin", "-Xptxas", "-v", f"-arch={arch}", "-o", str(cubin), str(ptx)])
+        return CudaArtifact(
+            source=source[source.find('extern "C" __global__') :],
+            ptx=ptx.read_text(),
+            cubin=cubin.read_bytes(),
+            registers=_largest(r"Used (\d+) registers", log),
+            spill_bytes=sum(int(number) for number in re.findall(r"(\d+) bytes spill", log)),
+            stack_bytes=_largest(r"(\d+) bytes stack frame", log),
+        )

@@ -1,0 +1,25 @@
+/* What cuda.h is for CUDA, for TileLang's C target: the same struct, and the entry points tsl_x_* with the same names and types.
+ * A "block" and a "warp" are one thread here, and memory scopes are all one.
+ */
+#pragma once
+#include <stdint.h>
+
+#define TSL_MAX_RANKS 8
+
+typedef struct {
+  uint64_t rank;
+  uint64_t size;
+  uint64_t timeout_ns;
+  uint64_t epoch_cell;
+  uint64_t abort_word;
+  uint64_t abort_offset;
+  uint64_t record;
+  uint64_t reserved;
+  uint64_t data[TSL_MAX_RANKS];
+  uint64_t flags[TSL_MAX_RANKS];
+  uint64_t control[TSL_MAX_RANKS];
+} TslContext;
+
+typedef uint64_t TslAddress;
+
+enum { TSL_EQ = 0, TSL_NE = 1, TSL_GE = 2, TSL_GT = 3, TSL_LE = 4, TSL_LT = 5, TSL_EPOCH = 6 };

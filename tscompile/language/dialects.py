@@ -1,0 +1,133 @@
+"""One template text for two targets: CUDA, and the C target in which a block is one thread and the grid a loop.
+
+    def template(d: Dialect, rows: int):
+        @T.prim_func
+        def kernel(...):
+            with T.Kernel(rows, threads=128, prelude=d.prelude) as block:
+                thread = d.thread()
+                tl.put_block(..., thread, 128)
+                d.sync()
+        return kernel
+
+    kernel = dialect("cuda").compile(template(dialect("cuda"), 16))
+
+On the C target: tiles are float32; parameters are not uint32 (declare int32 and pass `dtype="uint32"` where it matters); blocks run one
+after another, the first axis of the grid outermost, so none may wait for a later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import tilelang
+import tilelang.language as T
+
+from ..errors import HeapError
+from ..nvshmem import native
+
+_HERE = Path(__file__).parent
+
+Target = Literal["cuda", "cpu"]
+
+
+@lru_cache(maxsize=1)
+def _cuda_header() -> str:
+    return (_HERE / "cuda.h").read_text()
+
+
+def prelude(target: Target) -> str | None:
+    """What to pass as `T.Kernel(prelude=...)`.
+
+    The text of the header itself, not an `#include`: TileLang's cache key covers the text of a kernel and no file it includes. None on
+    the C target, whose functions are in a library that `Dialect.compile_flags` links.
+
+    Raises:
+        ValueError: no such target.
+    """
+    if target not in ("cuda", "cpu"):
+        raise ValueError(f"target {target!r}: cuda or cpu")
+    return _cuda_header() if target == "cuda" else None
+
+
+def cpu_library() -> Path:
+    """The library of the primitives for the C target, compiled if need be. Its name holds a digest of its source.
+
+    Raises:
+        HeapError: it cannot be compiled; the message says what to do.
+    """
+    return native.build(_HERE / "cpu.c", headers=(_HERE / "cpu.h",))
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a template says the same thing on one target.
+
+    Attributes:
+        name: "cuda" or "cpu".
+        target: for `tilelang.compile`.
+        backend: execution backend for `tilelang.compile`.
+        prelude: for `T.Kernel`.
+        alloc_shared, alloc_fragment: tiles; plain local arrays on the C target, where shared memory does not work.
+        parallel: a parallel loop over a tile.
+    """
+
+    name: Target
+    target: Any
+    backend: str
+    prelude: str | None
+    alloc_shared: Callable[..., Any]
+    alloc_fragment: Callable[..., Any]
+    parallel: Callable[..., Any]
+
+    def thread(self) -> Any:
+        """Number of this thread in its block, int32."""
+        return T.get_thread_binding() if self.name == "cuda" else T.int32(0)
+
+    def sync(self) -> Any:
+        """Barrier of the block (of the consumers, in a warp-specialised kernel)."""
+        return T.sync_threads() if self.name == "cuda" else T.int32(0)
+
+    def compile_flags(self) -> list[str]:
+        """For `tilelang.compile`. On the C target they link the primitives, and turn the optimiser on, which it is not by default.
+
+        Raises:
+            HeapError: the primitives cannot be compiled, or the cache directory's name has a blank in it.
+        """
+        if self.name == "cuda":
+            return []
+        library = cpu_library()
+        if any(letter.isspace() for letter in str(library)):
+            raise HeapError(f"{library}: TileLang splits flags at blanks: set XDG_CACHE_HOME to a path without any")
+        return ["-O2", str(library), f"-Wl,-rpath,{library.parent}"]
+
+    def compile(self, function: Any, pass_configs: dict[str, Any] | None = None) -> Any:
+        """The compiled kernel of a prim_func, from TileLang's cache if it is there; `pass_configs` as TileLang takes them."""
+        return tilelang.compile(
+            function,
+            target=self.target,
+            execution_backend=self.backend,
+            compile_flags=self.compile_flags(),
+            pass_configs=pass_configs,
+        )
+
+
+def dialect(target: Target, arch: str = "sm_90a") -> Dialect:
+    """The dialect of a target.
+
+    Args:
+        target: "cuda" or "cpu".
+        arch: of the GPU, for CUDA; compiling needs no GPU.
+
+    Raises:
+        ValueError: no such target.
+    """
+    text = prelude(target)
+    if target == "cuda":
+        return Dialect(
+            "cuda", {"kind": "cuda", "arch": arch}, "tvm_ffi", text, T.alloc_shared, T.alloc_fragment, T.Parallel
+        )
+    return Dialect("cpu", "c", "cython", text, T.alloc_local, T.alloc_local, T.grid)
