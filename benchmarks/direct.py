@@ -78,14 +78,18 @@ class BoundOp:
         return self.op.call(*self.args)
 
 
-def prepare(plan: Plan, problem: FusionProblem, args: Sequence[Any], group: dist.ProcessGroup | None = None) -> DirectOp:
+def prepare(
+    plan: Plan,
+    problem: FusionProblem,
+    args: Sequence[Any],
+    group: dist.ProcessGroup,
+    timeout_s: float | None = None,
+) -> DirectOp:
     """Plan, vote, and return the op; every rank of the group calls this. `args` are those of the first call.
 
     Raises:
         NotFusedError: with the code and the reason that the report would show.
     """
-    group = group or dist.group.WORLD
-    assert group is not None
     decision = planner.plan(problem, Options.parse({"tilescale.fuse": "always"})[0])
     if isinstance(decision, Keep):
         raise NotFusedError(f"[{decision.code}] {decision.reason}")
@@ -111,7 +115,7 @@ def prepare(plan: Plan, problem: FusionProblem, args: Sequence[Any], group: dist
         "sites": 1,
         "scratch_bytes": planner.scratch_bytes(plan, group.size(), args),
     }
-    options = {"timeout_s": None, "heap_bytes": None, "verify": False}
+    options = {"timeout_s": timeout_s, "heap_bytes": None, "verify": False}
     manifest = json.dumps(
         {"version": 1, "graph": name, "groups": {group.group_name: entry}, "rows": [row.to_dict()], "runtime": options}
     )
@@ -140,6 +144,7 @@ def all_gather_linear(
     gathered: bool = False,
     plain_layout: bool = False,
     group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
 ) -> BoundOp:
     """The rows of all ranks' `shard [m, k]`, times each weight: `[n, k]` as in nn.Linear, or `[k, n]` if `plain_layout`.
 
@@ -154,7 +159,7 @@ def all_gather_linear(
     plan = Plan("all_gather_matmul", "", "", use.dtype, uses=(use,) * len(others), return_gathered=gathered)
     gemms = [Gemm(rows, other.shape[1], k) for other in others]
     problem = _problem(plan.kind, shard, gemms, rows * k, group, return_gathered=gathered)
-    return BoundOp(prepare(plan, problem, args, group), args)
+    return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
 
 
 def reduce_linear(
@@ -166,6 +171,7 @@ def reduce_linear(
     reduce_op: str = "sum",
     plain_layout: bool = False,
     group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
 ) -> BoundOp:
     """matmul_reduce_scatter or matmul_all_reduce of `x [m, k]` and a weight `[n, k]` (`[k, n]` if `plain_layout`)."""
     group = group or dist.group.WORLD
@@ -178,4 +184,4 @@ def reduce_linear(
     plan = Plan(kind, "", "", dtype, coefficients=(1.0,), term_group=(0,), reduce_op=reduce_op)  # type: ignore[arg-type]
     (m, k), n = x.shape, rhs.shape[1]
     problem = _problem(kind, x, [Gemm(m, n, k)], m * n, group, reduce_op=reduce_op)
-    return BoundOp(prepare(plan, problem, args, group), args)
+    return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
