@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import gpu_harness as gpu
-from benchmarks import gpu_report, harness
+from benchmarks import gpu_report, gpu_results, harness
 from benchmarks.bench_cpu import find_backend
 from benchmarks.gpu_cases import (
     Case,
@@ -54,8 +55,8 @@ def check(work: Workspace, sides: dict[str, gpu.Side], failures: dict[str, str])
         base = gpu.errors_of(sides["original"].run(), truth)
         limits = gpu.allowed(base, work.dtype)
         for name in [name for name in judged if name in sides]:
-            harness.poison(truth)
-            found = gpu.attempt(name, lambda name=name: _errors(work, sides[name], truth), failures)
+            harness.poison(sides["original"].written)
+            found = gpu.attempt(name, partial(_errors, work, sides[name], truth), failures)
             if found is None:
                 del sides[name]
                 continue
@@ -86,15 +87,15 @@ def _errors(work: Workspace, side: gpu.Side, truth: list[torch.Tensor]) -> tuple
     return worst
 
 
-def issue_times(sides: dict[str, gpu.Side], timer: gpu.Timer) -> dict[str, float]:
+def issue_times(sides: dict[str, gpu.Side], timer: gpu.Timer, failures: dict[str, str]) -> dict[str, float]:
     """Microseconds of the host per call: enqueueing only."""
-    spent = {name: timer.host_us(side.run) for name, side in sides.items()}
-    bound = sides["tscompile"].run if "tscompile" in sides else None
-    if bound is not None:
-        op = bound.op  # type: ignore[attr-defined]
-        spent["tscompile, without dispatcher"] = timer.host_us(lambda: op.launch(*bound.args))  # type: ignore[attr-defined]
-        spent["start of a graph"] = timer.host_us(op.begin_again)
-    return spent
+    working = {name: side.run for name, side in sides.items() if name not in failures}
+    if "tscompile" in working:
+        bound: Any = working["tscompile"]
+        working["tscompile, without dispatcher"] = lambda: bound.op.launch(*bound.args)
+        working["start of a graph"] = bound.op.begin_again
+    spent = {name: gpu.attempt(f"host {name}", partial(timer.host_us, run), failures) for name, run in working.items()}
+    return {name: us for name, us in spent.items() if us is not None}
 
 
 def run_case(case: Case, args: argparse.Namespace, timer: gpu.Timer, device: torch.device) -> dict[str, Any]:
@@ -129,14 +130,19 @@ def run_case(case: Case, args: argparse.Namespace, timer: gpu.Timer, device: tor
     if not args.check_only:
         raced = gpu.race(sides, timer, args.rounds, SEED, graphs=args.graphs)
         failures |= raced.failures
-        record |= {"rounds": {"eager": raced.eager, "graph": raced.graph}, "host_us": issue_times(sides, timer)}
+        record |= {
+            "rounds": {"eager": raced.eager, "graph": raced.graph},
+            "host_us": issue_times(sides, timer, failures),
+        }
     return record | {"failures": failures}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="9 cases and 3 rounds")
-    parser.add_argument("--tiny", action="store_true", help="3 sizes that CPU ranks can do, to try the benchmark itself")
+    parser.add_argument(
+        "--tiny", action="store_true", help="3 sizes that CPU ranks can do, to try the benchmark itself"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains one of TEXT,TEXT,...")
     parser.add_argument("--rounds", type=int, help="rounds per case (6)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -168,8 +174,8 @@ def main(argv: list[str] | None = None) -> int:
             from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
             enable_symm_mem_for_group(dist.group.WORLD.group_name)  # type: ignore[union-attr]
-        path = gpu.result_path(args.out, "ops", device)
-        results = gpu.Results(path, "gpu-ops", gpu.environment(device, args.dtype), args.resume)
+        path = gpu_results.result_path(args.out, "ops", device)
+        results = gpu_results.Results(path, "gpu-ops", gpu_results.environment(device, args.dtype), args.resume)
         timer = gpu.Timer(device, min_ms=8.0 if device.type == "cuda" else 1.0)
     with torch.no_grad():
         for number, case in enumerate(todo, 1):
@@ -191,4 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu.guarded(main))

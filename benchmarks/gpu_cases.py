@@ -75,7 +75,8 @@ def cases() -> list[Case]:
     ]
     for op in (SCATTER, REDUCE):
         found += [
-            Case(op, label, m, (n,), k, compiled=label == "7B down" or m in (1024, 128)) for label, m, n, k in reductions
+            Case(op, label, m, (n,), k, compiled=label == "7B down" or m in (1024, 128))
+            for label, m, n, k in reductions
         ]
     for length in (8192, 2048):
         for model, dim, kv, hidden in (("8B", 4096, 1024, 14336), ("70B", 8192, 1024, 28672)):

@@ -18,17 +18,15 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
-import importlib.metadata
-import json
 import math
 import os
-import subprocess
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,6 +44,9 @@ def start(device: str) -> torch.device:
     """Join the world that torchrun describes. `device` is "cuda" or "cpu"."""
     rank = int(os.environ["RANK"])
     torch.manual_seed(1234 + rank)
+    faulthandler.register(
+        signal.SIGTERM, chain=True
+    )  # torchrun ends the others once the first has ended: where were they?
     if device == "cpu":
         torch.set_num_threads(1)
         if not dist.is_initialized():
@@ -142,7 +143,7 @@ class Timer:
         estimate = harness.slowest([self.seconds(function, 3, heated=False)])[0]
         return max(least, min(most, math.ceil(self.min_ms / 1e3 / max(estimate, 1e-7))))
 
-    def host_us(self, function: Callable[[], object], calls: int = 40) -> float:
+    def host_us(self, function: Callable[[], object], calls: int = 20) -> float:
         """Microseconds of the host to issue one call, slowest rank."""
         function()
         self.synchronize()
@@ -189,8 +190,10 @@ def race(sides: Mapping[str, Side], timer: Timer, rounds: int, seed: int, graphs
     gc.collect()
     gc.disable()  # a collection inside one timing would be charged to one side
     try:
-        for order in harness.orders(list(units), rounds, seed):
-            local.append({unit: timer.seconds(*units[unit][:2]) / units[unit][2] for unit in order})
+        local += [
+            {unit: timer.seconds(*units[unit][:2]) / units[unit][2] for unit in order}
+            for order in harness.orders(list(units), rounds, seed)
+        ]
     finally:
         gc.enable()
     merged = iter(harness.slowest([times[unit] for times in local for unit in units]))
@@ -237,71 +240,6 @@ def allowed(base: tuple[float, float], dtype: torch.dtype) -> tuple[float, float
     return 2 * base[0] + eps / 2, 2 * base[1] + eps
 
 
-def environment(device: torch.device, dtype: str) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    root = Path(__file__).parents[1]
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "gpu": torch.cuda.get_device_name() if cuda else "CPU",
-        "ranks": dist.get_world_size(),
-        "dtype": dtype,
-        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else "",
-        "nvshmem": _version("nvidia-nvshmem-cu13") or _version("nvidia-nvshmem-cu12"),
-        "tilelang": _version("tilelang"),
-        "tscompile": _version("tscompile"),
-        "commit": _said("git", "-C", str(root), "rev-parse", "--short=12", "HEAD"),
-        "python": sys.version.split()[0],
-    }
-
-
-def _said(*command: str) -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
-    return ""
-
-
-def _version(package: str) -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return ""
-
-
-class Results:
-    """The JSON of one benchmark, written by rank 0 after every step of it, so that a run that ends early is not lost."""
-
-    def __init__(self, path: Path, kind: str, environment: dict[str, Any], resume: bool) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {"kind": kind, "environment": environment, "cases": []}
-        if resume and path.exists():
-            self.data["cases"] = json.loads(path.read_text())["cases"]
-        dist.barrier()  # nobody writes before all have read
-
-    def has(self, name: str) -> bool:
-        """Also true of a case that was started and did not end: it is not tried again."""
-        return any(case["name"] == name for case in self.data["cases"])
-
-    def put(self, case: dict[str, Any]) -> None:
-        """Add a case, or replace the one of that name."""
-        self.data["cases"] = [c for c in self.data["cases"] if c["name"] != case["name"]] + [case]
-        if dist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = self.path.with_suffix(".new")
-            new.write_text(json.dumps(self.data, indent=1) + "\n")
-            new.replace(self.path)
-
-
-def result_path(out: Path, name: str, device: torch.device) -> Path:
-    """`out` itself if it names a file, else a name in it from benchmark, GPUs and date."""
-    if out.suffix == ".json":
-        return out
-    gpu = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
-    return out / f"gpu-{name}-{dist.get_world_size()}x{gpu}-{datetime.now(UTC):%Y-%m-%d}.json"
-
-
 def finish(code: int = 0) -> None:
     """Leave at once: tearing down communicators of a world in which something failed can hang."""
     sys.stdout.flush()
@@ -312,3 +250,13 @@ def finish(code: int = 0) -> None:
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Run `main`; on an error say it and leave at once, so that torchrun ends the other ranks."""
+    try:
+        return main()
+    except Exception:
+        traceback.print_exc()
+        finish(1)
+        return 1

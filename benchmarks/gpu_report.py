@@ -68,7 +68,9 @@ def case_lines(case: Mapping[str, Any]) -> list[str]:
         eff = pair(lambda mode, side=side: efficiency(case, side, mode), 3)
         host = case.get("host_us", {}).get(side)
         lines.append(f"{side:20} {times:>17} ms   efficiency {eff:>13}   host {number(host, 1):>7} us")
-    lines += [f"{side}: errors {e[0]:.1e}, {e[1]:.1e} (limits {e[2]:.1e}, {e[3]:.1e})" for side, e in case["errors"].items()]
+    lines += [
+        f"{side}: errors {e[0]:.1e}, {e[1]:.1e} (limits {e[2]:.1e}, {e[3]:.1e})" for side, e in case["errors"].items()
+    ]
     return lines + [f"{side} FAILED: {text}" for side, text in case["failures"].items()]
 
 
@@ -94,7 +96,9 @@ TARGETS = (
     Target("AG m 1024-2048", "tscompile", 0.93, _is(GATHER, 1024, 2048)),
     Target("AG m 512", "tscompile", 0.86, _is(GATHER, 512, 512)),
     Target("RS m >= 4096, k 7168", "tscompile", 0.95, _is(SCATTER, 4096, 1 << 30, lambda c: c["k"] >= 7168)),
-    Target("RS m >= 4096, 70B o", "tscompile", 0.92, _is(SCATTER, 4096, 1 << 30, lambda c: c["label"].startswith("70B o"))),
+    Target(
+        "RS m >= 4096, 70B o", "tscompile", 0.92, _is(SCATTER, 4096, 1 << 30, lambda c: c["label"].startswith("70B o"))
+    ),
     Target("RS m >= 4096, 7B", "tscompile", 0.88, _is(SCATTER, 4096, 1 << 30, lambda c: c["label"] == "7B down")),
     Target("RS m 1024-2048", "tscompile", 0.86, _is(SCATTER, 1024, 2048)),
     Target("RS m 128-512", "tscompile", 0.78, _is(SCATTER, 128, 512)),
@@ -139,7 +143,18 @@ def _row(name: str, by_mode: Sequence[Sequence[float | None]], least: float, mea
     return [name, count, "/".join(map(number, lows)), "/".join(map(number, means)), f"{least:.2f}", "/".join(words)]
 
 
-HEADER = ["case", "gemm", "NCCL", "original", "async TP", "fused", "efficiency", "vs original", "vs async TP", "host us"]
+HEADER = [
+    "case",
+    "gemm",
+    "NCCL",
+    "original",
+    "async TP",
+    "fused",
+    "efficiency",
+    "vs original",
+    "vs async TP",
+    "host us",
+]
 
 
 def table(cases: Iterable[Mapping[str, Any]]) -> list[list[str]]:
@@ -209,7 +224,13 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def summary(result: Mapping[str, Any]) -> str:
     """One line per op over its sizes: what a reader of the README wants to know."""
-    header = ["op", "sizes", "efficiency, eager: mean (lowest)", "over NCCL + cuBLAS: mean (lowest)", "over async TP: mean"]
+    header = [
+        "op",
+        "sizes",
+        "efficiency, eager: mean (lowest)",
+        "over NCCL + cuBLAS: mean (lowest)",
+        "over async TP: mean",
+    ]
     rows = []
     for op in (GATHER, SCATTER, REDUCE):
         group = [case for case in result["cases"] if case.get("op") == op and case.get("rounds")]

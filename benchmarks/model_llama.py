@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 import tscompile
 from benchmarks import gpu_harness as gpu
-from benchmarks import harness, model_report
+from benchmarks import gpu_results, harness, model_report
 from benchmarks.bench_cpu import find_backend
 from benchmarks.llama import Config, build, build_local, configs, local_input, loss_of, tiny_configs
 from tscompile.observe import ledger
@@ -137,12 +137,11 @@ def kernels(step: Callable[[], object], timer: gpu.Timer) -> dict[str, int] | No
 
 def make_trainers(
     config: Config, args: argparse.Namespace, mesh: DeviceMesh, dtype: torch.dtype, failures: dict[str, str]
-) -> tuple[dict[str, Trainer], list[dict[str, Any]]]:
-    """Compile every mode with a first step. Returns the modes that work, and the report's rows."""
+) -> dict[str, Trainer]:
+    """Compile every mode with a first step. Returns the modes that work."""
     device = torch.device(mesh.device_type)
     x = local_input(config, mesh.size(), mesh.get_local_rank(), device, dtype)
     trainers: dict[str, Trainer] = {}
-    rows: list[dict[str, Any]] = []
     for mode in args.modes:
         gpu.say(f"  {mode}: compiling ...")
 
@@ -154,13 +153,10 @@ def make_trainers(
                 trainer.step()
             return trainer
 
-        ledger.clear()
         trainer = gpu.attempt(mode, make, failures)
         if trainer is not None:
             trainers[mode] = trainer
-        if mode == "tilescale":
-            rows = tscompile.reports().to_json()["rows"]
-    return trainers, rows
+    return trainers
 
 
 def run_config(
@@ -168,14 +164,19 @@ def run_config(
 ) -> dict[str, Any]:
     torch._dynamo.reset()
     failures: dict[str, str] = {}
-    trainers, rows = make_trainers(config, args, mesh, dtype, failures)
+    ledger.clear()
+    trainers = make_trainers(config, args, mesh, dtype, failures)
     with gpu.limit(args.limit):
         errors = compare(trainers, config, mesh, dtype, failures) if args.check and "inductor" in trainers else {}
     with gpu.limit(args.limit):
-        seen = {mode: gpu.attempt(f"profile {mode}", lambda t=t: kernels(t.step, timer), failures) for mode, t in trainers.items()}
+        seen = {
+            mode: gpu.attempt(f"profile {mode}", lambda t=t: kernels(t.step, timer), failures)
+            for mode, t in trainers.items()
+        }
     with gpu.limit(args.limit):
         sides = {mode: gpu.Side(trainer.step) for mode, trainer in trainers.items()}
         raced = gpu.race(sides, timer, args.rounds, SEED, graphs=False)
+    rows = tscompile.reports().to_json()["rows"]  # only now: ranks may have turned to the original ops on the way
     left = [row for row in rows if row["decision"] != "fused"]
     return {
         "name": config.name,
@@ -198,12 +199,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small models that CPU ranks can do")
     parser.add_argument("--quick", action="store_true", help="8B S8192 alone, 3 rounds")
     parser.add_argument("--only", default="", metavar="TEXT", help="models whose name contains one of TEXT,TEXT,...")
-    parser.add_argument("--modes", help=f"of {','.join(MODES + GRAPHED)}; default: {','.join(MODES)}, on CPU no async_tp")
+    parser.add_argument(
+        "--modes", help=f"of {','.join(MODES + GRAPHED)}; default: {','.join(MODES)}, on CPU no async_tp"
+    )
     parser.add_argument("--fuse", default="auto", choices=("auto", "always"), help="tilescale.fuse")
     parser.add_argument("--layers", type=int, help="blocks of each model instead of 4 (8B) and 2 (70B)")
     parser.add_argument("--rounds", type=int, help="rounds per model (5)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--attention", default="any", choices=("any", "flash", "cudnn"), help="SDPA backend, for all modes")
+    parser.add_argument(
+        "--attention", default="any", choices=("any", "flash", "cudnn"), help="SDPA backend, for all modes"
+    )
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--limit", type=float, default=240.0, metavar="SECONDS", help="for each step of a model's case")
     parser.add_argument("--resume", action="store_true", help="leave out models that the JSON has, hung ones too")
@@ -238,8 +243,8 @@ def main(argv: list[str] | None = None) -> int:
             from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
             enable_symm_mem_for_group(mesh.get_group().group_name)
-        path = gpu.result_path(args.out, "model", device)
-        results = gpu.Results(path, "gpu-model", gpu.environment(device, args.dtype), args.resume)
+        path = gpu_results.result_path(args.out, "model", device)
+        results = gpu_results.Results(path, "gpu-model", gpu_results.environment(device, args.dtype), args.resume)
         timer = gpu.Timer(device, min_ms=150.0 if device.type == "cuda" else 5.0)
     todo = tiny_configs() if args.tiny else configs(args.layers)
     todo = todo[:1] if args.quick else todo
@@ -260,4 +265,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu.guarded(main))

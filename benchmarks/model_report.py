@@ -46,7 +46,9 @@ def case_lines(case: Mapping[str, Any]) -> list[str]:
     lines += [f"error of {mode}: worst {e['worst']:.1e}, loss {e['loss']:.1e}" for mode, e in case["errors"].items()]
     lines += [f"{mode} in one step: {counts}" for mode, counts in case["nccl_kernels"].items() if counts]
     lines.append(f"report: {case['collectives_left']} of {case['collectives']} collectives left")
-    lines += [f"{r['site']}: {r['decision']} [{r['code']}] {r['reason']} {', '.join(r['shapes'])}" for r in case["kept"]]
+    lines += [
+        f"{r['site']}: {r['decision']} [{r['code']}] {r['reason']} {', '.join(r['shapes'])}" for r in case["kept"]
+    ]
     return lines + [f"{mode} FAILED: {text}" for mode, text in case["failures"].items()]
 
 
@@ -60,7 +62,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         ratios = [number(ratio(case, base)) for base in ("inductor", "async_tp")]
         part = hidden(case)
         seen = nccl(case)
-        left = f"{case['collectives_left']} of {case['collectives']}" + (f"; {seen} kernels" if seen is not None else "")
+        left = f"{case['collectives_left']} of {case['collectives']}" + (
+            f"; {seen} kernels" if seen is not None else ""
+        )
         rows.append([case["name"], *times, *ratios, "-" if part is None else f"{100 * part:.0f} %", left])
     return (
         f"{machine(result)}. Milliseconds of a forward+backward step, medians of interleaved rounds, slowest rank. `hidden`: share of "

@@ -11,6 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("GPU tests (tests/gpu)")
     group.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the GPU tests on gloo ranks")
     group.addoption("--iterations", type=int, default=200, help="calls of the stress test; 10000 for the long run")
+    group.addoption("--limit", type=float, default=120.0, help="seconds for a test that sets no limit of its own")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -33,9 +33,7 @@ class Outcome:
     failure: str = ""
 
 
-def run_programs(
-    names: list[str], dtype: torch.dtype, options: dict[str, Any], device: str = "cpu"
-) -> list[Outcome]:
+def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any], device: str = "cpu") -> list[Outcome]:
     """Run programs one after the other; a program that raises is reported and does not stop the others."""
     outcomes = []
     for name in names:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import fused_programs
+from tests import fused_programs, fused_runs
 from tests.compat import permuted_group
 from tscompile.testing import run_ranks
 
@@ -21,7 +21,7 @@ def run_all(dtype: torch.dtype) -> dict[str, str]:
             groups["permuted "] = permuted
         for prefix, group in groups.items():
             try:
-                fused_programs.run(program, group, dtype, torch.device("cpu"), fused_programs.TINY)
+                fused_runs.run(program, group, dtype, torch.device("cpu"), fused_programs.TINY)
             except Exception as error:
                 failures[prefix + name] = f"{type(error).__name__}: {error}"
     return failures
@@ -34,5 +34,5 @@ def test_programs_on_two_cpu_ranks(dtype: torch.dtype) -> None:
 
 
 def test_groups_fit_into_their_world() -> None:
-    assert fused_programs.subgroups(2) == [[0, 1], [1, 0]]
-    assert len(fused_programs.subgroups(4)) == 6
+    assert fused_runs.subgroups(2) == [[0, 1], [1, 0]]
+    assert len(fused_runs.subgroups(4)) == 6

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,6 @@ from torch.distributed import distributed_c10d
 from tests.fused_programs import FULL, TINY, Sizes
 
 _REPORT = pytest.StashKey[pytest.TestReport]()
-_LIMIT_S = 120.0
 _GRACE_S = 30.0  # pytest-timeout comes first: it can say more, unless the process hangs inside CUDA
 
 
@@ -48,8 +48,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
     """A limit that holds even where Python cannot run."""
     marker = item.get_closest_marker("timeout")
-    limit = float(marker.args[0]) if marker else _LIMIT_S
-    faulthandler.dump_traceback_later(limit + _GRACE_S, exit=True, file=item.config.stash.get(fault_handler_stderr_fd_key, 2))
+    limit = float(marker.args[0]) if marker else item.config.getoption("--limit")
+    stderr = item.config.stash.get(fault_handler_stderr_fd_key, 2)
+    faulthandler.register(signal.SIGTERM, file=stderr, chain=True)  # torchrun ends the others once the first has ended
+    faulthandler.dump_traceback_later(limit + _GRACE_S, exit=True, file=stderr)
     try:
         return (yield)
     finally:
@@ -78,10 +80,6 @@ class World:
     @property
     def store(self) -> dist.Store:
         return dist.PrefixStore("tests", distributed_c10d._get_default_store())
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        return (torch.bfloat16, torch.float16)
 
     def synchronize(self) -> None:
         if self.cuda:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tscompile
 from benchmarks.gpu_harness import allowed, errors_of
-from tests import fused_programs
+from tests import fused_programs, fused_runs
 from tests.compat import all_gather
 from tests.direct_ops import LiveOp, Pool, Shape
 from tests.fused_programs import GATHER, PROGRAMS, REDUCE, SCATTER, Draw
@@ -24,7 +24,11 @@ pytestmark = pytest.mark.gpu
 
 
 def shapes(world: World) -> list[Shape]:
-    return [Shape(GATHER, 256, (1024,), 1024), Shape(SCATTER, 256 * world.size, (1024,), 1024), Shape(REDUCE, 256, (1024,), 1024)]
+    return [
+        Shape(GATHER, 256, (1024,), 1024),
+        Shape(SCATTER, 256 * world.size, (1024,), 1024),
+        Shape(REDUCE, 256, (1024,), 1024),
+    ]
 
 
 @pytest.mark.parametrize("ops", [1, 2, 3, 5])
@@ -85,10 +89,10 @@ def test_reduce_overhead_training_step(world: World) -> None:
     with tscompile.patch(fuse="always"):
         for seed in range(1, 8):
             args = program.build(Draw(world.sizes, dist.group.WORLD, torch.bfloat16, world.device, seed))[1]
-            truth = fused_programs.results(function, [arg.double() for arg in args], backward=True)
-            plain = fused_programs.results(function, args, backward=True)
+            truth = fused_runs.results(function, [arg.double() for arg in args], backward=True)
+            plain = fused_runs.results(function, args, backward=True)
             torch.compiler.cudagraph_mark_step_begin()
-            got = [t.clone() for t in fused_programs.results(compiled, args, backward=True)]
+            got = [t.clone() for t in fused_runs.results(compiled, args, backward=True)]
             for index, (a, p, t) in enumerate(zip(got, plain, truth, strict=True)):
                 found, limits = errors_of([a], [t]), allowed(errors_of([p], [t]), torch.bfloat16)
                 assert found[0] <= limits[0] and found[1] <= limits[1], (seed, index, found, limits)
@@ -110,7 +114,7 @@ def attention(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor) -> Tens
     q, k, v = (F.linear(gathered, w).view(1, -1, HEADS, HEAD_DIM).transpose(1, 2) for w in (wq, wk, wv))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     flat = out.transpose(1, 2).reshape(gathered.shape[0], -1)
-    return fused_programs._scatter(F.linear(flat, wo), dist.group.WORLD)
+    return fused_programs.scatter(F.linear(flat, wo), dist.group.WORLD)
 
 
 @pytest.mark.timeout(240)

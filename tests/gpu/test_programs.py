@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import fused_programs
+from tests import fused_runs
 from tests.compat import permuted_group
 from tests.fused_programs import PROGRAMS, Program
 from tests.gpu.conftest import World
@@ -21,7 +21,7 @@ ESSENTIAL = {name for name in PROGRAMS if "x @ w" in name or "three" in name or 
 
 
 def one(world: World, program: Program, group: dist.ProcessGroup, dtype: torch.dtype, inner: str = "eager") -> None:
-    rows = fused_programs.run(
+    rows = fused_runs.run(
         program, group, dtype, world.device, world.sizes, inner=inner, must_fuse=program.name in ESSENTIAL
     )
     if not any(row.decision == "fused" for row in rows):
@@ -44,7 +44,7 @@ def test_generated_code(world: World, name: str) -> None:
 @pytest.fixture(scope="session")
 def groups(world: World) -> list[tuple[list[int], dist.ProcessGroup]]:
     """Groups of the world that this rank belongs to; all ranks create all of them, in one order."""
-    made = [(ranks, permuted_group(ranks)) for ranks in fused_programs.subgroups(world.size)]
+    made = [(ranks, permuted_group(ranks)) for ranks in fused_runs.subgroups(world.size)]
     return [(ranks, group) for ranks, group in made if world.rank in ranks]
 
 

@@ -39,4 +39,11 @@ def test_one_kind_in_a_deep_queue(world: World, pytestconfig: pytest.Config, kin
     """The same op back to back: call e + 1 starts the moment that e ends, which a mixture seldom shows."""
     shapes = [shape for shape in mixture(world) if shape.kind == kind]
     for shape in shapes:
-        stress([shape], torch.bfloat16, world.device, max(20, pytestconfig.getoption("--iterations") // 4), world.say, 2000.0)
+        stress(
+            [shape],
+            torch.bfloat16,
+            world.device,
+            max(20, pytestconfig.getoption("--iterations") // 4),
+            world.say,
+            2000.0,
+        )
