@@ -139,9 +139,9 @@ def run_case(case: Case, args: argparse.Namespace, timer: gpu.Timer, device: tor
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="9 cases and 3 rounds")
+    parser.add_argument("--quick", action="store_true", help="11 cases and 3 rounds")
     parser.add_argument(
-        "--tiny", action="store_true", help="3 sizes that CPU ranks can do, to try the benchmark itself"
+        "--tiny", action="store_true", help="4 cases that CPU ranks can do, to try the benchmark itself"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains one of TEXT,TEXT,...")
     parser.add_argument("--rounds", type=int, help="rounds per case (6)")

@@ -68,6 +68,7 @@ def case_lines(case: Mapping[str, Any]) -> list[str]:
         eff = pair(lambda mode, side=side: efficiency(case, side, mode), 3)
         host = case.get("host_us", {}).get(side)
         lines.append(f"{side:20} {times:>17} ms   efficiency {eff:>13}   host {number(host, 1):>7} us")
+    lines += [f"{what}: host {us:.1f} us" for what, us in case.get("host_us", {}).items() if what not in sides]
     lines += [
         f"{side}: errors {e[0]:.1e}, {e[1]:.1e} (limits {e[2]:.1e}, {e[3]:.1e})" for side, e in case["errors"].items()
     ]
