@@ -42,6 +42,8 @@ WARM_CALLS = 2
 
 def start(device: str) -> torch.device:
     """Join the world that torchrun describes. `device` is "cuda" or "cpu"."""
+    if "RANK" not in os.environ:
+        raise SystemExit("this runs on all GPUs at once: torchrun --nproc-per-node 4 -m benchmarks.<name>")
     rank = int(os.environ["RANK"])
     torch.manual_seed(1234 + rank)
     faulthandler.register(
@@ -106,6 +108,7 @@ class Timer:
     def __init__(self, device: torch.device, min_ms: float = 8.0) -> None:
         self.cuda = device.type == "cuda"
         self.min_ms = min_ms
+        self.failure = "raised on another rank"  # what the last call that raised here said
         self._heats = 0
         if self.cuda:
             self._left, self._right = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -115,6 +118,11 @@ class Timer:
     def _matmul(self) -> None:
         torch.mm(self._left, self._right)
 
+    def heat(self) -> None:
+        """Queue about 20 ms of matmul; does not wait."""
+        for _ in range(self._heats):
+            self._matmul()
+
     def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
@@ -123,24 +131,34 @@ class Timer:
         """Per call, of `calls` back-to-back calls that start together on all ranks."""
         if not self.cuda:
             return harness.time_calls(function, calls)
-        for _ in range(self._heats if heated else 0):
-            self._matmul()
-        for _ in range(WARM_CALLS):  # deep behind the queue of matmuls, where races of starting ranks show
-            function()
+        if heated:
+            self.heat()
+        self._issue(function, WARM_CALLS)  # deep behind the queue of matmuls, where races of starting ranks show
         torch.cuda.synchronize()
         dist.barrier()
         torch.cuda.synchronize()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        for _ in range(calls):
-            function()
+        done = self._issue(function, calls)
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / calls / 1e3
+        return begin.elapsed_time(end) / calls / 1e3 if done else math.inf
+
+    def _issue(self, function: Callable[[], object], calls: int) -> bool:
+        """False if a call raised. This rank must not leave then: the others wait for it in the next barrier."""
+        try:
+            for _ in range(calls):
+                function()
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            return False
+        return True
 
     def calls(self, function: Callable[[], object], least: int = 5, most: int = 60) -> int:
         """How many calls make a timing; the same on all ranks."""
         estimate = harness.slowest([self.seconds(function, 3, heated=False)])[0]
+        if estimate == math.inf:
+            raise RuntimeError(self.failure)
         return max(least, min(most, math.ceil(self.min_ms / 1e3 / max(estimate, 1e-7))))
 
     def host_us(self, function: Callable[[], object], calls: int = 20) -> float:
@@ -197,8 +215,11 @@ def race(sides: Mapping[str, Side], timer: Timer, rounds: int, seed: int, graphs
     finally:
         gc.enable()
     merged = iter(harness.slowest([times[unit] for times in local for unit in units]))
-    for _ in local:
-        times = {unit: next(merged) for unit in units}
+    whole = [{unit: next(merged) for unit in units} for _ in local]
+    raised = {unit for times in whole for unit, t in times.items() if t == math.inf}
+    result.failures.update({unit.removesuffix("/eager"): f"while it was timed: {timer.failure}" for unit in raised})
+    for times in whole:
+        times = {unit: t for unit, t in times.items() if unit not in raised}
         for kind, into in (("eager", result.eager), ("graph", result.graph)):
             into.append({unit.removesuffix(f"/{kind}"): t for unit, t in times.items() if unit.endswith(f"/{kind}")})
     return result
