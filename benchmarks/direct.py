@@ -47,9 +47,9 @@ class DirectOp:
         self._op = getattr(torch.ops.tscompile, self.kind).default
         self._text = self.plan.dumps()
         torch.ops.tscompile.begin(self.token, self.manifest)
-        row = next(row for row in ledger.rows() if row.site == self.plan.site)
-        if row.decision != "fused":
-            raise NotFusedError(f"[{row.code}] {row.reason}")
+        for row in ledger.rows():
+            if row.site == self.plan.site and row.decision != "fused":
+                raise NotFusedError(f"[{row.code}] {row.reason}")
 
     def call(self, *args: Any) -> list[Tensor]:
         outputs: list[Tensor] = self._op(*args, self.token, self._text, self.group_name)
@@ -93,7 +93,7 @@ def prepare(
     decision = planner.plan(problem, Options.parse({"tilescale.fuse": "always"})[0])
     if isinstance(decision, Keep):
         raise NotFusedError(f"[{decision.code}] {decision.reason}")
-    facts = [plan.dumps(), repr(problem)]
+    facts = [plan.dumps(), repr(problem), timeout_s]  # a vote on an equal digest is not held again
     name = f"direct-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
     plan = replace(plan, site=f"{name}/0:{plan.kind}", executor=decision.executor)
     row = Row(

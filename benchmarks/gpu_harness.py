@@ -46,9 +46,7 @@ def start(device: str) -> torch.device:
         raise SystemExit("this runs on all GPUs at once: torchrun --nproc-per-node 4 -m benchmarks.<name>")
     rank = int(os.environ["RANK"])
     torch.manual_seed(1234 + rank)
-    faulthandler.register(
-        signal.SIGTERM, chain=True
-    )  # torchrun ends the others once the first has ended: where were they?
+    faulthandler.register(signal.SIGTERM, chain=True)  # what torchrun sends to the others once one has ended
     if device == "cpu":
         torch.set_num_threads(1)
         if not dist.is_initialized():

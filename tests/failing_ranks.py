@@ -26,6 +26,10 @@ CALLS_BEFORE = 3
 def one_rank_fails(rank: int, size: int, shape: Shape, way: str, device: str, timeout_s: float) -> dict[str, Any]:
     """A few calls in which all ranks take part, then one in which the last rank does not; what this rank saw."""
     here = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    LiveOp(
+        shape, torch.bfloat16, here, timeout_s=100.0
+    ).check()  # kernels are built, on some ranks sooner than on others
+    dist.barrier()
     op = LiveOp(shape, torch.bfloat16, here, timeout_s=timeout_s)
     for _ in range(CALLS_BEFORE):
         op.check(repeats=1)
