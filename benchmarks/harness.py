@@ -129,9 +129,10 @@ def orders(sides: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
 
 def slowest(seconds: Sequence[float]) -> list[float]:
     """Elementwise maximum over ranks."""
-    times = torch.tensor(seconds, dtype=torch.float64)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    times = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    return [float(t) for t in times]
+    return [float(t) for t in times.cpu()]
 
 
 def time_calls(function: Callable[[], object], calls: int) -> float:

@@ -1,4 +1,4 @@
-"""Picture, table and verdicts of a benchmark result, from its JSON alone.
+"""Picture, table and verdicts of a benchmark result, from its JSON alone; of GPU results too (benchmarks.gpu_plot).
 
     python -m benchmarks.plot benchmarks/results/cpu-2026-01-31.json [PICTURE]
 
@@ -177,13 +177,31 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """The picture of a result of any benchmark."""
+    from benchmarks import gpu_plot
+
+    {"gpu-ops": gpu_plot.picture_ops, "gpu-model": gpu_plot.picture_models}.get(result.get("kind", ""), picture)(
+        result, path
+    )
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """The table of a result of any benchmark."""
+    from benchmarks import gpu_report, model_report
+
+    written = {"gpu-ops": gpu_report.markdown, "gpu-model": model_report.markdown}
+    return written.get(result.get("kind", ""), markdown)(result)
+
+
 def main() -> None:
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     source = Path(sys.argv[1])
     result = json.loads(source.read_text())
-    print(markdown(result))
-    picture(result, Path(sys.argv[2]) if len(sys.argv) == 3 else source.parent / "cpu.png")
+    print(text(result))
+    beside = source.with_suffix(".png") if "kind" in result else source.parent / "cpu.png"
+    draw(result, Path(sys.argv[2]) if len(sys.argv) == 3 else beside)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from tscompile.problem import FusionProblem, Gemm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
-from benchmarks import plot  # noqa: E402
+from benchmarks import gpu_report, plot  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -94,7 +96,7 @@ def support() -> str:
 
 def newest_result() -> dict[str, Any]:
     """The newest committed result of the CPU benchmark."""
-    found = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
+    found = sorted(RESULTS.glob("cpu-*.json"))
     if not found:
         raise SystemExit("docs: benchmarks/results has no result: run ./dev bench cpu")
     result: dict[str, Any] = json.loads(found[-1].read_text())
@@ -109,6 +111,27 @@ def measured_in_full() -> str:
     return plot.markdown(newest_result()).rstrip()
 
 
+def newest_gpu_result(kind: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest committed result of a GPU benchmark, "ops" or "model", if there is one."""
+    found = [(path, json.loads(path.read_text())) for path in RESULTS.glob(f"gpu-{kind}-*.json")]
+    return max(found, key=lambda pair: str(pair[1]["environment"]["date"]), default=None)
+
+
+def gpu_summary() -> str:
+    found = newest_gpu_result("ops")
+    return gpu_report.summary(found[1]) if found else "Not measured yet."
+
+
+def gpu_in_full(kind: str) -> str:
+    found = newest_gpu_result(kind)
+    if found is None:
+        return "Not measured yet."
+    path, result = found
+    image = path.with_suffix(".png")
+    link = f"![{kind} on GPUs](../benchmarks/results/{image.name})\n\n" if image.exists() else ""
+    return link + plot.text(result).rstrip()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "options": options,
     "variables": variables,
@@ -116,6 +139,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "support": support,
     "measured": measured,
     "measured-in-full": measured_in_full,
+    "measured-gpu": gpu_summary,
+    "measured-gpu-ops": lambda: gpu_in_full("ops"),
+    "measured-gpu-models": lambda: gpu_in_full("model"),
 }
 
 

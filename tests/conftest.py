@@ -7,6 +7,13 @@ import pytest
 _SUMMARY = pytest.StashKey[list[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("GPU tests (tests/gpu)")
+    group.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the GPU tests on gloo ranks")
+    group.addoption("--iterations", type=int, default=200, help="calls of the stress test; 10000 for the long run")
+    group.addoption("--limit", type=float, default=120.0, help="seconds for a test that sets no limit of its own")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_SUMMARY] = []
 

@@ -33,7 +33,7 @@ class Outcome:
     failure: str = ""
 
 
-def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any]) -> list[Outcome]:
+def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any], device: str = "cpu") -> list[Outcome]:
     """Run programs one after the other; a program that raises is reported and does not stop the others."""
     outcomes = []
     for name in names:
@@ -41,7 +41,7 @@ def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any]) 
         print(f"program {name}", flush=True)  # the last line before a hang names the program
         outcome = Outcome(name)
         try:
-            _run(PROGRAMS[name], dtype, options, outcome)
+            _run(PROGRAMS[name], Setting(dist.get_world_size(), dist.get_rank(), dtype, device), options, outcome)
         except Exception:
             outcome.failure = traceback.format_exc()
         outcome.seconds = time.monotonic() - start
@@ -49,9 +49,8 @@ def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any]) 
     return outcomes
 
 
-def _run(program: Program, dtype: torch.dtype, options: dict[str, Any], outcome: Outcome) -> None:
+def _run(program: Program, setting: Setting, options: dict[str, Any], outcome: Outcome) -> None:
     torch._dynamo.reset()
-    setting = Setting(dist.get_world_size(), dist.get_rank(), dtype)
     built = program.build(setting)
     built.mark_dynamic()
     planned: list[Row] = []

@@ -39,13 +39,17 @@ def _world(world: int, dtype: torch.dtype) -> dict[str, list[Outcome]]:
     return {name: [outcomes[index] for outcomes in ranks] for index, name in enumerate(names)}
 
 
+def is_close(compiled: float, eager: float, dtype: torch.dtype) -> bool:
+    """Written so that NaN is not."""
+    return compiled <= max(FACTOR * eager, FLOOR_EPS * torch.finfo(dtype).eps)
+
+
 def _check(outcome: Outcome, rank: int, dtype: torch.dtype) -> None:
     assert not outcome.failure, f"rank {rank}:\n{outcome.failure}"
-    floor = FLOOR_EPS * torch.finfo(dtype).eps
     wrong = {
         name: f"error {compiled:.3g}, eager {eager:.3g}"
         for name, (compiled, eager) in outcome.errors.items()
-        if not compiled <= max(FACTOR * eager, floor)  # written so that NaN fails
+        if not is_close(compiled, eager, dtype)
     }
     assert not wrong, f"rank {rank}: {wrong}; sites: {outcome.decisions}"
     assert outcome.errors, "nothing was compared"

@@ -1,4 +1,4 @@
-"""Worlds of gloo ranks for tests in which ranks may die on purpose; ranks start from a fork server that has torch loaded."""
+"""Worlds of ranks for tests in which ranks may die on purpose; ranks start from a fork server that has torch loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "tscompile.loweri
 
 
 def _rank_main(
-    rank: int, size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, size: int, port: int, folder: str, backend: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     log = os.open(f"{folder}/log.{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -31,11 +31,17 @@ def _rank_main(
     code = 1
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        device = torch.device("cuda", rank) if backend == "nccl" else None
+        if device is not None:
+            torch.cuda.set_device(device)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device)
         result = function(rank, size, *args)
         Path(f"{folder}/result.{rank}").write_bytes(pickle.dumps(result))
-        dist.destroy_process_group()
         code = 0
+        if backend == "nccl":  # with peers that are gone it may wait for them when it is torn down
+            os._exit(0)
+        dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -45,28 +51,35 @@ def _rank_main(
 
 
 def run_world(
-    size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0, dying: tuple[int, ...] = ()
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 60.0,
+    dying: tuple[int, ...] = (),
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Run `function(rank, size, *args)` on `size` gloo ranks; returns the results, None for the ranks that are to die.
+    """Run `function(rank, size, *args)` on `size` ranks; returns the results, None for the ranks that are to die.
 
-    Fails with the output of all ranks if one fails or the world is not done in time.
+    Fails with the output of all ranks if one fails or the world is not done in time. Ranks that are to die are not waited for:
+    what is left of them once the others are done is killed.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _context.Process(target=_rank_main, args=(rank, size, store.port, folder, function, args))
+            _context.Process(target=_rank_main, args=(rank, size, store.port, folder, backend, function, args))
             for rank in range(size)
         ]
         for process in ranks:
             process.start()
         deadline = time.monotonic() + timeout_s
-        for process in ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        living = [rank for rank in range(size) if rank not in dying]
+        for rank in living:
+            ranks[rank].join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank in living if ranks[rank].is_alive()]
         for process in ranks:
             process.kill()
             process.join()
-        failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0 and rank not in dying]
+        failed = [rank for rank in living if ranks[rank].exitcode != 0]
         if late or failed:
             story = []
             for rank, process in enumerate(ranks):

@@ -1,0 +1,187 @@
+"""Fused ops called by hand, through the real runtime: what the pass would put into a graph, without a graph.
+
+For benchmarks and tests in which shapes matter and patterns do not. A `DirectOp` asks the planner, starts a graph of one
+site (so that the ranks vote as they would for a compiled one), and then calls `torch.ops.tscompile.<kind>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tscompile.fx_passes import patterns  # noqa: F401  (importing it registers the ops)
+from tscompile.lowering import planner, runtime
+from tscompile.observe import ledger
+from tscompile.options import Options
+from tscompile.problem import FusionProblem, GatherUse, Gemm, Keep, Plan, Row
+
+COLLECTIVES = {
+    "all_gather_matmul": "_c10d_functional.all_gather_into_tensor",
+    "matmul_reduce_scatter": "_c10d_functional.reduce_scatter_tensor",
+    "matmul_all_reduce": "_c10d_functional.all_reduce",
+}
+
+
+class NotFusedError(RuntimeError):
+    """The planner keeps the original ops, or the ranks did not agree to run the fused one."""
+
+
+@dataclass
+class DirectOp:
+    """One site. `call(*args)` returns its outputs without the token."""
+
+    kind: str
+    plan: Plan
+    group_name: str
+    token: Tensor
+    manifest: str
+
+    def __post_init__(self) -> None:
+        self._op = getattr(torch.ops.tscompile, self.kind).default
+        self._text = self.plan.dumps()
+        torch.ops.tscompile.begin(self.token, self.manifest)
+        for row in ledger.rows():
+            if row.site == self.plan.site and row.decision != "fused":
+                raise NotFusedError(f"[{row.code}] {row.reason}")
+
+    def call(self, *args: Any) -> list[Tensor]:
+        outputs: list[Tensor] = self._op(*args, self.token, self._text, self.group_name)
+        return outputs[:-1]
+
+    def begin_again(self) -> None:
+        """What a compiled graph does at each start."""
+        torch.ops.tscompile.begin(self.token, self.manifest)
+
+    def launch(self, *args: Any) -> list[Tensor]:
+        """The same without the dispatcher: what the runtime itself costs the host."""
+        return runtime.launch(self.plan, self.group_name, args, _no_reference)
+
+
+def _no_reference() -> list[Tensor]:
+    raise NotFusedError("the ranks run the original ops by now")
+
+
+class BoundOp:
+    """An op with its arguments: a call without any. It reads the tensors anew each time."""
+
+    def __init__(self, op: DirectOp, args: tuple[Any, ...]) -> None:
+        self.op, self.args = op, args
+
+    def __call__(self) -> list[Tensor]:
+        return self.op.call(*self.args)
+
+
+def prepare(
+    plan: Plan,
+    problem: FusionProblem,
+    args: Sequence[Any],
+    group: dist.ProcessGroup,
+    timeout_s: float | None = None,
+) -> DirectOp:
+    """Plan, vote, and return the op; every rank of the group calls this. `args` are those of the first call.
+
+    Raises:
+        NotFusedError: with the code and the reason that the report would show.
+    """
+    decision = planner.plan(problem, Options.parse({"tilescale.fuse": "always"})[0])
+    if isinstance(decision, Keep):
+        raise NotFusedError(f"[{decision.code}] {decision.reason}")
+    facts = [plan.dumps(), repr(problem), timeout_s]  # a vote on an equal digest is not held again
+    name = f"direct-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
+    plan = replace(plan, site=f"{name}/0:{plan.kind}", executor=decision.executor)
+    row = Row(
+        site=plan.site,
+        graph=name,
+        phase="inference",
+        pattern=plan.kind,
+        group=group.group_name,
+        ranks=group.size(),
+        collectives=[COLLECTIVES[plan.kind]],
+        decision="fused",
+        code="fused",
+        reason="called by hand",
+        dtype=problem.dtype,
+        bytes=problem.comm_bytes,
+    )
+    entry = {
+        "digest": hashlib.sha256(plan.dumps().encode()).hexdigest(),
+        "sites": 1,
+        "scratch_bytes": planner.scratch_bytes(plan, group.size(), args),
+    }
+    options = {"timeout_s": timeout_s, "heap_bytes": None, "verify": False}
+    manifest = json.dumps(
+        {"version": 1, "graph": name, "groups": {group.group_name: entry}, "rows": [row.to_dict()], "runtime": options}
+    )
+    token = torch.zeros(1, dtype=torch.int64, device=problem.device)
+    return DirectOp(plan.kind, plan, group.group_name, token, manifest)
+
+
+def _problem(kind: str, x: Tensor, gemms: list[Gemm], elements: int, group: dist.ProcessGroup, **more: Any) -> Any:
+    return FusionProblem(
+        kind=kind,
+        group_size=group.size(),
+        intra_host=True,
+        device=x.device.type,
+        dtype=str(x.dtype).removeprefix("torch."),
+        comm_bytes=elements * x.element_size(),
+        gemms=tuple(gemms),
+        **more,
+    )
+
+
+def all_gather_linear(
+    shard: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    gathered: bool = False,
+    plain_layout: bool = False,
+    group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
+) -> BoundOp:
+    """The rows of all ranks' `shard [m, k]`, times each weight: `[n, k]` as in nn.Linear, or `[k, n]` if `plain_layout`.
+
+    The results of a call are one `[R * m, n]` per weight, then the gathered tensor as `[1, R * m * k]` if asked for.
+    """
+    group = group or dist.group.WORLD
+    assert group is not None
+    rows, k = shard.shape[0] * group.size(), shard.shape[1]
+    others = [w if plain_layout else w.t() for w in weights]
+    args = (shard.view(1, -1), others, list(biases or [None] * len(weights)))
+    use = GatherUse("lhs", False, "rows", str(shard.dtype).removeprefix("torch."))
+    plan = Plan("all_gather_matmul", "", "", use.dtype, uses=(use,) * len(others), return_gathered=gathered)
+    gemms = [Gemm(rows, other.shape[1], k) for other in others]
+    problem = _problem(plan.kind, shard, gemms, rows * k, group, return_gathered=gathered)
+    return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
+
+
+def reduce_linear(
+    kind: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reduce_op: str = "sum",
+    plain_layout: bool = False,
+    group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
+) -> BoundOp:
+    """matmul_reduce_scatter or matmul_all_reduce of `x [m, k]` and a weight `[n, k]` (`[k, n]` if `plain_layout`)."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    rhs = weight if plain_layout else weight.t()
+    args: tuple[Any, ...] = ([x], [rhs], [bias], [])
+    if kind == "matmul_reduce_scatter":
+        args = (*args, 1)
+    dtype = str(x.dtype).removeprefix("torch.")
+    plan = Plan(kind, "", "", dtype, coefficients=(1.0,), term_group=(0,), reduce_op=reduce_op)  # type: ignore[arg-type]
+    (m, k), n = x.shape, rhs.shape[1]
+    problem = _problem(kind, x, [Gemm(m, n, k)], m * n, group, reduce_op=reduce_op)
+    return BoundOp(prepare(plan, problem, args, group, timeout_s), args)

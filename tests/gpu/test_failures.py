@@ -1,0 +1,32 @@
+"""A rank that dies, stops or stays away: in worlds of their own, which rank 0 starts while the others wait."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from tests.direct_ops import Shape
+from tests.failing_ranks import WAYS, survivors_of
+from tests.fused_programs import GATHER, REDUCE, SCATTER
+from tests.gpu.conftest import World
+
+
+def shape_of(kind: str, world: World) -> Shape:
+    m, n, k = (256, 1024, 1024) if world.cuda else (8, 24, 16)
+    return Shape(kind, m if kind == GATHER else m * world.size, (n,), k)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", [GATHER, SCATTER, REDUCE])
+@pytest.mark.parametrize("way", WAYS)
+def test_survivors_raise_in_time(world: World, way: str, kind: str) -> None:
+    key = f"failure/{way}/{kind}"
+    if world.rank != 0:  # in the store, not in a collective: the GPUs belong to the other world meanwhile
+        world.store.wait([key], timedelta(seconds=230))
+        return
+    try:
+        for outcome in survivors_of(way, shape_of(kind, world), world.size, world.device.type):
+            world.say(f"{way}: {outcome['seconds']:.1f} s, {outcome['message']}")
+    finally:
+        world.store.set(key, "done")
