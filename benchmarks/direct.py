@@ -90,7 +90,7 @@ def prepare(
     Raises:
         NotFusedError: with the code and the reason that the report would show.
     """
-    decision = planner.plan(problem, Options.parse({"tilescale.fuse": "always"})[0])
+    decision = planner.plan(problem, plan, Options.parse({"tilescale.fuse": "always"})[0])
     if isinstance(decision, Keep):
         raise NotFusedError(f"[{decision.code}] {decision.reason}")
     facts = [plan.dumps(), repr(problem), timeout_s]  # a vote on an equal digest is not held again
@@ -111,6 +111,7 @@ def prepare(
         bytes=problem.comm_bytes,
     )
     entry = {
+        "executor": plan.executor,
         "digest": hashlib.sha256(plan.dumps().encode()).hexdigest(),
         "sites": 1,
         "scratch_bytes": planner.scratch_bytes(plan, group.size(), args),
