@@ -10,6 +10,7 @@ import importlib
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,10 +57,15 @@ class NvlinkExecutor:
         if self.link is not None and self.link.memory is heap.memory:
             self.link.set_timeout(timeout_s)
             return
-        old, self.link = self.link, DeviceLink(heap.memory, heap.half_bytes, timeout_s)
+        old, self.link = self.link, DeviceLink(heap.memory, heap.half_bytes, timeout_s, self._opener())
         if old is not None and not old.was_captured:  # a captured graph keeps using the old region
             heap.retire()
         _watchdog.watch(self)
+
+    def _opener(self) -> Callable[..., None]:
+        service = importlib.import_module("tscompile.templates.nvlink.kernels.service")
+        opener: Callable[..., None] = service.service_kernel("tsk_open")
+        return opener
 
     def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> HostChannel:
         return HostChannel(heap, ranks, epoch, site, timeout_s)

@@ -18,7 +18,6 @@ from .channel import ACK, DATA_FLAGS, DeviceChannel
 from .jit import kernel
 from .kernels.gemm import MAX_OPERANDS, GemmConfig
 from .kernels.reduce import reduce_kernel
-from .kernels.service import service_kernel
 from .operands import Right, aligned_pointer, right_operand
 from .refusal import sum_refusal, terms_refusal
 from .tiles import TILE_M, Reduction, all_reduce_tiles, scatter_tiles
@@ -80,8 +79,7 @@ def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
 
 
 def _launch(channel: DeviceChannel, terms: _Sum, tables: _Tables, out: Tensor, all_reduce: bool) -> None:
-    if channel.captured:
-        service_kernel("tsk_open")(channel.context, channel.epoch, channel.site, ACK)
+    channel.start()
     dtype = out.dtype
     elements = TILE_M * _TILE_N
     config = GemmConfig(

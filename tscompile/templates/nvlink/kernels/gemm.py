@@ -67,6 +67,22 @@ def compile_kernel(function: Any) -> Any:
     return tilelang.compile(function, target=TARGET, pass_configs=PASS_CONFIGS)
 
 
+def call(name: str, *args: Any) -> Any:
+    """Call a device function of the prelude."""
+    return T.call_extern("handle", name, *args)
+
+
+def value(name: str, *args: Any) -> Any:
+    """The int that a device function of the prelude returns."""
+    return T.call_extern("int32", name, *args)
+
+
+def ref(element: Any) -> Any:
+    """Address of an element. Always for writing, too: what is only read becomes `const __restrict__`, and then the read-only cache
+    serves it, although peers write it while the kernel runs."""
+    return T.access_ptr(element, "rw")
+
+
 # A macro's code is expanded into the kernel that calls it; its arguments are TileLang buffers, variables and Python constants.
 
 

@@ -10,7 +10,20 @@ from typing import Any
 
 import tilelang.language as T
 
-from .gemm import DTYPE_CODES, SMS, TABLE_WORDS, THREADS, GemmConfig, load_columns, load_rows, multiply, prelude
+from .gemm import (
+    DTYPE_CODES,
+    SMS,
+    TABLE_WORDS,
+    THREADS,
+    GemmConfig,
+    call,
+    load_columns,
+    load_rows,
+    multiply,
+    prelude,
+    ref,
+    value,
+)
 
 # No postponed annotations here: TileLang evaluates those of a prim_func where it stands.
 
@@ -70,7 +83,6 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
             it = T.alloc_var("int32")
             turn = T.alloc_var("int32")
             tile = T.alloc_var("int32")
-            after = T.alloc_var("int32")
             row = T.alloc_var("int32")
             col = T.alloc_var("int32")
             notes = T.alloc_var("int32")
@@ -83,13 +95,12 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
             for t in numbers:
                 steps = steps + T.ceildiv((K0, K1, K2)[t], bK)
             if thread < 32:
-                tile = T.call_extern("int32", "tsk_claim", T.access_ptr(counters[0], "rw"), NT)
+                tile = value("tsk_claim", ref(counters[0]), NT)
                 while tile >= 0:
-                    after = T.call_extern("int32", "tsk_claim", T.access_ptr(counters[0], "rw"), NT)
                     row = table[tile, 0]
                     col = table[tile, 1]
                     T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                    T.call_extern("handle", "tsk_pass", turn, tile)
+                    call("tsk_pass", turn, tile)
                     for t in numbers:
                         for k in T.serial(T.ceildiv((K0, K1, K2)[t], bK)):
                             T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
@@ -99,135 +110,99 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                                 T.barrier_arrive(full[it % S])
                             it = it + 1
                     turn = turn + 1
-                    tile = after
+                    # Not sooner: a CTA that holds a tile which it cannot start yet keeps it from the others.
+                    tile = value("tsk_claim", ref(counters[0]), NT)
                 T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                T.call_extern("handle", "tsk_pass", turn, -1)
+                call("tsk_pass", turn, -1)
                 if T.shuffle_elect(32):
                     T.barrier_arrive(full[it % S])
             elif thread >= 128:
                 T.barrier_wait(full[0], 0)
-                tile = T.call_extern("int32", "tsk_passed", 0)
+                tile = value("tsk_passed", 0)
                 while tile >= 0:
                     multiply(As, Bs, Cl, full, empty, it, steps, config)
                     it = it + steps
                     if config.bias:
-                        T.call_extern("handle", "TSK_BIAS", NF, DT, T.access_ptr(V[0], "r"), table[tile, 1], N)
+                        call("TSK_BIAS", NF, DT, ref(V[0]), table[tile, 1], N)
                     if table[tile, 3] == 0:
-                        T.call_extern(
-                            "handle",
-                            "TSK_STAGE",
-                            NF,
-                            DT,
-                            T.access_ptr(slot[T.cast(table[tile, 4], "int64") * (bM * bN)], "rw"),
-                        )
+                        call("TSK_STAGE", NF, DT, ref(slot[T.cast(table[tile, 4], "int64") * (bM * bN)]))
                         T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                        T.call_extern("handle", "tsk_leave_note", 1, table[tile, 6], table[tile, 7])
+                        call("tsk_leave_note", 1, table[tile, 6], table[tile, 7])
                         T.barrier_arrive(noted[0])
                         notes = notes + 1
                     else:
-                        T.call_extern(
-                            "handle",
-                            "tsk_wait_landed",
-                            T.access_ptr(context[0], "r"),
-                            T.access_ptr(landed[0], "rw"),
-                            table[tile, 4],
-                            tiles,
-                            epoch,
-                            site,
-                        )
-                        T.call_extern(
-                            "handle",
+                        call("tsk_wait_landed", ref(context[0]), ref(landed[0]), table[tile, 4], tiles, epoch, site)
+                        call(
                             "TSK_ADD_PARTS",
                             NF,
                             DT,
-                            T.access_ptr(context[0], "r"),
-                            T.access_ptr(landing[0], "rw"),
+                            ref(context[0]),
+                            ref(landing[0]),
                             T.cast(table[tile, 4], "int64"),
                             T.cast(tiles, "int64"),
                         )
                         if scale != T.float32(1):
-                            T.call_extern("handle", "TSK_SCALE", NF, scale)
+                            call("TSK_SCALE", NF, scale)
                         if all_reduce:
-                            T.call_extern(
-                                "handle",
+                            call(
                                 "TSK_STORE_TWICE",
                                 NF,
                                 DT,
-                                T.access_ptr(C[0, 0], "rw"),
+                                ref(C[0, 0]),
                                 table[tile, 5],
                                 table[tile, 1],
                                 table[tile, 2],
                                 N,
-                                T.access_ptr(slot[result_offset + T.cast(table[tile, 4], "int64") * (bM * bN)], "rw"),
+                                ref(slot[result_offset + T.cast(table[tile, 4], "int64") * (bM * bN)]),
                             )
                             T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                            T.call_extern("handle", "tsk_leave_note", 2, 0, table[tile, 7])
+                            call("tsk_leave_note", 2, 0, table[tile, 7])
                             T.barrier_arrive(noted[0])
                             notes = notes + 1
                         else:
-                            T.call_extern(
-                                "handle",
-                                "TSK_STORE",
-                                NF,
-                                DT,
-                                T.access_ptr(C[0, 0], "rw"),
-                                table[tile, 5],
-                                table[tile, 1],
-                                table[tile, 2],
-                                N,
-                            )
+                            call("TSK_STORE", NF, DT, ref(C[0, 0]), table[tile, 5], table[tile, 1], table[tile, 2], N)
                     turn = turn + 1
                     T.barrier_wait(full[it % S], (it // S) & 1)
-                    tile = T.call_extern("int32", "tsk_passed", turn)
+                    tile = value("tsk_passed", turn)
                 T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                T.call_extern("handle", "tsk_leave_note", 0, 0, 0)
+                call("tsk_leave_note", 0, 0, 0)
                 T.barrier_arrive(noted[0])
-                T.call_extern("handle", "tsk_join")
-                if T.call_extern("int32", "tsk_last", T.access_ptr(counters[0], "rw"), SMS) != 0:
-                    if T.call_extern("int32", "tsl_aborted", T.access_ptr(context[0], "r")) != 0:
-                        T.call_extern(
-                            "handle", "tsk_fill_nan", T.access_ptr(C[0, 0], "rw"), T.cast(MO, "int64") * N * 2
-                        )
-                    T.call_extern(
-                        "handle",
-                        "tsk_finish",
-                        T.access_ptr(context[0], "r"),
-                        T.access_ptr(counters[0], "rw"),
-                        epoch,
-                        ack,
-                    )
+                call("tsk_join")
+                if value("tsk_last", ref(counters[0]), SMS) != 0:
+                    if value("tsl_aborted", ref(context[0])) != 0:
+                        call("tsk_fill_nan", ref(C[0, 0]), T.cast(MO, "int64") * N * 2)
+                    call("tsk_finish", ref(context[0]), ref(counters[0]), epoch, ack)
             elif thread < 64:
                 kind = 1
                 while kind > 0:
                     T.barrier_wait(noted[0], notes & 1)
-                    kind = T.call_extern("int32", "tsk_note_kind")
-                    row = T.call_extern("int32", "tsk_note_peer")
-                    tile = T.call_extern("int32", "tsk_note_flag")
+                    kind = value("tsk_note_kind")
+                    row = value("tsk_note_peer")
+                    tile = value("tsk_note_flag")
                     T.barrier_arrive(taken[0])
                     notes = notes + 1
                     if kind == 1:
-                        T.call_extern("handle", "tsk_signal_peer", T.access_ptr(context[0], "r"), row, tile, epoch)
+                        call("tsk_signal_peer", ref(context[0]), row, tile, epoch)
                     if kind == 2:
-                        T.call_extern("handle", "tsk_signal_peers", T.access_ptr(context[0], "r"), tile, epoch)
+                        call("tsk_signal_peers", ref(context[0]), tile, epoch)
             else:
                 if thread < 96:
-                    T.call_extern(
-                        "handle",
+                    call(
                         "TSK_PULL",
                         NF,
-                        T.access_ptr(context[0], "r"),
-                        T.access_ptr(counters[2], "rw"),
-                        T.access_ptr(pulls[0, 0], "r"),
+                        ref(context[0]),
+                        ref(counters[2]),
+                        ref(pulls[0, 0]),
                         NP,
-                        T.access_ptr(pieces[0], "rw"),
-                        T.access_ptr(landing[0], "rw"),
-                        T.access_ptr(landed[0], "rw"),
-                        T.access_ptr(C[0, 0], "rw"),
+                        ref(pieces[0]),
+                        ref(landing[0]),
+                        ref(landed[0]),
+                        ref(C[0, 0]),
                         result_offset * 2,
                         N,
                         epoch,
                         site,
                     )
-                T.call_extern("handle", "tsk_join")
+                call("tsk_join")
 
     return gemm_reduce

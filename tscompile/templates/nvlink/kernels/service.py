@@ -1,10 +1,11 @@
-"""Small kernels of one CTA around the fused ones: open a captured call, wait for all shards, tell the peers that a slot was read."""
+"""Kernels of one warp around the fused ones."""
 
 from functools import lru_cache
 from typing import Any
 
 import tilelang.language as T
 
+from ..jit import entry
 from .gemm import compile_kernel, prelude
 
 # No postponed annotations here: TileLang evaluates those of a prim_func where it stands.
@@ -12,7 +13,7 @@ from .gemm import compile_kernel, prelude
 
 @lru_cache
 def service_kernel(name: str) -> Any:
-    """Compiled kernel that runs the device function `name` of tile.h: tsk_open, tsk_await_shards or tsk_acknowledge."""
+    """Compiled kernel that runs the device function `name` of tile.h, such as tsk_open."""
     text = prelude()
 
     @T.prim_func
@@ -20,4 +21,4 @@ def service_kernel(name: str) -> Any:
         with T.Kernel(1, threads=32, prelude=text):
             T.call_extern("handle", name, T.access_ptr(context[0], "r"), epoch, site, ack)
 
-    return compile_kernel(service)
+    return entry(compile_kernel(service))
