@@ -1,8 +1,8 @@
-"""all_gather_matmul over NVLink: one kernel whose idle warps gather while a GEMM takes the rows in order of arrival.
+"""all_gather_matmul over NVLink: the copy engine pushes the shard to the peers while a GEMM takes the shards in order of arrival.
 
-The gathered tensor is built in ordinary memory, so it may be an output; the slot holds only this rank's shard, for the peers to fetch.
-Tiles of the own shard come first and are read where the shard lies. Matmuls that the kernel does not serve (the rank
-dimension summed over, other layouts) follow on the gathered tensor, which is complete by then.
+The kernel's loading warp waits for a shard's flag where it first needs it. Tiles of the own shard come first and are read where
+the shard lies. Matmuls that the kernel does not serve (the rank dimension summed over, other layouts) follow on
+the gathered tensor, which is complete by then.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...nvshmem import copies
+from ...nvshmem.copies import Step
 from ...problem import FusionProblem, GatherUse, Plan
 from ..template import register_template, torch_dtype
-from .channel import ACK, DATA_FLAGS, DeviceChannel
+from .channel import ACK, SIDE, DeviceChannel
 from .jit import kernel
-from .kernels.all_gather import PIECE_BYTES, all_gather_kernel
+from .kernels.all_gather import all_gather_kernel
 from .kernels.gemm import MAX_OPERANDS, SMS, GemmConfig
+from .kernels.service import service_kernel
 from .operands import Right, aligned_pointer, right_operand
 from .refusal import gather_refusal, serves_use
-from .tiles import TILE_M, gather_flags, gather_tiles
+from .tiles import TILE_M, gather_tiles
 
 _TILE_WIDTHS = (256, 240, 224)  # narrower ones lose more in the tensor cores than they win in waves
 
@@ -34,22 +37,6 @@ class _Fused:
     index: int
     right: Right
     bias: Tensor | None
-
-    @property
-    def k(self) -> int:
-        return self.right.matrix.shape[1 if self.right.transposed else 0]
-
-    @property
-    def n(self) -> int:
-        return self.right.matrix.shape[0 if self.right.transposed else 1]
-
-
-@dataclass(frozen=True)
-class _Tables:
-    rows: Tensor
-    pieces: Tensor
-    counts: int
-    slice_steps: int
 
 
 def tile_width(rows: int, widths: Sequence[int]) -> int:
@@ -74,13 +61,7 @@ class NvlinkAllGatherGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
-        for use, other in zip(plan.uses, others, strict=True):
-            k, n = int(other.shape[0]), int(other.shape[1])
-            if serves_use(use, plan.dtype, k, n):
-                pieces, width = int(shard.shape[0]), int(shard.shape[1])
-                if gather_flags(size, pieces, width // k, k, PIECE_BYTES) <= DATA_FLAGS:
-                    return pieces * width * torch_dtype(plan.dtype).itemsize
-        return -1
+        return int(shard.numel()) * size * torch_dtype(plan.dtype).itemsize
 
     def run(
         self,
@@ -93,75 +74,100 @@ class NvlinkAllGatherGemm:
         dtype = torch_dtype(plan.dtype)
         shard = aligned_pointer(shard.to(dtype).contiguous())
         pieces, width = shard.shape
-        channel.start()
         outputs: list[Tensor | None] = [None] * len(plan.uses)
-        fused = [
-            _Fused(index, right_operand(other), None if bias is None else bias.to(dtype))
-            for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True))
-            if serves_use(use, plan.dtype, other.shape[0], other.shape[1])
-        ]
-        gathered = shard.new_empty((pieces, channel.size * width))
-        whole = plan.return_gathered or len(fused) < len(plan.uses)
-        for number, batch in enumerate(_batches(fused)):
-            _launch(channel, shard, gathered, batch, outputs, number == 0, whole)
+        channel.start()
+        channel.issue(_push(channel, shard))
+        fused: list[_Fused] = []
         for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
-            if outputs[index] is None:
-                outputs[index] = _multiply(use, gathered, other, bias)
-        channel.finish()
+            if serves_use(use, plan.dtype, other.shape[0], other.shape[1]):
+                fused.append(_Fused(index, right_operand(other), None if bias is None else bias.to(dtype)))
+        rest = len(fused) < len(plan.uses)
+        gathered = shard.new_empty((pieces, channel.size * width)) if plan.return_gathered else None
+        self._run_kernels(channel, shard, fused, outputs, gathered, rest)
+        if rest or (gathered is not None and not fused):
+            source = self._complete(channel, shard, gathered, bool(fused))
+            for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
+                if outputs[index] is None:
+                    outputs[index] = _multiply(use, source, other, bias)
+            if channel.captured:
+                service_kernel("tsk_acknowledge")(channel.context, channel.epoch, channel.site, ACK)
+        channel.issue(channel.join())
         results = [output for output in outputs if output is not None]
-        return [*results, gathered] if plan.return_gathered else results
+        return results if gathered is None else [*results, gathered]
 
+    def _run_kernels(
+        self,
+        channel: DeviceChannel,
+        shard: Tensor,
+        fused: list[_Fused],
+        outputs: list[Tensor | None],
+        gathered: Tensor | None,
+        rest: bool,
+    ) -> None:
+        """Launch one kernel per MAX_OPERANDS weights of one layout; the first one also fills `gathered`."""
+        pieces, width = shard.shape
+        local = not rest  # whether the own shard needs no place in the slot
+        batches: list[list[_Fused]] = []
+        for transposed in (True, False):
+            for with_bias in (True, False):
+                same = [f for f in fused if f.right.transposed == transposed and (f.bias is not None) == with_bias]
+                batches += [same[i : i + MAX_OPERANDS] for i in range(0, len(same), MAX_OPERANDS)]
+        for number, batch in enumerate(batches):
+            k = batch[0].right.matrix.shape[1 if batch[0].right.transposed else 0]
+            inner = width // k
+            m = pieces * channel.size * inner
+            widths = tuple(f.right.matrix.shape[0 if f.right.transposed else 1] for f in batch)
+            tile_n = tile_width(-(-m // TILE_M), widths)
+            table, spans = _table(channel, pieces, inner, widths, tile_n)
+            slot = channel.view((m, k), shard.dtype)
+            if spans and local:
+                own = channel.view((pieces, channel.size, width), shard.dtype)
+                own[:, channel.rank].copy_(shard)
+                local = False
+            config = GemmConfig(
+                str(shard.dtype).removeprefix("torch."),
+                batch[0].right.transposed,
+                len(batch),
+                batch[0].bias is not None,
+                tile_n,
+            )
+            collects = gathered is not None and number == 0
+            results = [shard.new_empty((m, n)) for n in widths]
+            for f, result in zip(batch, results, strict=True):
+                outputs[f.index] = result
+            weights = [aligned_pointer(f.right.matrix) for f in batch]
+            rows = [f.bias if f.bias is not None else result[0] for f, result in zip(batch, results, strict=True)]
+            last = number == len(batches) - 1 and not rest
+            kernel(all_gather_kernel, config, collects)(
+                shard.view(pieces * inner, k),
+                slot,
+                *_padded(weights),
+                *_padded(results),
+                *_padded(rows),
+                gathered.view(m, k) if gathered is not None else slot,
+                table,
+                channel.context,
+                channel.counters,
+                pieces,
+                width * shard.element_size(),
+                channel.epoch,
+                channel.site,
+                ACK if last else -1,
+            )
 
-def _batches(fused: list[_Fused]) -> list[list[_Fused]]:
-    """What one kernel takes: at most MAX_OPERANDS weights of one layout and one k, with or without biases."""
-    groups: dict[tuple[bool, bool, int], list[_Fused]] = {}
-    for f in fused:
-        groups.setdefault((f.right.transposed, f.bias is not None, f.k), []).append(f)
-    return [group[i : i + MAX_OPERANDS] for group in groups.values() for i in range(0, len(group), MAX_OPERANDS)]
-
-
-def _launch(
-    channel: DeviceChannel,
-    shard: Tensor,
-    gathered: Tensor,
-    batch: list[_Fused],
-    outputs: list[Tensor | None],
-    first: bool,
-    whole: bool,
-) -> None:
-    """One kernel; the first of a call also gathers."""
-    pieces, width = shard.shape
-    k = batch[0].k
-    m = pieces * channel.size * width // k
-    widths = tuple(f.n for f in batch)
-    tile_n = tile_width(-(-m // TILE_M), widths)
-    tables = _tables(channel, pieces, width // k, k, widths, tile_n, whole)
-    right = batch[0].right
-    config = GemmConfig(
-        str(shard.dtype).removeprefix("torch."), right.transposed, len(batch), batch[0].bias is not None, tile_n
-    )
-    results = [shard.new_empty((m, n)) for n in widths]
-    for f, result in zip(batch, results, strict=True):
-        outputs[f.index] = result
-    weights = [aligned_pointer(f.right.matrix) for f in batch]
-    rows = [f.bias if f.bias is not None else result[0] for f, result in zip(batch, results, strict=True)]
-    kernel(all_gather_kernel, config, first)(
-        shard.view(-1, k),
-        gathered.view(m, k),
-        *_padded(weights),
-        *_padded(results),
-        *_padded(rows),
-        channel.counts,
-        tables.rows,
-        tables.pieces,
-        channel.context,
-        channel.counters,
-        tables.slice_steps,
-        tables.counts,
-        channel.epoch,
-        channel.site,
-        ACK if first else -1,
-    )
+    def _complete(self, channel: DeviceChannel, shard: Tensor, gathered: Tensor | None, waited: bool) -> Tensor:
+        """The gathered tensor [P, R*Q]: the op's output if it has one, else the slot."""
+        pieces, width = shard.shape
+        if gathered is not None and waited:
+            return gathered
+        if not waited:
+            service_kernel("tsk_await_shards")(channel.context, channel.epoch, channel.site, ACK)
+        slot = channel.view((pieces, channel.size, width), shard.dtype)
+        slot[:, channel.rank].copy_(shard)
+        if gathered is None:
+            return slot.view(pieces, channel.size * width)
+        gathered.copy_(slot.view(gathered.shape))
+        return gathered
 
 
 def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,20 +175,44 @@ def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*tensors, *[tensors[0]] * (MAX_OPERANDS - len(tensors))]
 
 
-def _tables(
-    channel: DeviceChannel, pieces: int, inner: int, k: int, widths: tuple[int, ...], tile_n: int, whole: bool
-) -> _Tables:
-    cache = channel.link.tables
-    key = ("gather", pieces, inner, k, widths, tile_n, whole)
-    found: _Tables | None = cache.get(key)
-    if found is None:
-        made = gather_tiles(channel.rank, channel.size, pieces, inner, k, widths, tile_n, PIECE_BYTES, whole)
-        rows, list_ = (
-            torch.tensor(data, dtype=torch.int32, device=channel.link.device).view(-1, 8)
-            for data in (made.rows, made.pieces)
-        )
-        found = cache[key] = _Tables(rows, list_, made.counts, made.slice_steps)
+def _table(
+    channel: DeviceChannel, pieces: int, inner: int, widths: tuple[int, ...], tile_n: int
+) -> tuple[Tensor, bool]:
+    tables = channel.link.tables
+    key = ("gather", pieces, inner, widths, tile_n)
+    if key not in tables:
+        tiles = gather_tiles(channel.rank, channel.size, pieces, inner, widths, tile_n)
+        tables[key] = (torch.tensor(tiles.rows, dtype=torch.int32, device=channel.link.device), tiles.spans)
+    found: tuple[Tensor, bool] = tables[key]
     return found
+
+
+def _push(channel: DeviceChannel, shard: Tensor) -> list[Step]:
+    """Copies of the shard into the slot of every peer, each followed by its flag: the previous rank's first, so that at any time
+    every rank sends to another one."""
+    pieces, width = shard.shape
+    nbytes = width * shard.element_size()
+    steps = [channel.fork(), channel.forked()]
+    for distance in range(1, channel.size):
+        peer = (channel.rank - distance) % channel.size
+        target = channel.data(peer, channel.rank * nbytes)
+        if pieces == 1:
+            steps.append(Step(kind=copies.COPY, stream=SIDE, dst=target, src=shard.data_ptr(), bytes=nbytes))
+        else:
+            steps.append(
+                Step(
+                    kind=copies.COPY_ROWS,
+                    stream=SIDE,
+                    dst=target,
+                    src=shard.data_ptr(),
+                    bytes=nbytes,
+                    rows=pieces,
+                    dst_pitch=channel.size * nbytes,
+                    src_pitch=nbytes,
+                )
+            )
+        steps.append(channel.signal_step(peer, channel.rank))
+    return steps
 
 
 def _multiply(use: GatherUse, gathered: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:

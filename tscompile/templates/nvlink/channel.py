@@ -1,4 +1,4 @@
-"""One GPU group as templates see it: slots of symmetric memory, contexts for kernels, the epoch of a call.
+"""One GPU group as templates see it: slots of symmetric memory, contexts for kernels, the copy stream, the epoch of a call.
 
 Not for votes or errors of the host (lowering/group.py). docs/dev/gpu.md says why two slots suffice and what is different in a
 captured call.
@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from ...language import context
-from ...nvshmem import driver
+from ...nvshmem import copies
+from ...nvshmem.copies import Step
 from ...nvshmem.device import CONTROL_BYTES, SLOTS
 
 FLAGS = 48 << 10  # of a slot, of 4 bytes each
@@ -24,6 +25,8 @@ _ABORT, _CELLS, _ZERO = _WORDS, _WORDS + 256, _WORDS + 512  # eager calls pass t
 ACK = FLAGS - 64  # first flag that tells a rank that a peer has read its slot; those below belong to data
 DATA_FLAGS = 24 << 10  # of data; as many device words hold the epochs of tiles that landed
 
+MAIN, SIDE, ALARM = 0, 1, 2  # streams of a step
+FORK, JOIN, DONE = 0, 1, 2  # events
 _STUCK_S = 2.0
 
 
@@ -67,14 +70,15 @@ class DeviceLink:
         self.slot_bytes = slot_bytes
         self.timeout_s = timeout_s
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.engine = copies.load()
+        self.side = torch.cuda.Stream(priority=-1)
         self._alarm = torch.cuda.Stream(priority=-1)
-        self._done = torch.cuda.Event()
+        self._events = (ctypes.c_void_p * 3)(*(self.engine.event() for _ in range(3)))
+        self._streams = (ctypes.c_void_p * 3)(0, self.side.cuda_stream, self._alarm.cuda_stream)
         with torch.inference_mode(False):
             self.record = torch.zeros(8, dtype=torch.int64).pin_memory()
-            # Claims of a kernel and pieces that landed, zero between calls, for eager and for captured ones; epochs of tiles that
-            # landed, for each slot.
+            # Claims of a kernel, for eager and for captured calls; epochs of tiles that landed, for each slot.
             self.counters = [torch.zeros(16, dtype=torch.int32, device=self.device) for _ in range(2)]
-            self.counts = [torch.zeros(DATA_FLAGS, dtype=torch.int32, device=self.device) for _ in range(2)]
             self.landed = [torch.zeros(DATA_FLAGS, dtype=torch.int32, device=self.device) for _ in range(SLOTS)]
             self.contexts = [self._context(slot) for slot in range(SLOTS)]
         self._record = ctypes.c_int64.from_address(self.record.data_ptr())
@@ -115,6 +119,7 @@ class DeviceLink:
         """The next call of the group on the current stream."""
         stream = torch.cuda.current_stream()
         captured = torch.cuda.is_current_stream_capturing()
+        self._streams[MAIN] = stream.cuda_stream
         if captured:
             self._captured += 1
             return DeviceChannel(self, 2 + (self._captured & 1), 0, site, True)
@@ -130,9 +135,8 @@ class DeviceLink:
         """A CUDA graph holds addresses of this region."""
         return self._captured > 0
 
-    def mark(self) -> None:
-        """The current stream has all work of an eager call."""
-        self._done.record()
+    def issue(self, steps: ctypes.Array[Step]) -> None:
+        self.engine.issue(steps, self._streams, self._events)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Give later waits of kernels another bound, in seconds."""
@@ -151,7 +155,7 @@ class DeviceLink:
 
     def is_idle(self) -> bool:
         """Nothing that this group has enqueued eagerly is still to run."""
-        return self._eager == 0 or self._done.query()
+        return self._eager == 0 or self.engine.is_done(self._events[DONE])
 
     def is_stuck(self) -> bool:
         """The same call has been running for a while."""
@@ -161,10 +165,14 @@ class DeviceLink:
         return now - self._stuck_since > _STUCK_S
 
     def stop(self) -> None:
-        """Set the abort word of every rank, so that kernels which wait hear of it."""
+        """Set the abort word of every rank, by copy engine: the kernels that wait need no SM to hear of it."""
+        word = self.rank + 1
+        steps = [
+            Step(kind=copies.WRITE, stream=ALARM, dst=self.address(owner, _ABORT), value=word)
+            for owner in range(self.size)
+        ]
         with torch.cuda.device(self.device):
-            for owner in range(self.size):
-                driver.write_word(self.address(owner, _ABORT), self.rank + 1, self._alarm.cuda_stream)
+            self.issue((Step * len(steps))(*steps))
 
     def slot_view(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         """Contiguous tensor over this rank's slot; cached."""
@@ -209,16 +217,50 @@ class DeviceChannel:
     def view(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         return self.link.slot_view(self.slot, shape, dtype, offset)
 
-    @property
-    def counts(self) -> torch.Tensor:
-        return self.link.counts[self.slot >> 1]
+    def data(self, owner: int, offset: int = 0) -> int:
+        """Address of `offset` bytes into the slot of `owner`, as mapped here."""
+        return self.link.address(owner, self.link.slot_offset(self.slot) + offset)
+
+    def flag(self, owner: int, flag: int) -> int:
+        """Address of a flag of `owner`."""
+        return self.link.address(owner, (self.slot * FLAGS + flag) * 4)
+
+    def signal_step(self, owner: int, flag: int) -> Step:
+        """Step of the copy stream that sets a flag of `owner` to the epoch, after the stream's earlier copies."""
+        address = self.flag(owner, flag)
+        if self.captured:  # the value is read when the graph runs
+            cell = self.link.address(self.rank, _CELLS + 4 * self.slot)
+            return Step(kind=copies.COPY, stream=SIDE, dst=address, src=cell, bytes=4)
+        return Step(kind=copies.WRITE, stream=SIDE, dst=address, value=self.epoch)
+
+    def issue(self, steps: Sequence[Step]) -> None:
+        self.link.issue((Step * len(steps))(*steps))
+
+    def fork(self) -> Step:
+        """First steps of a sequence: the copy stream starts after what the main stream has now."""
+        return Step(kind=copies.RECORD, stream=MAIN, event=FORK)
+
+    def forked(self) -> Step:
+        return Step(kind=copies.AWAIT, stream=SIDE, event=FORK)
+
+    def join(self) -> list[Step]:
+        """Last steps: the main stream goes on after the copy stream."""
+        steps = [
+            Step(kind=copies.RECORD, stream=SIDE, event=JOIN),
+            Step(kind=copies.AWAIT, stream=MAIN, event=JOIN),
+        ]
+        return [*steps, *self._done()]
 
     def start(self) -> None:
-        """First in a call: what a captured one needs before its kernels."""
+        """First in a call: what a captured one needs before its kernels and copies."""
         if self.captured:
             self.link.opener(self.context, self.epoch, self.site, ACK)
 
     def finish(self) -> None:
-        """Last in a call."""
-        if not self.captured:
-            self.link.mark()
+        """Last step of a call that needs no copy stream."""
+        steps = self._done()
+        if steps:
+            self.issue(steps)
+
+    def _done(self) -> list[Step]:
+        return [] if self.captured else [Step(kind=copies.RECORD, stream=MAIN, event=DONE)]

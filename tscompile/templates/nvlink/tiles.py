@@ -3,8 +3,7 @@
 A table is a list of rows of eight numbers, in the order in which the tiles are claimed. Words (tile.h has the same enum):
 ROW, COL: first row and column of the tile in the operands. ROWS: how many of its rows are stored. OWNER: 1 if the tile is this
 rank's own matter (its rows lie in its own shard; it sums the tile). INDEX: place of a travelling tile. OUT_ROW: first row in the
-output. MASK: first counter of the tile's rows, or the peer that it goes to. GROUP: number of the weight, or a flag. In a gather's
-table INDEX is the number of pieces that the tile's rows come in.
+output. MASK: ranks whose data the tile needs, or the peer that it goes to. GROUP: number of the weight, or a flag.
 
 A list of pulls has rows of eight numbers too: kind (0: a partial tile lands, 1: a sum goes to the output), peer, its flag at this
 rank, number of the tile in the peer's slot, then the tile's number in the landing zone, or row, column and rows in the output.
@@ -22,6 +21,17 @@ _MAX_WASTE = 1.1  # rows computed over rows needed, above which tiles may span t
 Row = tuple[int, int, int, int, int, int, int, int]
 
 
+@dataclass(frozen=True)
+class Gather:
+    """Tiles of all_gather_matmul.
+
+    rows: the table. spans: some tile has rows of this rank and of others, so this rank's shard must lie in the slot as well.
+    """
+
+    rows: list[Row]
+    spans: bool
+
+
 def _walk(bands: Sequence[tuple[int, ...]], columns: int) -> list[tuple[int, int]]:
     """(tile row, tile column) band by band: within a band column by column."""
     return [(row, column) for band in bands for column in range(columns) for row in band]
@@ -31,150 +41,44 @@ def _bands(count: int) -> list[tuple[int, ...]]:
     return [tuple(range(first, min(first + _BAND, count))) for first in range(0, count, _BAND)]
 
 
-@dataclass(frozen=True)
-class Gather:
-    """Tiles and pieces of all_gather_matmul.
+def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequence[int], tile_n: int) -> Gather:
+    """Tiles of a gathered matrix of (pieces, ranks, inner) rows times weights of `widths` columns each.
 
-    rows: the tile table. pieces: what the gathering warps copy. counts: number of counters. slice_steps: k steps of a slice.
-    """
-
-    rows: list[Row]
-    pieces: list[Row]
-    counts: int
-    slice_steps: int
-
-
-PUBLISH, FETCH = 0, 1
-_STEP = 64  # elements of a k step
-_ITEM = 2  # bytes of an element
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Rows of one shard in one tile row: `start` in the shard, `to` in the gathered tensor."""
-
-    source: int
-    start: int
-    to: int
-    rows: int
-    tile_row: int
-
-
-def gather_tiles(
-    rank: int,
-    ranks: int,
-    pieces: int,
-    inner: int,
-    k: int,
-    widths: Sequence[int],
-    tile_n: int,
-    piece_bytes: int,
-    whole: bool,
-) -> Gather:
-    """Tiles of a gathered matrix of (pieces, ranks, inner) rows of k elements times weights of `widths` columns each.
-
-    The own shard comes first, then those of the next ranks, which is the order of their arrival. With few rows a piece is a part
-    of k, so that a tile can start before its rows are complete.
-
-    Args:
-        piece_bytes: room of a piece.
-        whole: the own shard must lie in the gathered tensor, too.
+    The own shard comes first, then those of the next ranks, which is the order of their arrival.
     """
     columns = [(group, col) for group, width in enumerate(widths) for col in range(0, width, tile_n)]
-    slices, slice_steps = _slices(pieces * ranks * inner, k, piece_bytes)
-    blocks, tiles, apart = _blocks(rank, ranks, pieces, inner)
-    whole = whole or not apart
-    expected: dict[int, int] = {}  # tile row -> pieces of one slice
-    publish: list[Row] = []
-    fetch: list[Row] = []
-    for s in range(slices):
-        first, last = s * slice_steps * _STEP, min((s + 1) * slice_steps * _STEP, k)
-        width = (last - first) * _ITEM
-        height = max(1, min(32, piece_bytes // (slice_steps * _STEP * _ITEM)))
-        numbers = dict.fromkeys(range(ranks), 0)
-        for block in sorted(blocks, key=lambda block: ((block.source - rank) % ranks, block.tile_row)):
-            own = block.source == rank
-            for at in range(0, block.rows, height):
-                rows = min(height, block.rows - at)
-                flag = (block.source * slices + s) * _most_pieces(pieces, inner, height) + numbers[block.source]
-                numbers[block.source] += 1
-                counter = block.tile_row * slices + s
-                start, to = block.start + at, block.to + at
-                if own:
-                    to, counter = to if whole else -1, -1 if apart else counter
-                    publish.append((PUBLISH, flag, start, to, rows, first * _ITEM, width, counter))
-                else:
-                    kind = FETCH | block.source << 8
-                    fetch.append((kind, flag, start, to, rows, first * _ITEM, width, counter))
-                if s == 0 and counter >= 0:
-                    expected[block.tile_row] = expected.get(block.tile_row, 0) + 1
-    table: list[Row] = []
-    for bunch in tiles:
-        for t, c in _walk(_bands(len(bunch)), len(columns)):
-            tile_row, row, stored, own_tile, out = bunch[t]
-            group, col = columns[c]
-            table.append((row, col, stored, own_tile, expected.get(tile_row, 0), out, tile_row * slices, group))
-    counts = (1 + max(block.tile_row for block in blocks)) * slices
-    return Gather(table, [*publish, *fetch], counts, slice_steps)
-
-
-def _slices(rows: int, k: int, piece_bytes: int) -> tuple[int, int]:
-    """Slices of k, and k steps of one. A row of a slice fits into a piece; a GEMM of one or two waves takes more slices, since it
-    cannot hide the arrival of whole rows."""
-    steps = -(-k // _STEP)
-    slices = max(-(-k * _ITEM // piece_bytes), min(steps, 8) if rows <= 512 else 1)
-    slice_steps = min(-(-steps // slices), piece_bytes // (_STEP * _ITEM))
-    return -(-steps // slice_steps), slice_steps
-
-
-def gather_flags(ranks: int, pieces: int, inner: int, k: int, piece_bytes: int) -> int:
-    """At least the number of flags and of counters that a gather uses."""
-    slices, slice_steps = _slices(pieces * ranks * inner, k, piece_bytes)
-    height = max(1, min(32, piece_bytes // (slice_steps * _STEP * _ITEM)))
-    return ranks * slices * _most_pieces(pieces, inner, height)
-
-
-def _most_pieces(pieces: int, inner: int, height: int) -> int:
-    """At least the number of pieces of one slice of a shard, however tile rows cut it."""
-    return pieces * (-(-inner // height) + 2 * (-(-inner // TILE_M) + 1))
-
-
-# (tile row, row of the left operand, stored rows, own, output row)
-_Tile = tuple[int, int, int, int, int]
-
-
-def _blocks(rank: int, ranks: int, pieces: int, inner: int) -> tuple[list[_Block], list[list[_Tile]], bool]:
-    """Blocks of rows, the tiles by their time of arrival, and whether each tile has rows of one shard only."""
-    blocks: list[_Block] = []
     tile_rows = -(-inner // TILE_M)
     if tile_rows * TILE_M <= inner * _MAX_WASTE:
-        tiles: list[list[_Tile]] = []
+        rows: list[Row] = []
         for step in range(ranks):
             source = (rank + step) % ranks
-            bunch = []
-            for piece in range(pieces):
-                for i in range(tile_rows):
-                    tile_row = (piece * ranks + source) * tile_rows + i
-                    start = piece * inner + i * TILE_M
-                    to = (piece * ranks + source) * inner + i * TILE_M
-                    stored = min(TILE_M, inner - i * TILE_M)
-                    blocks.append(_Block(source, start, to, stored, tile_row))
-                    bunch.append((tile_row, start if step == 0 else to, stored, int(step == 0), to))
-            tiles.append(bunch)
-        return blocks, tiles, True
+            blocks = [(piece, i) for piece in range(pieces) for i in range(tile_rows)]
+            for t, c in _walk(_bands(len(blocks)), len(columns)):
+                piece, i = blocks[t]
+                group, col = columns[c]
+                start = (piece * ranks + source) * inner + i * TILE_M
+                first = piece * inner + i * TILE_M if step == 0 else start
+                stored = min(TILE_M, inner - i * TILE_M)
+                mask = 0 if step == 0 else 1 << source
+                rows.append((first, col, stored, int(step == 0), 0, start, mask, group))
+        return Gather(rows, False)
     total = pieces * ranks * inner
-    late: dict[int, int] = {}  # tile row -> steps until its last shard
-    for first in range(0, total, inner):
-        piece, source = divmod(first // inner, ranks)
-        at = first
-        while at < first + inner:
-            tile_row = at // TILE_M
-            stop = min(first + inner, (tile_row + 1) * TILE_M)
-            blocks.append(_Block(source, piece * inner + at - first, at, stop - at, tile_row))
-            late[tile_row] = max(late.get(tile_row, 0), (source - rank) % ranks)
-            at = stop
-    bunch = [(t, t * TILE_M, min(TILE_M, total - t * TILE_M), 0, t * TILE_M) for t in range(-(-total // TILE_M))]
-    return blocks, [sorted(bunch, key=lambda tile: late[tile[0]])], False
+    starts = []
+    spans = False
+    for start in range(0, total, TILE_M):
+        blocks_of = range(start // inner, (min(start + TILE_M, total) - 1) // inner + 1)
+        sources = {block % ranks for block in blocks_of}
+        spans |= rank in sources
+        mask = sum(1 << source for source in sources if source != rank)
+        last = max((source - rank) % ranks for source in sources)
+        starts.append((last, start, mask))
+    starts.sort()
+    rows = []
+    for t, c in _walk(_bands(len(starts)), len(columns)):
+        _, start, mask = starts[t]
+        group, col = columns[c]
+        rows.append((start, col, min(TILE_M, total - start), 0, 0, start, mask, group))
+    return Gather(rows, spans)
 
 
 LAND, RESULT = 0, 1

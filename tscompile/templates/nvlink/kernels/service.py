@@ -1,4 +1,4 @@
-"""Kernels of one warp around the fused ones."""
+"""Small kernels of one CTA around the fused ones: open a captured call, wait for all shards, tell the peers that a slot was read."""
 
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ from .gemm import compile_kernel, prelude
 
 @lru_cache
 def service_kernel(name: str) -> Any:
-    """Compiled kernel that runs the device function `name` of tile.h, such as tsk_open."""
+    """Compiled kernel that runs the device function `name` of tile.h: tsk_open, tsk_await_shards or tsk_acknowledge."""
     text = prelude()
 
     @T.prim_func

@@ -1,7 +1,7 @@
 // Parts of the fused GEMM kernels that TileLang has no words for: tile claims, epilogues on the accumulator's registers, and
 // what the idle warps of a CTA do. Follows language/cuda.h in the prelude.
 //
-// A CTA has 384 threads: warp 0 loads tiles, warp 1 signals, warp 2 pulls, warps 4 to 11 (two warpgroups) multiply.
+// A CTA has 384 threads: warp 0 loads tiles, warp 1 signals, warps 2 and 3 collect, warps 4 to 11 (two warpgroups) multiply.
 // The accumulator of a tile [128, 2 * NF] lies in wgmma's register order under GemmWarpPolicy.FullRow: warp w of the eight holds
 // rows 16w to 16w+15 and lane l of it, in group j of four registers, columns 8j + 2 * (l % 4) + {0, 1} of rows l / 4 and 8 + l / 4.
 
@@ -40,11 +40,16 @@ TSL uint32_t tsk_epoch(const void *context, int epoch) {
 
 // ---- waits ------------------------------------------------------------------------------------------------------------------
 
-// Loading warp: wait until `expected` pieces of a tile's rows have landed.
-TSL void tsk_wait_count(const void *context, const void *count, int expected, int site) {
-  if ((threadIdx.x & 31) == 0) tsl_wait_until<int32_t>(context, count, TSL_GE, expected, (int)tsl_context(context)->rank, site);
+// Loading warp: lane r waits for the data of rank r if `mask` has it and `ready` has not; returns the new `ready`.
+TSL int tsk_wait_ranks(const void *context, int mask, int ready, int epoch, int site) {
+  const TslContext *c = tsl_context(context);
+  if ((mask & ~ready) == 0) return ready;
+  const int lane = threadIdx.x & 31;
+  if (lane < TSL_MAX_RANKS && ((mask & ~ready) >> lane & 1))
+    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
   __syncwarp();
   tsl_fence_async();
+  return ready | mask;
 }
 
 // Multiplying warps: wait until the partial tiles `index` of all peers have landed. `landed` holds epochs, [ranks, tiles].
@@ -215,6 +220,40 @@ TSL void tsk_signal_peers(const void *context, int flag, int epoch) {
   __syncwarp();
 }
 
+// ---- collecting warps (2 and 3): copy what arrived in the slot to the op's own output -------------------------------------------
+
+TSL void tsk_copy_bytes(void *to, const void *from, int64_t bytes, int cta, int ctas) {   // bytes is a multiple of 16
+  const int64_t total = bytes / 16, stride = 64ll * ctas;
+  #pragma unroll 1
+  for (int64_t i = (int64_t)cta * 64 + (int)threadIdx.x - 64; i < total; i += stride * 8) {
+    uint4 v[8];
+    #pragma unroll
+    for (int u = 0; u < 8; ++u) if (i + u * stride < total) v[u] = tsl_ld_v4((const char *)from + (i + u * stride) * 16);
+    #pragma unroll
+    for (int u = 0; u < 8; ++u) if (i + u * stride < total) tsl_st_v4((char *)to + (i + u * stride) * 16, v[u]);
+  }
+}
+TSL void tsk_collect_wait(const void *context, int flag, int epoch, int peer, int site) {
+  const TslContext *c = tsl_context(context);
+  tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)flag), tsk_epoch(context, epoch), peer, site);
+  __syncwarp();
+}
+// The gathered tensor [pieces, size, bytes]: the shards of the peers from the slot, in the order of their arrival, the own one from x.
+TSL void tsk_collect_shards(const void *context, void *out, const void *shard, int64_t bytes, int pieces, int epoch, int site, int cta, int ctas) {
+  const TslContext *c = tsl_context(context);
+  const int size = (int)c->size, rank = (int)c->rank;
+  for (int i = 0; i < size; ++i) {
+    const int source = (rank + i) % size;
+    if (i) tsk_collect_wait(context, source, epoch, source, site);
+    for (int p = 0; p < pieces; ++p) {
+      const int64_t at = ((int64_t)p * size + source) * bytes;
+      const char *from = i ? (const char *)c->data[rank] + at : (const char *)shard + p * bytes;
+      tsk_copy_bytes((char *)out + at, from, bytes, cta, ctas);
+    }
+  }
+}
+
+
 // ---- pulling warp (2): tiles of the peers, through shared memory, by bulk copies that occupy no registers -----------------------
 
 // A work list row: kind, peer, its flag here, tile number in the peer's slot, then for TSK_LAND the tile number in `landing`, for
@@ -295,87 +334,6 @@ template <int NF> TSL void tsk_pull(const void *context, void *counter, const in
   }
 }
 
-// A row of a gather's list: kind and peer, the piece's flag, first row in a shard and in the gathered tensor, rows, first byte and
-// bytes of each row, and the counter that counts the piece (none if negative).
-enum { TSG_KIND_PEER, TSG_FLAG, TSG_FROM, TSG_TO, TSG_ROWS, TSG_BYTE, TSG_BYTES, TSG_COUNTER };
-enum { TSG_PUBLISH, TSG_FETCH };
-
-struct TskPiece {
-  int kind, peer, flag, from, to, rows, byte, bytes, counter;
-};
-TSL TskPiece tsk_piece(const int *list, int item) {
-  const int *w = list + item * TSK_WORDS;
-  return {w[TSG_KIND_PEER] & 255, w[TSG_KIND_PEER] >> 8, w[TSG_FLAG], w[TSG_FROM], w[TSG_TO], w[TSG_ROWS], w[TSG_BYTE], w[TSG_BYTES], w[TSG_COUNTER]};
-}
-// One bulk copy if the rows lie without gaps, else one per row.
-TSL void tsk_piece_load(const TskPiece &p, const char *base, int64_t pitch, uint32_t to, uint32_t barrier) {
-  const int lane = threadIdx.x & 31, pieces = p.bytes == pitch ? 1 : p.rows;
-  const uint32_t bytes = p.bytes == pitch ? p.bytes * p.rows : p.bytes;
-  if (lane == 0) {
-    tsl_fence_async();
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(p.bytes * p.rows) : "memory");
-  }
-  __syncwarp();
-  if (lane < pieces)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to + lane * bytes),
-                 "l"(base + (p.from + lane) * pitch + p.byte), "r"(bytes), "r"(barrier) : "memory");
-}
-TSL void tsk_piece_store(const TskPiece &p, char *base, int row, int64_t pitch, uint32_t from) {
-  const int lane = threadIdx.x & 31, pieces = p.bytes == pitch ? 1 : p.rows;
-  const uint32_t bytes = p.bytes == pitch ? p.bytes * p.rows : p.bytes;
-  if (lane < pieces) tsk_bulk_store(base + (row + lane) * pitch + p.byte, from + lane * bytes, bytes);
-}
-// Publish this rank's shard in its slot and fetch those of the peers into `gathered`, piece by piece. All publishing comes before all
-// fetching, so no rank waits for a piece that waits for another rank. `buffer` has room for two pieces of `room` bytes.
-TSL void tsk_gather(const void *context, void *counter, const int *list, int total, void *buffer, int room, const void *shard, void *gathered,
-                    void *landed, int64_t pitch, int epoch, int site) {
-  const TslContext *c = tsl_context(context);
-  const int lane = threadIdx.x & 31;
-  const uint32_t shared = tsk_shared(buffer), barrier = tsk_shared(tsk_pull_barriers()), now = tsk_epoch(context, epoch);
-  char *slot = (char *)c->data[c->rank];
-  tsk_pull_init();
-  int item = tsk_claim(counter, total);
-  TskPiece piece = tsk_piece(list, max(item, 0));
-  bool loading = false;
-  for (uint32_t n = 0; item >= 0; ++n) {
-    const uint32_t here = shared + (n & 1) * room;
-    if (!loading) {
-      if (piece.kind == TSG_FETCH && lane == 0)
-        tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)piece.flag), now, piece.peer, site);
-      __syncwarp();
-      tsk_piece_load(piece, piece.kind == TSG_FETCH ? (const char *)c->data[piece.peer] : (const char *)shard, pitch, here, barrier + (n & 1) * 8);
-    }
-    // The next piece sets out now if it need not wait: waiting here could keep a peer from what this rank has not published yet.
-    const int after = tsk_claim(counter, total);
-    const TskPiece next = tsk_piece(list, max(after, 0));
-    int there = after >= 0;
-    if (there && next.kind == TSG_FETCH)
-      there = (int32_t)(tsl_ld_acquire_sys((const void *)(c->flags[c->rank] + 4ull * (uint32_t)next.flag)) - now) >= 0;
-    loading = __all_sync(0xffffffffu, there);
-    if (loading)
-      tsk_piece_load(next, next.kind == TSG_FETCH ? (const char *)c->data[next.peer] : (const char *)shard, pitch, shared + ((n + 1) & 1) * room,
-                     barrier + ((n + 1) & 1) * 8);
-    tsk_bulk_wait(barrier + (n & 1) * 8, (n >> 1) & 1);
-    if (piece.kind == TSG_PUBLISH) tsk_piece_store(piece, slot, piece.from, pitch, here);
-    if (piece.kind == TSG_FETCH || piece.to >= 0) tsk_piece_store(piece, (char *)gathered, piece.to, pitch, here);
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-    tsl_fence_async();
-    __syncwarp();
-    if (piece.kind == TSG_PUBLISH) {
-      if (lane == 0) tsl_fence_sys();
-      __syncwarp();
-      if (lane < (int)c->size && lane != (int)c->rank) tsl_st_relaxed_sys((void *)(c->flags[lane] + 4ull * (uint32_t)piece.flag), now);
-    }
-    if (lane == 0 && piece.counter >= 0) {
-      __threadfence();
-      atomicAdd((unsigned int *)landed + piece.counter, 1u);
-    }
-    item = after;
-    piece = next;
-  }
-}
-
 // ---- end of a kernel ----------------------------------------------------------------------------------------------------------
 
 // counters: [0] claims of tiles, [1] CTAs that are done, [2] claims of pulls. The last CTA leaves them at zero for the next launch and tells the peers that this
@@ -415,9 +373,16 @@ TSL void tsk_open(const void *context, int, int site, int ack_flag) {
   __syncwarp();
   if (lane == 0) *(volatile uint32_t *)c->epoch_cell = before + 1;
 }
-// By the last CTA: no wait of this launch is left.
-TSL void tsk_clear(void *words, int count) {
-  for (int i = TSK_THREAD; i < count; i += TSK_CONSUMERS) ((volatile unsigned int *)words)[i] = 0;
+TSL void tsk_await_shards(const void *context, int epoch, int site, int) {
+  const TslContext *c = tsl_context(context);
+  const int lane = threadIdx.x & 31;
+  if (lane < (int)c->size && lane != (int)c->rank)
+    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
+}
+TSL void tsk_acknowledge(const void *context, int epoch, int, int ack_flag) {
+  const TslContext *c = tsl_context(context);
+  const int lane = threadIdx.x & 31;
+  if (lane < (int)c->size && lane != (int)c->rank) tsl_st_release_sys((void *)(c->flags[lane] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
 }
 
 #define TSK_BIAS(NF, DT, ...) tsk_bias<NF, DT>(Cl, __VA_ARGS__)
