@@ -7,9 +7,10 @@ the gathered tensor, which is complete by then.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,25 +19,17 @@ from ...nvshmem import copies
 from ...nvshmem.copies import Step
 from ...problem import FusionProblem, GatherUse, Plan
 from ..template import register_template, torch_dtype
-from .channel import ACK, SIDE, DeviceChannel
+from .channel import ACK, SIDE, DeviceChannel, DeviceLink, fork, steps_of
 from .jit import kernel
 from .kernels.all_gather import all_gather_kernel
 from .kernels.gemm import MAX_OPERANDS, SMS, GemmConfig
 from .kernels.service import service_kernel
-from .operands import Right, aligned_pointer, right_operand
+from .operands import aligned_pointer, is_transposed, right_operand
 from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
 
 _TILE_WIDTHS = (256, 240, 224)  # narrower ones lose more in the tensor cores than they win in waves
-
-
-@dataclass(frozen=True)
-class _Fused:
-    """A use that the kernel serves: number, right operand, bias."""
-
-    index: int
-    right: Right
-    bias: Tensor | None
+_T = TypeVar("_T")
 
 
 def tile_width(rows: int, widths: Sequence[int]) -> int:
@@ -61,7 +54,10 @@ class NvlinkAllGatherGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
-        return int(shard.numel()) * size * torch_dtype(plan.dtype).itemsize
+        for use, other in zip(plan.uses, others, strict=True):
+            if serves_use(use, plan.dtype, int(other.shape[0]), int(other.shape[1])):
+                return int(shard.numel()) * size * torch_dtype(plan.dtype).itemsize
+        return -1
 
     def run(
         self,
@@ -71,120 +67,147 @@ class NvlinkAllGatherGemm:
         others: Sequence[Tensor],
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        dtype = torch_dtype(plan.dtype)
-        shard = aligned_pointer(shard.to(dtype).contiguous())
-        pieces, width = shard.shape
-        outputs: list[Tensor | None] = [None] * len(plan.uses)
+        shard = aligned_pointer(shard.to(torch_dtype(plan.dtype)).contiguous())
+        recipe = _recipe(channel, plan, shard, others, biases)
+        pieces, width = recipe.pieces, recipe.width
         channel.start()
-        channel.issue(_push(channel, shard))
-        fused: list[_Fused] = []
-        for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
-            if serves_use(use, plan.dtype, other.shape[0], other.shape[1]):
-                fused.append(_Fused(index, right_operand(other), None if bias is None else bias.to(dtype)))
-        rest = len(fused) < len(plan.uses)
+        recipe.push(channel, shard)
         gathered = shard.new_empty((pieces, channel.size * width)) if plan.return_gathered else None
-        self._run_kernels(channel, shard, fused, outputs, gathered, rest)
-        if rest or (gathered is not None and not fused):
-            source = self._complete(channel, shard, gathered, bool(fused))
-            for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
-                if outputs[index] is None:
-                    outputs[index] = _multiply(use, source, other, bias)
+        if recipe.local:
+            slot = channel.view((pieces, channel.size, width), shard.dtype)
+            slot[:, channel.rank].copy_(shard)
+        outputs: list[Tensor | None] = [None] * len(plan.uses)
+        for number, launch in enumerate(recipe.launches):
+            launch.run(channel, shard, others, biases, gathered if number == 0 else None, outputs)
+        if recipe.rest:
+            source = gathered if gathered is not None else channel.view((pieces, channel.size * width), shard.dtype)
+            for index in recipe.rest:
+                outputs[index] = _multiply(plan.uses[index], source, others[index], biases[index])
             if channel.captured:
-                service_kernel("tsk_acknowledge")(channel.context, channel.epoch, channel.site, ACK)
-        channel.issue(channel.join())
+                service_kernel("tsk_acknowledge")(channel.link.contexts[channel.slot], channel.epoch, channel.site, ACK)
+        channel.join()
         results = [output for output in outputs if output is not None]
         return results if gathered is None else [*results, gathered]
 
-    def _run_kernels(
+
+class _Launch:
+    """One kernel: weights of one layout and one k, at most MAX_OPERANDS; prepared once for its shapes."""
+
+    def __init__(
+        self, link: DeviceLink, indices: list[int], shard: Tensor, others: Sequence[Tensor], has_bias: bool, last: bool
+    ) -> None:
+        pieces, width = shard.shape
+        first = others[indices[0]]
+        self.indices = indices
+        self.transposed = is_transposed(first)
+        self.has_bias = has_bias
+        self.k = first.shape[0]
+        inner = width // self.k
+        self.m = pieces * link.size * inner
+        self.widths = [others[index].shape[1] for index in indices]
+        self.pieces, self.shard_bytes = pieces, width * shard.element_size()
+        tile_n = tile_width(-(-self.m // TILE_M), self.widths)
+        made = gather_tiles(link.rank, link.size, pieces, inner, self.widths, tile_n)
+        self.spans = made.spans
+        self.table = torch.tensor(made.rows, dtype=torch.int32, device=link.device)
+        self.ack = ACK if last else -1
+        dtype = str(shard.dtype).removeprefix("torch.")
+        self.config = GemmConfig(dtype, self.transposed, len(indices), has_bias, tile_n)
+
+    def run(
         self,
         channel: DeviceChannel,
         shard: Tensor,
-        fused: list[_Fused],
-        outputs: list[Tensor | None],
+        others: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
         gathered: Tensor | None,
-        rest: bool,
+        outputs: list[Tensor | None],
     ) -> None:
-        """Launch one kernel per MAX_OPERANDS weights of one layout; the first one also fills `gathered`."""
-        pieces, width = shard.shape
-        local = not rest  # whether the own shard needs no place in the slot
-        batches: list[list[_Fused]] = []
-        for transposed in (True, False):
-            for with_bias in (True, False):
-                same = [f for f in fused if f.right.transposed == transposed and (f.bias is not None) == with_bias]
-                batches += [same[i : i + MAX_OPERANDS] for i in range(0, len(same), MAX_OPERANDS)]
-        for number, batch in enumerate(batches):
-            k = batch[0].right.matrix.shape[1 if batch[0].right.transposed else 0]
-            inner = width // k
-            m = pieces * channel.size * inner
-            widths = tuple(f.right.matrix.shape[0 if f.right.transposed else 1] for f in batch)
-            tile_n = tile_width(-(-m // TILE_M), widths)
-            table, spans = _table(channel, pieces, inner, widths, tile_n)
-            slot = channel.view((m, k), shard.dtype)
-            if spans and local:
-                own = channel.view((pieces, channel.size, width), shard.dtype)
-                own[:, channel.rank].copy_(shard)
-                local = False
-            config = GemmConfig(
-                str(shard.dtype).removeprefix("torch."),
-                batch[0].right.transposed,
-                len(batch),
-                batch[0].bias is not None,
-                tile_n,
-            )
-            collects = gathered is not None and number == 0
-            results = [shard.new_empty((m, n)) for n in widths]
-            for f, result in zip(batch, results, strict=True):
-                outputs[f.index] = result
-            weights = [aligned_pointer(f.right.matrix) for f in batch]
-            rows = [f.bias if f.bias is not None else result[0] for f, result in zip(batch, results, strict=True)]
-            last = number == len(batches) - 1 and not rest
-            kernel(all_gather_kernel, config, collects)(
-                shard.view(pieces * inner, k),
-                slot,
-                *_padded(weights),
-                *_padded(results),
-                *_padded(rows),
-                gathered.view(m, k) if gathered is not None else slot,
-                table,
-                channel.context,
-                channel.counters,
-                pieces,
-                width * shard.element_size(),
-                channel.epoch,
-                channel.site,
-                ACK if last else -1,
-            )
-
-    def _complete(self, channel: DeviceChannel, shard: Tensor, gathered: Tensor | None, waited: bool) -> Tensor:
-        """The gathered tensor [P, R*Q]: the op's output if it has one, else the slot."""
-        pieces, width = shard.shape
-        if gathered is not None and waited:
-            return gathered
-        if not waited:
-            service_kernel("tsk_await_shards")(channel.context, channel.epoch, channel.site, ACK)
-        slot = channel.view((pieces, channel.size, width), shard.dtype)
-        slot[:, channel.rank].copy_(shard)
-        if gathered is None:
-            return slot.view(pieces, channel.size * width)
-        gathered.copy_(slot.view(gathered.shape))
-        return gathered
+        """Launch it; it also fills `gathered`, if any."""
+        weights = [right_operand(others[index], self.transposed) for index in self.indices]
+        results = []
+        for index, width in zip(self.indices, self.widths, strict=True):
+            outputs[index] = result = shard.new_empty((self.m, width))
+            results.append(result.data_ptr())
+        rows = [biases[index] for index in self.indices] if self.has_bias else []
+        held = [row.to(shard.dtype) for row in rows if row is not None]
+        kernel(all_gather_kernel, self.config, gathered is not None)(
+            shard.view(-1, self.k),
+            channel.view((self.m, self.k), shard.dtype),
+            *_padded(weights),
+            *_padded(results),
+            *(_padded([row.data_ptr() for row in held]) if held else (0, 0, 0)),
+            0 if gathered is None else gathered.data_ptr(),
+            self.table.data_ptr(),
+            len(self.table),
+            channel.context,
+            channel.counters,
+            self.pieces,
+            self.shard_bytes,
+            channel.epoch,
+            channel.site,
+            self.ack,
+        )
 
 
-def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """As many tensors as a kernel takes; it does not look at the surplus."""
-    return [*tensors, *[tensors[0]] * (MAX_OPERANDS - len(tensors))]
+class _Recipe:
+    """What the calls of one site with the same shapes share."""
+
+    def __init__(
+        self,
+        link: DeviceLink,
+        plan: Plan,
+        shard: Tensor,
+        others: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+    ) -> None:
+        self.pieces, self.width = shard.shape
+        groups: dict[tuple[bool, bool, int], list[int]] = {}
+        self.rest: list[int] = []
+        for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
+            if serves_use(use, plan.dtype, other.shape[0], other.shape[1]):
+                groups.setdefault((is_transposed(other), bias is not None, other.shape[0]), []).append(index)
+            else:
+                self.rest.append(index)
+        batches = [
+            (group[i : i + MAX_OPERANDS], with_bias)
+            for (_, with_bias, _), group in groups.items()
+            for i in range(0, len(group), MAX_OPERANDS)
+        ]
+        self.launches = [
+            _Launch(link, batch, shard, others, with_bias, number == len(batches) - 1 and not self.rest)
+            for number, (batch, with_bias) in enumerate(batches)
+        ]
+        # The own shard is read where it lies, unless a tile has rows of others too, or a later matmul reads the slot.
+        self.local = any(launch.spans for launch in self.launches) or (bool(self.rest) and not plan.return_gathered)
+        self._steps: dict[int, ctypes.Array[Step]] = {}
+
+    def push(self, channel: DeviceChannel, shard: Tensor) -> None:
+        """Copy the shard into the slot of every peer, each copy followed by its flag."""
+        steps = self._steps.get(channel.slot)
+        if steps is None:
+            steps = self._steps[channel.slot] = steps_of(*fork(), *_push(channel, shard))
+        source = shard.data_ptr()
+        for index in range(2, len(steps), 2):
+            steps[index].src = source
+            steps[index + 1].value = channel.epoch
+        channel.link.issue(steps)
 
 
-def _table(
-    channel: DeviceChannel, pieces: int, inner: int, widths: tuple[int, ...], tile_n: int
-) -> tuple[Tensor, bool]:
-    tables = channel.link.tables
-    key = ("gather", pieces, inner, widths, tile_n)
-    if key not in tables:
-        tiles = gather_tiles(channel.rank, channel.size, pieces, inner, widths, tile_n)
-        tables[key] = (torch.tensor(tiles.rows, dtype=torch.int32, device=channel.link.device), tiles.spans)
-    found: tuple[Tensor, bool] = tables[key]
+def _recipe(
+    channel: DeviceChannel, plan: Plan, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> _Recipe:
+    cache = channel.link.tables
+    key = (plan.site, shard.shape, *[(other.shape, other.stride()) for other in others])
+    found: _Recipe | None = cache.get(key)
+    if found is None:
+        found = cache[key] = _Recipe(channel.link, plan, shard, others, biases)
     return found
+
+
+def _padded(operands: list[_T]) -> list[_T]:
+    """As many as a kernel takes; it does not look at the surplus."""
+    return [*operands, *[operands[0]] * (MAX_OPERANDS - len(operands))]
 
 
 def _push(channel: DeviceChannel, shard: Tensor) -> list[Step]:
@@ -192,7 +215,7 @@ def _push(channel: DeviceChannel, shard: Tensor) -> list[Step]:
     every rank sends to another one."""
     pieces, width = shard.shape
     nbytes = width * shard.element_size()
-    steps = [channel.fork(), channel.forked()]
+    steps: list[Step] = []
     for distance in range(1, channel.size):
         peer = (channel.rank - distance) % channel.size
         target = channel.data(peer, channel.rank * nbytes)

@@ -81,12 +81,18 @@ class DeviceLink:
             self.counters = [torch.zeros(16, dtype=torch.int32, device=self.device) for _ in range(2)]
             self.landed = [torch.zeros(DATA_FLAGS, dtype=torch.int32, device=self.device) for _ in range(SLOTS)]
             self.contexts = [self._context(slot) for slot in range(SLOTS)]
+        self.context_addresses = [tensor.data_ptr() for tensor in self.contexts]
+        self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
+        self.landed_addresses = [tensor.data_ptr() for tensor in self.landed]
+        done = Step(kind=copies.RECORD, stream=MAIN, event=DONE)
+        join = [Step(kind=copies.RECORD, stream=SIDE, event=JOIN), Step(kind=copies.AWAIT, stream=MAIN, event=JOIN)]
+        self.done, self.join_captured, self.join_eager = steps_of(done), steps_of(*join), steps_of(*join, done)
         self._record = ctypes.c_int64.from_address(self.record.data_ptr())
         self._stuck_at = 0
         self._stuck_since = 0.0
         self._eager = 0
         self._captured = 0
-        self._last_stream = 0
+        self._last_stream: int | None = None
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self.tables: dict[tuple[Any, ...], Any] = {}
         self.opener = opener
@@ -117,16 +123,17 @@ class DeviceLink:
 
     def open(self, site: int) -> DeviceChannel:
         """The next call of the group on the current stream."""
-        stream = torch.cuda.current_stream()
-        captured = torch.cuda.is_current_stream_capturing()
-        self._streams[MAIN] = stream.cuda_stream
-        if captured:
+        stream = torch._C._cuda_getCurrentRawStream(
+            self.device.index
+        )  # torch.cuda.current_stream() takes ten times as long
+        self._streams[MAIN] = stream
+        if torch._C._cuda_isCurrentStreamCapturing():
             self._captured += 1
             return DeviceChannel(self, 2 + (self._captured & 1), 0, site, True)
-        if self._last_stream != stream.cuda_stream:
-            if self._last_stream:  # calls of a group follow one another, also across streams
-                stream.wait_stream(torch.cuda.ExternalStream(self._last_stream))
-            self._last_stream = stream.cuda_stream
+        if self._last_stream != stream:
+            if self._last_stream is not None:  # calls of a group follow one another, also across streams
+                torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._last_stream))
+            self._last_stream = stream
         self._eager += 1
         return DeviceChannel(self, self._eager & 1, self._eager & 0x7FFFFFFF, site, False)
 
@@ -172,7 +179,7 @@ class DeviceLink:
             for owner in range(self.size)
         ]
         with torch.cuda.device(self.device):
-            self.issue((Step * len(steps))(*steps))
+            self.issue(steps_of(*steps))
 
     def slot_view(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         """Contiguous tensor over this rank's slot; cached."""
@@ -184,15 +191,17 @@ class DeviceLink:
         return found
 
 
-@dataclass(frozen=True)
 class DeviceChannel:
     """One call. `epoch` is what kernels add to the slot's epoch cell; `site` is a number for records."""
 
-    link: DeviceLink
-    slot: int
-    epoch: int
-    site: int
-    captured: bool
+    __slots__ = ("captured", "epoch", "link", "site", "slot")
+
+    def __init__(self, link: DeviceLink, slot: int, epoch: int, site: int, captured: bool) -> None:
+        self.link = link
+        self.slot = slot
+        self.epoch = epoch
+        self.site = site
+        self.captured = captured
 
     @property
     def rank(self) -> int:
@@ -203,16 +212,19 @@ class DeviceChannel:
         return self.link.size
 
     @property
-    def context(self) -> torch.Tensor:
-        return self.link.contexts[self.slot]
+    def context(self) -> int:
+        """Address of the context for kernels."""
+        return self.link.context_addresses[self.slot]
 
     @property
-    def counters(self) -> torch.Tensor:
-        return self.link.counters[self.slot >> 1]
+    def counters(self) -> int:
+        """Address of a kernel's claims."""
+        return self.link.counter_addresses[self.slot >> 1]
 
     @property
-    def landed(self) -> torch.Tensor:
-        return self.link.landed[self.slot]
+    def landed(self) -> int:
+        """Address of the epochs of tiles that landed."""
+        return self.link.landed_addresses[self.slot]
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         return self.link.slot_view(self.slot, shape, dtype, offset)
@@ -221,46 +233,33 @@ class DeviceChannel:
         """Address of `offset` bytes into the slot of `owner`, as mapped here."""
         return self.link.address(owner, self.link.slot_offset(self.slot) + offset)
 
-    def flag(self, owner: int, flag: int) -> int:
-        """Address of a flag of `owner`."""
-        return self.link.address(owner, (self.slot * FLAGS + flag) * 4)
-
     def signal_step(self, owner: int, flag: int) -> Step:
         """Step of the copy stream that sets a flag of `owner` to the epoch, after the stream's earlier copies."""
-        address = self.flag(owner, flag)
+        address = self.link.address(owner, (self.slot * FLAGS + flag) * 4)
         if self.captured:  # the value is read when the graph runs
             cell = self.link.address(self.rank, _CELLS + 4 * self.slot)
             return Step(kind=copies.COPY, stream=SIDE, dst=address, src=cell, bytes=4)
         return Step(kind=copies.WRITE, stream=SIDE, dst=address, value=self.epoch)
 
-    def issue(self, steps: Sequence[Step]) -> None:
-        self.link.issue((Step * len(steps))(*steps))
-
-    def fork(self) -> Step:
-        """First steps of a sequence: the copy stream starts after what the main stream has now."""
-        return Step(kind=copies.RECORD, stream=MAIN, event=FORK)
-
-    def forked(self) -> Step:
-        return Step(kind=copies.AWAIT, stream=SIDE, event=FORK)
-
-    def join(self) -> list[Step]:
-        """Last steps: the main stream goes on after the copy stream."""
-        steps = [
-            Step(kind=copies.RECORD, stream=SIDE, event=JOIN),
-            Step(kind=copies.AWAIT, stream=MAIN, event=JOIN),
-        ]
-        return [*steps, *self._done()]
-
     def start(self) -> None:
         """First in a call: what a captured one needs before its kernels and copies."""
         if self.captured:
-            self.link.opener(self.context, self.epoch, self.site, ACK)
+            self.link.opener(self.link.contexts[self.slot], self.epoch, self.site, ACK)
+
+    def join(self) -> None:
+        """Last in a call that uses the copy stream: the main stream goes on after it."""
+        self.link.issue(self.link.join_captured if self.captured else self.link.join_eager)
 
     def finish(self) -> None:
-        """Last step of a call that needs no copy stream."""
-        steps = self._done()
-        if steps:
-            self.issue(steps)
+        """Last in a call that does not."""
+        if not self.captured:
+            self.link.issue(self.link.done)
 
-    def _done(self) -> list[Step]:
-        return [] if self.captured else [Step(kind=copies.RECORD, stream=MAIN, event=DONE)]
+
+def fork() -> list[Step]:
+    """First steps of a sequence: the copy stream starts after what the main stream has now."""
+    return [Step(kind=copies.RECORD, stream=MAIN, event=FORK), Step(kind=copies.AWAIT, stream=SIDE, event=FORK)]
+
+
+def steps_of(*steps: Step) -> ctypes.Array[Step]:
+    return (Step * len(steps))(*steps)

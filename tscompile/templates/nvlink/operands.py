@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 ALIGNMENT = 8  # elements of 16 bits: TMA wants rows that start at multiples of 16 bytes
 
 
-@dataclass(frozen=True)
-class Right:
-    """The right operand [K, N] of a matmul as a kernel takes it: contiguous, `matrix` is [N, K] if `transposed`, else [K, N]."""
-
-    matrix: Tensor
-    transposed: bool
+def is_transposed(rhs: Tensor) -> bool:
+    """True if the right operand [K, N] of a matmul lies as [N, K], as the weight of a Linear does."""
+    return rhs.stride(0) == 1 and rhs.stride(1) == rhs.shape[0]
 
 
-def right_operand(rhs: Tensor) -> Right:
-    """The operand without a copy if it or its transpose is contiguous, else with one."""
-    if rhs.stride(0) == 1 and rhs.stride(1) == rhs.shape[0]:
-        return Right(rhs.t(), True)
-    return Right(rhs.contiguous(), False)
+def right_operand(rhs: Tensor, transposed: bool) -> Tensor:
+    """The right operand [K, N] as a kernel takes it: [N, K] if `transposed`, else [K, N], contiguous and aligned, without a copy
+    where it lies so."""
+    return aligned_pointer((rhs.t() if transposed else rhs).contiguous())
 
 
 def aligned_sizes(*sizes: int) -> bool:

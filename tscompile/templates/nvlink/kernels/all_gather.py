@@ -7,7 +7,6 @@ import tilelang.language as T
 from .gemm import (
     DTYPE_CODES,
     SMS,
-    TABLE_WORDS,
     THREADS,
     GemmConfig,
     call,
@@ -28,14 +27,14 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
         collects: idle warps copy the gathered tensor to an output of its own.
 
     Arguments of the kernel: X [MR, K] the own shard; A [M, K] the slot that the peers write; B_g [N_g, K] if transposed else
-    [K, N_g]; C_g [M, N_g]; V_g [N_g] bias; gathered [M, K]; the tile table; the context; counters; `pieces` and `shard_bytes` as the
-    shard lies in the gathered tensor [pieces, ranks, shard_bytes]; `epoch`, `site` and `ack` as tile.h says. What the
-    config does not use may be any tensor of the right shape.
+    [K, N_g]; then addresses: C_g of [M, N_g], V_g of a bias [N_g], the gathered tensor [M, K], the tile table of `tiles` rows, the
+    context, the counters; `pieces` and `shard_bytes` as the shard lies in the gathered tensor [pieces, ranks, shard_bytes]; `epoch`,
+    `site` and `ack` as tile.h says. What the config does not use may be anything, a tensor of the right rank where it is one.
     """
     dtype, transposed, weights, bias = config.dtype, config.transposed, config.operands, config.bias
     bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
     NF, DT = config.registers, DTYPE_CODES[config.dtype]
-    M, MR, K, NT = T.dynamic("M"), T.dynamic("MR"), T.dynamic("K"), T.dynamic("NT")
+    M, MR, K = T.dynamic("M"), T.dynamic("MR"), T.dynamic("K")
     N0, N1, N2 = T.dynamic("N0"), T.dynamic("N1"), T.dynamic("N2")
     B_shapes = [(n, K) if transposed else (K, n) for n in (N0, N1, N2)]
     text = prelude()
@@ -50,16 +49,17 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
         B0: T.Tensor(B_shapes[0], dtype),
         B1: T.Tensor(B_shapes[1], dtype),
         B2: T.Tensor(B_shapes[2], dtype),
-        C0: T.Tensor((M, N0), dtype),
-        C1: T.Tensor((M, N1), dtype),
-        C2: T.Tensor((M, N2), dtype),
-        V0: T.Tensor((N0,), dtype),
-        V1: T.Tensor((N1,), dtype),
-        V2: T.Tensor((N2,), dtype),
-        gathered: T.Tensor((M, K), dtype),
-        table: T.Tensor((NT, TABLE_WORDS), "int32"),
-        context: T.Tensor((32,), "int64"),
-        counters: T.Tensor((16,), "int32"),
+        C0: T.int64,
+        C1: T.int64,
+        C2: T.int64,
+        V0: T.int64,
+        V1: T.int64,
+        V2: T.int64,
+        gathered: T.int64,
+        table: T.int64,
+        tiles: T.int32,
+        context: T.int64,
+        counters: T.int64,
         pieces: T.int32,
         shard_bytes: T.int64,
         epoch: T.int32,
@@ -86,17 +86,19 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
             turn = 0
             ready = 0
             if thread < 32:
-                tile = value("tsk_claim", ref(counters[0]), NT)
+                tile = value("tsk_claim", counters, tiles)
                 while tile >= 0:
-                    row = table[tile, 0]
-                    col = table[tile, 1]
-                    own = table[tile, 3]
-                    group = table[tile, 7]
+                    row = value("tsk_word", table, tile, 0)
+                    col = value("tsk_word", table, tile, 1)
+                    own = value("tsk_word", table, tile, 3)
+                    group = value("tsk_word", table, tile, 7)
                     for k in T.serial(steps):
                         T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
                         if k == 0:
                             call("tsk_pass", turn, tile)
-                            ready = value("tsk_wait_ranks", ref(context[0]), table[tile, 6], ready, epoch, site)
+                            ready = value(
+                                "tsk_wait_ranks", context, value("tsk_word", table, tile, 6), ready, epoch, site
+                            )
                         if own != 0:
                             load_rows(X, row, k * bK, As, full, it % S, config)
                         else:
@@ -109,7 +111,7 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                         it = it + 1
                     turn = turn + 1
                     # Not sooner: a CTA that holds a tile which it cannot start yet keeps it from the others.
-                    tile = value("tsk_claim", ref(counters[0]), NT)
+                    tile = value("tsk_claim", counters, tiles)
                 T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
                 call("tsk_pass", turn, -1)
                 if T.shuffle_elect(32):
@@ -121,17 +123,24 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                     multiply(As, Bs, Cl, full, empty, it, steps, config)
                     it = it + steps
                     for g in numbers:
-                        if table[tile, 7] == g:
+                        if value("tsk_word", table, tile, 7) == g:
                             if bias:
-                                call("TSK_BIAS", NF, DT, ref((V0, V1, V2)[g][0]), table[tile, 1], (N0, N1, N2)[g])
+                                call(
+                                    "TSK_BIAS",
+                                    NF,
+                                    DT,
+                                    (V0, V1, V2)[g],
+                                    value("tsk_word", table, tile, 1),
+                                    (N0, N1, N2)[g],
+                                )
                             call(
                                 "TSK_STORE",
                                 NF,
                                 DT,
-                                ref((C0, C1, C2)[g][0, 0]),
-                                table[tile, 5],
-                                table[tile, 1],
-                                table[tile, 2],
+                                (C0, C1, C2)[g],
+                                value("tsk_word", table, tile, 5),
+                                value("tsk_word", table, tile, 1),
+                                value("tsk_word", table, tile, 2),
                                 (N0, N1, N2)[g],
                             )
                     turn = turn + 1
@@ -139,19 +148,19 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                     tile = value("tsk_passed", turn)
                 if collects:
                     call("tsk_join")
-                if value("tsk_last", ref(counters[0]), SMS) != 0:
-                    if value("tsl_aborted", ref(context[0])) != 0:
+                if value("tsk_last", counters, SMS) != 0:
+                    if value("tsk_aborted", context) != 0:
                         for g in numbers:
-                            call("tsk_fill_nan", ref((C0, C1, C2)[g][0, 0]), T.cast(M, "int64") * (N0, N1, N2)[g] * 2)
+                            call("tsk_fill_nan", (C0, C1, C2)[g], T.cast(M, "int64") * (N0, N1, N2)[g] * 2)
                         if collects:
-                            call("tsk_fill_nan", ref(gathered[0, 0]), T.cast(M, "int64") * K * 2)
-                    call("tsk_finish", ref(context[0]), ref(counters[0]), epoch, ack)
+                            call("tsk_fill_nan", gathered, T.cast(M, "int64") * K * 2)
+                    call("tsk_finish", context, counters, epoch, ack)
             elif thread >= 64:
                 if collects:
                     call(
                         "tsk_collect_shards",
-                        ref(context[0]),
-                        ref(gathered[0, 0]),
+                        context,
+                        gathered,
                         ref(X[0, 0]),
                         shard_bytes,
                         pieces,

@@ -13,7 +13,6 @@ import tilelang.language as T
 from .gemm import (
     DTYPE_CODES,
     SMS,
-    TABLE_WORDS,
     THREADS,
     GemmConfig,
     call,
@@ -31,16 +30,15 @@ from .gemm import (
 def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
     """prim_func of the sum over terms and ranks of A_t @ B_t (+ V on the terms' sum), scattered or to all.
 
-    Arguments of the kernel: A_t [M, K_t]; B_t [N, K_t] if transposed else [K_t, N]; V [N] the bias; C [MO, N] the output; slot: this
-    rank's slot, first the tiles for peers, at `result_offset` (in elements) the sums of an all_reduce; landing: room for the
-    peers' tiles [ranks, tiles, tile], and their epochs in `landed`; the tile table and the list of pulls (tiles.py); `tiles` a rank's
-    number of tiles; `scale` a factor on the sum.
+    Arguments of the kernel: A_t [M, K_t]; B_t [N, K_t] if transposed else [K_t, N]; then addresses and sizes: V of the bias [N]; C of
+    the output [rows, N]; slot, of this rank: first the tiles for peers, `result_offset` bytes behind its start the sums of an
+    all_reduce; landing: room for the peers' tiles [ranks, tiles, tile], and their epochs in `landed`; the tile table and the list of
+    pulls (tiles.py); the context; the counters; `tiles` a rank's number of tiles; `scale` a factor on the sum.
     """
     dtype, transposed, terms = config.dtype, config.transposed, config.operands
     bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
     NF, DT = config.registers, DTYPE_CODES[config.dtype]
-    M, MO, N, NT, NS, NC = (T.dynamic(name) for name in ("M", "MO", "N", "NT", "NS", "NC"))
-    NP, NL = T.dynamic("NP"), T.dynamic("NL")
+    M, N = T.dynamic("M"), T.dynamic("N")
     K0, K1, K2 = T.dynamic("K0"), T.dynamic("K1"), T.dynamic("K2")
     B_shapes = [(N, k) if transposed else (k, N) for k in (K0, K1, K2)]
     text = prelude()
@@ -54,15 +52,18 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
         B0: T.Tensor(B_shapes[0], dtype),
         B1: T.Tensor(B_shapes[1], dtype),
         B2: T.Tensor(B_shapes[2], dtype),
-        V: T.Tensor((N,), dtype),
-        C: T.Tensor((MO, N), dtype),
-        slot: T.Tensor((NS,), dtype),
-        landing: T.Tensor((NL,), dtype),
-        landed: T.Tensor((NC,), "int32"),
-        table: T.Tensor((NT, TABLE_WORDS), "int32"),
-        pulls: T.Tensor((NP, TABLE_WORDS), "int32"),
-        context: T.Tensor((32,), "int64"),
-        counters: T.Tensor((16,), "int32"),
+        V: T.int64,
+        C: T.int64,
+        rows: T.int32,
+        slot: T.int64,
+        landing: T.int64,
+        landed: T.int64,
+        table: T.int64,
+        entries: T.int32,
+        pulls: T.int64,
+        pull_entries: T.int32,
+        context: T.int64,
+        counters: T.int64,
         tiles: T.int32,
         scale: T.float32,
         result_offset: T.int64,
@@ -95,10 +96,10 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
             for t in numbers:
                 steps = steps + T.ceildiv((K0, K1, K2)[t], bK)
             if thread < 32:
-                tile = value("tsk_claim", ref(counters[0]), NT)
+                tile = value("tsk_claim", counters, entries)
                 while tile >= 0:
-                    row = table[tile, 0]
-                    col = table[tile, 1]
+                    row = value("tsk_word", table, tile, 0)
+                    col = value("tsk_word", table, tile, 1)
                     T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
                     call("tsk_pass", turn, tile)
                     for t in numbers:
@@ -111,7 +112,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                             it = it + 1
                     turn = turn + 1
                     # Not sooner: a CTA that holds a tile which it cannot start yet keeps it from the others.
-                    tile = value("tsk_claim", ref(counters[0]), NT)
+                    tile = value("tsk_claim", counters, entries)
                 T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
                 call("tsk_pass", turn, -1)
                 if T.shuffle_elect(32):
@@ -123,22 +124,27 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                     multiply(As, Bs, Cl, full, empty, it, steps, config)
                     it = it + steps
                     if config.bias:
-                        call("TSK_BIAS", NF, DT, ref(V[0]), table[tile, 1], N)
-                    if table[tile, 3] == 0:
-                        call("TSK_STAGE", NF, DT, ref(slot[T.cast(table[tile, 4], "int64") * (bM * bN)]))
+                        call("TSK_BIAS", NF, DT, V, value("tsk_word", table, tile, 1), N)
+                    if value("tsk_word", table, tile, 3) == 0:
+                        call(
+                            "TSK_STAGE",
+                            NF,
+                            DT,
+                            slot + T.cast(value("tsk_word", table, tile, 4), "int64") * (bM * bN * 2),
+                        )
                         T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                        call("tsk_leave_note", 1, table[tile, 6], table[tile, 7])
+                        call("tsk_leave_note", 1, value("tsk_word", table, tile, 6), value("tsk_word", table, tile, 7))
                         T.barrier_arrive(noted[0])
                         notes = notes + 1
                     else:
-                        call("tsk_wait_landed", ref(context[0]), ref(landed[0]), table[tile, 4], tiles, epoch, site)
+                        call("tsk_wait_landed", context, landed, value("tsk_word", table, tile, 4), tiles, epoch, site)
                         call(
                             "TSK_ADD_PARTS",
                             NF,
                             DT,
-                            ref(context[0]),
-                            ref(landing[0]),
-                            T.cast(table[tile, 4], "int64"),
+                            context,
+                            landing,
+                            T.cast(value("tsk_word", table, tile, 4), "int64"),
                             T.cast(tiles, "int64"),
                         )
                         if scale != T.float32(1):
@@ -148,19 +154,30 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                                 "TSK_STORE_TWICE",
                                 NF,
                                 DT,
-                                ref(C[0, 0]),
-                                table[tile, 5],
-                                table[tile, 1],
-                                table[tile, 2],
+                                C,
+                                value("tsk_word", table, tile, 5),
+                                value("tsk_word", table, tile, 1),
+                                value("tsk_word", table, tile, 2),
                                 N,
-                                ref(slot[result_offset + T.cast(table[tile, 4], "int64") * (bM * bN)]),
+                                slot
+                                + result_offset
+                                + T.cast(value("tsk_word", table, tile, 4), "int64") * (bM * bN * 2),
                             )
                             T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                            call("tsk_leave_note", 2, 0, table[tile, 7])
+                            call("tsk_leave_note", 2, 0, value("tsk_word", table, tile, 7))
                             T.barrier_arrive(noted[0])
                             notes = notes + 1
                         else:
-                            call("TSK_STORE", NF, DT, ref(C[0, 0]), table[tile, 5], table[tile, 1], table[tile, 2], N)
+                            call(
+                                "TSK_STORE",
+                                NF,
+                                DT,
+                                C,
+                                value("tsk_word", table, tile, 5),
+                                value("tsk_word", table, tile, 1),
+                                value("tsk_word", table, tile, 2),
+                                N,
+                            )
                     turn = turn + 1
                     T.barrier_wait(full[it % S], (it // S) & 1)
                     tile = value("tsk_passed", turn)
@@ -168,10 +185,10 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                 call("tsk_leave_note", 0, 0, 0)
                 T.barrier_arrive(noted[0])
                 call("tsk_join")
-                if value("tsk_last", ref(counters[0]), SMS) != 0:
-                    if value("tsl_aborted", ref(context[0])) != 0:
-                        call("tsk_fill_nan", ref(C[0, 0]), T.cast(MO, "int64") * N * 2)
-                    call("tsk_finish", ref(context[0]), ref(counters[0]), epoch, ack)
+                if value("tsk_last", counters, SMS) != 0:
+                    if value("tsk_aborted", context) != 0:
+                        call("tsk_fill_nan", C, T.cast(rows, "int64") * N * 2)
+                    call("tsk_finish", context, counters, epoch, ack)
             elif thread < 64:
                 kind = 1
                 while kind > 0:
@@ -182,23 +199,23 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                     T.barrier_arrive(taken[0])
                     notes = notes + 1
                     if kind == 1:
-                        call("tsk_signal_peer", ref(context[0]), row, tile, epoch)
+                        call("tsk_signal_peer", context, row, tile, epoch)
                     if kind == 2:
-                        call("tsk_signal_peers", ref(context[0]), tile, epoch)
+                        call("tsk_signal_peers", context, tile, epoch)
             else:
                 if thread < 96:
                     call(
                         "TSK_PULL",
                         NF,
-                        ref(context[0]),
-                        ref(counters[2]),
-                        ref(pulls[0, 0]),
-                        NP,
+                        context,
+                        counters + 8,
+                        pulls,
+                        pull_entries,
                         ref(pieces[0]),
-                        ref(landing[0]),
-                        ref(landed[0]),
-                        ref(C[0, 0]),
-                        result_offset * 2,
+                        landing,
+                        landed,
+                        C,
+                        result_offset,
                         N,
                         epoch,
                         site,

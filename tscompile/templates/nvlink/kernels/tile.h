@@ -12,15 +12,26 @@ enum { TSK_BF16 = 0, TSK_FP16 = 1 };
 // Words of a row in the tile table (tiles.py): see there.
 enum { TSK_ROW, TSK_COL, TSK_ROWS, TSK_OWNER, TSK_INDEX, TSK_OUT_ROW, TSK_MASK, TSK_GROUP, TSK_WORDS };
 
+// An address that a kernel gets as a pointer or as an int64: tensors that TMA does not read are passed by address, since each tensor
+// argument costs the host about a microsecond.
+struct TskAddress {
+  void *p;
+  __device__ __forceinline__ TskAddress(const void *q) : p(const_cast<void *>(q)) {}
+  __device__ __forceinline__ TskAddress(int64_t q) : p(reinterpret_cast<void *>(q)) {}
+  __device__ __forceinline__ operator void *() const { return p; }
+};
+TSL int tsk_word(TskAddress table, int row, int word) { return __ldg((const int *)table.p + row * 8 + word); }
+TSL int tsk_aborted(TskAddress context) { return tsl_aborted(context.p); }
+
 // ---- tiles are claimed from a counter, so that any resident subset of the CTAs finishes all of them ---------------------------
 
 TSL int *tsk_ring() {
   __shared__ int ring[8];
   return ring;
 }
-TSL int tsk_claim(void *counter, int total) {
+TSL int tsk_claim(TskAddress counter, int total) {
   int tile = 0;
-  if ((threadIdx.x & 31) == 0) tile = (int)atomicAdd((unsigned int *)counter, 1u);
+  if ((threadIdx.x & 31) == 0) tile = (int)atomicAdd((unsigned int *)counter.p, 1u);
   tile = __shfl_sync(0xffffffffu, tile, 0);
   return tile < total ? tile : -1;
 }
@@ -34,31 +45,31 @@ TSL int tsk_passed(int w) { return ((volatile int *)tsk_ring())[w & 7]; }
 
 TSL void tsk_sync() { asm volatile("bar.sync 9, 256;" ::: "memory"); }   // of the multiplying warps
 
-TSL uint32_t tsk_epoch(const void *context, int epoch) {
-  return (uint32_t)epoch + *(volatile uint32_t *)tsl_context(context)->epoch_cell;
+TSL uint32_t tsk_epoch(TskAddress context, int epoch) {
+  return (uint32_t)epoch + *(volatile uint32_t *)tsl_context(context.p)->epoch_cell;
 }
 
 // ---- waits ------------------------------------------------------------------------------------------------------------------
 
 // Loading warp: lane r waits for the data of rank r if `mask` has it and `ready` has not; returns the new `ready`.
-TSL int tsk_wait_ranks(const void *context, int mask, int ready, int epoch, int site) {
-  const TslContext *c = tsl_context(context);
+TSL int tsk_wait_ranks(TskAddress context, int mask, int ready, int epoch, int site) {
+  const TslContext *c = tsl_context(context.p);
   if ((mask & ~ready) == 0) return ready;
   const int lane = threadIdx.x & 31;
   if (lane < TSL_MAX_RANKS && ((mask & ~ready) >> lane & 1))
-    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
+    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
   __syncwarp();
   tsl_fence_async();
   return ready | mask;
 }
 
 // Multiplying warps: wait until the partial tiles `index` of all peers have landed. `landed` holds epochs, [ranks, tiles].
-TSL void tsk_wait_landed(const void *context, const void *landed, int index, int tiles, int epoch, int site) {
-  const TslContext *c = tsl_context(context);
+TSL void tsk_wait_landed(TskAddress context, TskAddress landed, int index, int tiles, int epoch, int site) {
+  const TslContext *c = tsl_context(context.p);
   const int t = TSK_THREAD, size = (int)c->size;
   if (t < size - 1) {
     const int peer = ((int)c->rank + 1 + t) % size;
-    tsl_wait_epoch(context, (const char *)landed + 4ull * (peer * tiles + index), tsk_epoch(context, epoch), peer, site);
+    tsl_wait_epoch(context.p, (char *)landed.p + 4ull * (peer * tiles + index), tsk_epoch(context, epoch), peer, site);
   }
   tsk_sync();
 }
@@ -110,13 +121,13 @@ TSL void tsk_quad_transpose(uint32_t a[4], int lane) {
 // ---- epilogues --------------------------------------------------------------------------------------------------------------
 
 // acc[row, :] += bias[:], one rounding later; bias is [n] of the tile's dtype.
-template <int NF, int DT> TSL void tsk_bias(float *acc, const void *bias, int col, int n) {
+template <int NF, int DT> TSL void tsk_bias(float *acc, TskAddress bias, int col, int n) {
   const int q = threadIdx.x & 3;
   #pragma unroll
   for (int j = 0; j < NF / 4; ++j) {
     const int c = col + j * 8 + q * 2;
     if (c < n) {
-      const uint32_t x = *(const uint32_t *)((const char *)bias + 2ull * c);
+      const uint32_t x = *(const uint32_t *)((char *)bias.p + 2ull * c);
       const float lo = tsk_low<DT>(x), hi = tsk_high<DT>(x);
       acc[j * 4] += lo; acc[j * 4 + 1] += hi; acc[j * 4 + 2] += lo; acc[j * 4 + 3] += hi;
     }
@@ -130,7 +141,7 @@ template <int NF> TSL void tsk_scale(float *acc, float factor) {
 
 // Store the tile to a row-major matrix [.., n] at (row, col), as far as `rows` and the columns below n go; n is a multiple of 8 and
 // the base 16-byte aligned. If COPY, the whole tile goes to `copy` as well, row-major and contiguous.
-template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, void *out, int row, int col, int rows, int n, void *copy) {
+template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress out, int row, int col, int rows, int n, TskAddress copy) {
   const int t = TSK_THREAD, w = t >> 5, l = t & 31, q = l & 3, first = w * 16 + (l >> 2);
   #pragma unroll
   for (int jb = 0; jb < NF / 16; ++jb) {
@@ -142,8 +153,8 @@ template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, void *out, in
       tsk_quad_transpose(a, q);
       const int c = col + jb * 32 + q * 8, r = first + h * 8;
       uint4 v; v.x = a[0]; v.y = a[1]; v.z = a[2]; v.w = a[3];
-      if (c < n && r < rows) tsl_st_v4((char *)out + ((uint64_t)(row + r) * n + c) * 2, v);
-      if (COPY) tsl_st_v4((char *)copy + (r * (NF * 2) + jb * 32 + q * 8) * 2, v);
+      if (c < n && r < rows) tsl_st_v4((char *)out.p + ((uint64_t)(row + r) * n + c) * 2, v);
+      if (COPY) tsl_st_v4((char *)copy.p + (r * (NF * 2) + jb * 32 + q * 8) * 2, v);
     }
   }
   if (NF % 16) {
@@ -153,26 +164,26 @@ template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, void *out, in
       for (int h = 0; h < 2; ++h) {
         const int c = col + j * 8 + q * 2, r = first + h * 8;
         const uint32_t x = tsk_pack<DT>(acc[j * 4 + h * 2], acc[j * 4 + h * 2 + 1]);
-        if (c < n && r < rows) *(uint32_t *)((char *)out + ((uint64_t)(row + r) * n + c) * 2) = x;
-        if (COPY) *(uint32_t *)((char *)copy + (r * (NF * 2) + j * 8 + q * 2) * 2) = x;
+        if (c < n && r < rows) *(uint32_t *)((char *)out.p + ((uint64_t)(row + r) * n + c) * 2) = x;
+        if (COPY) *(uint32_t *)((char *)copy.p + (r * (NF * 2) + j * 8 + q * 2) * 2) = x;
       }
   }
 }
 
 // Tiles that travel keep the registers' order: thread t's i-th 16 bytes lie at i * 4096 + t * 16, so stores and loads are whole lines.
-template <int NF, int DT> TSL void tsk_stage(float *acc, void *tile) {
-  char *p = (char *)tile + TSK_THREAD * 16;
+template <int NF, int DT> TSL void tsk_stage(float *acc, TskAddress tile) {
+  char *p = (char *)tile.p + TSK_THREAD * 16;
   #pragma unroll
   for (int i = 0; i < NF / 8; ++i) tsl_st_v4(p + i * 4096, tsk_pack8<DT>(acc + i * 8));
 }
 // acc += the partial tile of every peer, in ring order: a fixed order, so results repeat bit by bit.
-template <int NF, int DT> TSL void tsk_add_parts(float *acc, const void *context, const void *landing, int64_t index, int64_t tiles) {
-  const TslContext *c = tsl_context(context);
+template <int NF, int DT> TSL void tsk_add_parts(float *acc, TskAddress context, TskAddress landing, int64_t index, int64_t tiles) {
+  const TslContext *c = tsl_context(context.p);
   const int size = (int)c->size, rank = (int)c->rank;
   #pragma unroll 1
   for (int i = 1; i < size; ++i) {
     const int peer = (rank + i) % size;
-    const char *p = (const char *)landing + (peer * tiles + index) * (NF * 512ll) + TSK_THREAD * 16;
+    const char *p = (char *)landing.p + (peer * tiles + index) * (NF * 512ll) + TSK_THREAD * 16;
     #pragma unroll
     for (int j = 0; j < NF / 8; j += 4) {
       uint4 v[4];
@@ -197,18 +208,18 @@ TSL int tsk_note_kind() { return ((volatile int *)tsk_note())[0]; }
 TSL int tsk_note_peer() { return ((volatile int *)tsk_note())[1]; }
 TSL int tsk_note_flag() { return ((volatile int *)tsk_note())[2]; }
 // Set flag `flag` of one peer to the epoch: what this rank wrote for it may be read.
-TSL void tsk_signal_peer(const void *context, int peer, int flag, int epoch) {
+TSL void tsk_signal_peer(TskAddress context, int peer, int flag, int epoch) {
   const uint32_t e = tsk_epoch(context, epoch);
   if ((threadIdx.x & 31) == 0) {
     tsl_fence_async();   // peers read by bulk copies
     tsl_fence_sys();
-    tsl_st_relaxed_sys((void *)(tsl_context(context)->flags[peer] + 4ull * (uint32_t)flag), e);
+    tsl_st_relaxed_sys((void *)(tsl_context(context.p)->flags[peer] + 4ull * (uint32_t)flag), e);
   }
   __syncwarp();
 }
 // Set flag `flag` to the epoch at every peer.
-TSL void tsk_signal_peers(const void *context, int flag, int epoch) {
-  const TslContext *c = tsl_context(context);
+TSL void tsk_signal_peers(TskAddress context, int flag, int epoch) {
+  const TslContext *c = tsl_context(context.p);
   const int lane = threadIdx.x & 31;
   const uint32_t e = tsk_epoch(context, epoch);
   if (lane == 0) {
@@ -233,22 +244,22 @@ TSL void tsk_copy_bytes(void *to, const void *from, int64_t bytes, int cta, int 
     for (int u = 0; u < 8; ++u) if (i + u * stride < total) tsl_st_v4((char *)to + (i + u * stride) * 16, v[u]);
   }
 }
-TSL void tsk_collect_wait(const void *context, int flag, int epoch, int peer, int site) {
-  const TslContext *c = tsl_context(context);
-  tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)flag), tsk_epoch(context, epoch), peer, site);
+TSL void tsk_collect_wait(TskAddress context, int flag, int epoch, int peer, int site) {
+  const TslContext *c = tsl_context(context.p);
+  tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)flag), tsk_epoch(context, epoch), peer, site);
   __syncwarp();
 }
 // The gathered tensor [pieces, size, bytes]: the shards of the peers from the slot, in the order of their arrival, the own one from x.
-TSL void tsk_collect_shards(const void *context, void *out, const void *shard, int64_t bytes, int pieces, int epoch, int site, int cta, int ctas) {
-  const TslContext *c = tsl_context(context);
+TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard, int64_t bytes, int pieces, int epoch, int site, int cta, int ctas) {
+  const TslContext *c = tsl_context(context.p);
   const int size = (int)c->size, rank = (int)c->rank;
   for (int i = 0; i < size; ++i) {
     const int source = (rank + i) % size;
     if (i) tsk_collect_wait(context, source, epoch, source, site);
     for (int p = 0; p < pieces; ++p) {
       const int64_t at = ((int64_t)p * size + source) * bytes;
-      const char *from = i ? (const char *)c->data[rank] + at : (const char *)shard + p * bytes;
-      tsk_copy_bytes((char *)out + at, from, bytes, cta, ctas);
+      const char *from = i ? (const char *)c->data[rank] + at : (char *)shard.p + p * bytes;
+      tsk_copy_bytes((char *)out.p + at, from, bytes, cta, ctas);
     }
   }
 }
@@ -289,18 +300,18 @@ TSL void tsk_bulk_store(void *to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
 // Claim rows of the work list until none is left. `buffer` is shared memory of 2 * PIECE bytes; a tile is four pieces of 32 rows.
-template <int NF> TSL void tsk_pull(const void *context, void *counter, const int *list, int total, void *buffer, void *landing, void *landed,
-                                    void *out, int64_t result_offset, int n, int epoch, int site) {
-  const TslContext *c = tsl_context(context);
+template <int NF> TSL void tsk_pull(TskAddress context, TskAddress counter, TskAddress list, int total, TskAddress buffer, TskAddress landing, TskAddress landed,
+                                    TskAddress out, int64_t result_offset, int n, int epoch, int site) {
+  const TslContext *c = tsl_context(context.p);
   const int lane = threadIdx.x & 31;
   constexpr uint32_t PIECE = NF * 128, WIDTH = NF * 4;   // bytes: of a piece, and of a row of a tile
   const uint32_t shared = tsk_shared(buffer), barrier = tsk_shared(tsk_pull_barriers()), now = tsk_epoch(context, epoch);
   uint32_t loads = 0;
   tsk_pull_init();
   for (int item = tsk_claim(counter, total); item >= 0; item = tsk_claim(counter, total)) {
-    const int *row = list + item * TSK_WORDS;
+    const int *row = (const int *)list.p + item * TSK_WORDS;
     const int kind = row[TSK_KIND], peer = row[TSK_PEER], to = row[TSK_TO];
-    if (lane == 0) tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)row[TSK_FLAG]), now, peer, site);
+    if (lane == 0) tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)row[TSK_FLAG]), now, peer, site);
     __syncwarp();
     const char *from = (const char *)c->data[peer] + (kind == TSK_RESULT ? result_offset : 0) + (int64_t)row[TSK_FROM] * (PIECE * 4);
     if (lane == 0) {
@@ -311,11 +322,11 @@ template <int NF> TSL void tsk_pull(const void *context, void *counter, const in
       const uint32_t piece = shared + (loads & 1) * PIECE;
       tsk_bulk_wait(barrier + (loads & 1) * 8, (loads >> 1) & 1);
       if (kind == TSK_LAND) {
-        if (lane == 0) tsk_bulk_store((char *)landing + ((int64_t)to * 4 + p) * PIECE, piece, PIECE);
+        if (lane == 0) tsk_bulk_store((char *)landing.p + ((int64_t)to * 4 + p) * PIECE, piece, PIECE);
       } else {
         const int r = p * 32 + lane, col = row[TSK_TO_COL];
         const uint32_t bytes = min((uint32_t)(n - col) * 2, WIDTH);
-        if (r < row[TSK_TO_ROWS]) tsk_bulk_store((char *)out + ((int64_t)(to + r) * n + col) * 2, piece + lane * WIDTH, bytes);
+        if (r < row[TSK_TO_ROWS]) tsk_bulk_store((char *)out.p + ((int64_t)(to + r) * n + col) * 2, piece + lane * WIDTH, bytes);
       }
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       if (p < 2) {
@@ -329,7 +340,7 @@ template <int NF> TSL void tsk_pull(const void *context, void *counter, const in
     if (kind == TSK_LAND && lane == 0) {
       tsl_fence_async();
       __threadfence();
-      *(volatile uint32_t *)((char *)landed + 4ull * to) = now;
+      *(volatile uint32_t *)((char *)landed.p + 4ull * to) = now;
     }
   }
 }
@@ -339,24 +350,24 @@ template <int NF> TSL void tsk_pull(const void *context, void *counter, const in
 // counters: [0] claims of tiles, [1] CTAs that are done, [2] claims of pulls. The last CTA leaves them at zero for the next launch and tells the peers that this
 // rank has read its slot (unless ack_flag is negative); if the group was aborted it fills the output with NaN, since part of it was never computed.
 TSL void tsk_join() { asm volatile("bar.sync 10, 320;" ::: "memory"); }   // multiplying warps and warps 2 and 3
-TSL int tsk_last(void *counters, int ctas) {
+TSL int tsk_last(TskAddress counters, int ctas) {
   __shared__ int last;
   tsk_sync();
   if (TSK_THREAD == 0) {
     __threadfence();
-    last = atomicAdd((unsigned int *)counters + 1, 1u) == (unsigned)ctas - 1;
+    last = atomicAdd((unsigned int *)counters.p + 1, 1u) == (unsigned)ctas - 1;
     if (last) __threadfence();
   }
   tsk_sync();
   return *(volatile int *)&last;
 }
-TSL void tsk_fill_nan(void *out, int64_t bytes) {
+TSL void tsk_fill_nan(TskAddress out, int64_t bytes) {
   const uint4 nan = make_uint4(~0u, ~0u, ~0u, ~0u);
-  for (int64_t i = TSK_THREAD; i < bytes / 16; i += TSK_CONSUMERS) tsl_st_v4((char *)out + i * 16, nan);
+  for (int64_t i = TSK_THREAD; i < bytes / 16; i += TSK_CONSUMERS) tsl_st_v4((char *)out.p + i * 16, nan);
 }
-TSL void tsk_finish(const void *context, void *counters, int epoch, int ack_flag) {
-  const TslContext *c = tsl_context(context);
-  if (TSK_THREAD == 0) { for (int i = 0; i < 3; ++i) ((volatile unsigned int *)counters)[i] = 0; }
+TSL void tsk_finish(TskAddress context, TskAddress counters, int epoch, int ack_flag) {
+  const TslContext *c = tsl_context(context.p);
+  if (TSK_THREAD == 0) { for (int i = 0; i < 3; ++i) ((volatile unsigned int *)counters.p)[i] = 0; }
   const int t = TSK_THREAD;
   if (ack_flag >= 0 && t < (int)c->size && t != (int)c->rank) tsl_st_release_sys((void *)(c->flags[t] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
 }
@@ -364,23 +375,23 @@ TSL void tsk_finish(const void *context, void *counters, int epoch, int ack_flag
 // ---- kernels of one warp --------------------------------------------------------------------------------------------------------
 
 // First in a captured call: its epoch is the next one of the slot, and every peer must have read what this rank sent there before.
-TSL void tsk_open(const void *context, int, int site, int ack_flag) {
-  const TslContext *c = tsl_context(context);
+TSL void tsk_open(TskAddress context, int, int site, int ack_flag) {
+  const TslContext *c = tsl_context(context.p);
   const uint32_t before = *(volatile uint32_t *)c->epoch_cell;
   const int lane = threadIdx.x & 31;
   if (lane < (int)c->size && lane != (int)c->rank)
-    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * (ack_flag + lane)), before, lane, site);
+    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (ack_flag + lane)), before, lane, site);
   __syncwarp();
   if (lane == 0) *(volatile uint32_t *)c->epoch_cell = before + 1;
 }
-TSL void tsk_await_shards(const void *context, int epoch, int site, int) {
-  const TslContext *c = tsl_context(context);
+TSL void tsk_await_shards(TskAddress context, int epoch, int site, int) {
+  const TslContext *c = tsl_context(context.p);
   const int lane = threadIdx.x & 31;
   if (lane < (int)c->size && lane != (int)c->rank)
-    tsl_wait_epoch(context, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
+    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
 }
-TSL void tsk_acknowledge(const void *context, int epoch, int, int ack_flag) {
-  const TslContext *c = tsl_context(context);
+TSL void tsk_acknowledge(TskAddress context, int epoch, int, int ack_flag) {
+  const TslContext *c = tsl_context(context.p);
   const int lane = threadIdx.x & 31;
   if (lane < (int)c->size && lane != (int)c->rank) tsl_st_release_sys((void *)(c->flags[lane] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
 }
