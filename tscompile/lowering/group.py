@@ -65,6 +65,7 @@ class GroupState:
         self._limit_bytes: int | None = None
         self._store: dist.Store | None = None
         self._votes = 0
+        self._needs: dict[tuple[Any, ...], int] = {}
         self._growths = 0
         self._refused_ballots: list[Ballot] = []
 
@@ -216,7 +217,7 @@ class GroupState:
     ) -> list[torch.Tensor] | None:
         """Outputs of the template; None if the original ops must run: on every rank, since all see the same sizes."""
         assert self.heap is not None
-        need = template.scratch_bytes(plan, len(self.ranks), *args)
+        need = self._need(template, plan, args)
         if need < 0:
             return None
         if need > self.heap.half_bytes:
@@ -229,6 +230,14 @@ class GroupState:
             self._grow(half, channel)
         with torch.no_grad():
             return self.executor.run(template, channel, plan, args)
+
+    def _need(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> int:
+        """What the template needs of the arena; remembered by shapes, since this runs at every launch."""
+        key = (plan.site, *[_sizes(value) for value in args])
+        need = self._needs.get(key)
+        if need is None:
+            need = self._needs[key] = template.scratch_bytes(plan, len(self.ranks), *args)
+        return need
 
     def _grow(self, half_bytes: int, channel: HostChannel) -> None:
         """Replace the arenas of all ranks by larger ones, in the middle of an op; every rank does so in the same epoch."""
@@ -355,6 +364,15 @@ def _attempt(rank: int, action: Callable[[], dict[str, object] | None]) -> dict[
         return action() or {}
     except HeapError as error:
         return {"refusal": f"rank {rank}: {error}"}
+
+
+def _sizes(value: Any) -> Any:
+    """Shapes of an argument of an op: a tensor, a list of tensors, or a size."""
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    if isinstance(value, (list, tuple)):
+        return tuple([None if item is None else item.shape for item in value])
+    return value
 
 
 def _decode(text: str) -> Verdict:

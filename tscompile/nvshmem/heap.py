@@ -65,7 +65,7 @@ class HostWords(Protocol):
     size: int
 
     def enter(self, epoch: int, site: int, name: str) -> None:
-        """Say that this rank has entered `epoch` at the site `name`."""
+        """Say that this rank has entered `epoch` at the site `name` ("" if nobody will ask)."""
         ...
 
     def entered(self, peer: int) -> int:

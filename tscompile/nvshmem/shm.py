@@ -279,8 +279,9 @@ class ShmHeap:
         )
 
     def enter(self, epoch: int, site: int, name: str) -> None:
-        text = name.encode()[: _SITE_BYTES - 1] + b"\0"
-        ctypes.memmove(self._own + _SITES + (epoch & 1) * _SITE_BYTES, text, len(text))
+        if name:
+            text = name.encode()[: _SITE_BYTES - 1] + b"\0"
+            ctypes.memmove(self._own + _SITES + (epoch & 1) * _SITE_BYTES, text, len(text))
         self._signals.store(self._own + _ENTERED, epoch)
 
     def entered(self, peer: int) -> int:
