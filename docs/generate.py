@@ -12,13 +12,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 from tscompile.options import KINDS, OptionRow, Options
-from tscompile.problem import FusionProblem, Gemm
+from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
@@ -68,26 +66,35 @@ def patterns() -> str:
 
 
 def support() -> str:
-    """Which template of the CPU executor takes which problem: each is asked."""
-    from tscompile import templates
+    """Which template of which executor takes which problem: each is asked."""
+    from tscompile.templates.nvlink import registered
     from tscompile.templates.template import find_template
 
-    for module in iter_modules(templates.__path__):
-        import_module(f"{templates.__name__}.{module.name}")
+    assert registered  # importing it registers the templates of GPUs
 
-    def cell(kind: str, **changes: Any) -> str:
+    def cell(kind: str, executor: str, **changes: Any) -> str:
         values: dict[str, Any] = {"device": "cpu", "dtype": "float32", "intra_host": True, **changes}
-        problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(Gemm(4096, 4096, 4096),), **values)
-        template = find_template(kind, "shm")
-        return "fused" if template is not None and template.supports(problem) is None else "original ops"
+        dtype = values["dtype"]
+        gemm = Gemm(4096, 4096, 4096)
+        problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(gemm,), gemm_dtypes=(dtype,), **values)
+        plan = Plan(kind, "", executor, dtype, uses=(GatherUse("lhs", False, "rows", dtype),))
+        template = find_template(kind, executor)
+        return "fused" if template is not None and template.supports(problem, plan) is None else "original ops"
 
-    header = ["kind", *(f"CPU, {dtype}" for dtype in DTYPES), "CPU ranks of several hosts", "CUDA"]
+    header = [
+        "kind",
+        *(f"CPU, {dtype}" for dtype in DTYPES),
+        "GPU, bfloat16 and float16",
+        "GPU, float32",
+        "several hosts",
+    ]
     rows = [
         [
             f"`{kind}`",
-            *(cell(kind, dtype=dtype) for dtype in DTYPES),
-            cell(kind, intra_host=False),
-            cell(kind, device="cuda", dtype="bfloat16"),
+            *(cell(kind, "shm", dtype=dtype) for dtype in DTYPES),
+            cell(kind, "nvlink", device="cuda", dtype="bfloat16"),
+            cell(kind, "nvlink", device="cuda", dtype="float32"),
+            cell(kind, "shm", intra_host=False),
         ]
         for kind in KINDS
     ]
@@ -118,8 +125,10 @@ def newest_gpu_result(kind: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def gpu_summary() -> str:
-    found = newest_gpu_result("ops")
-    return gpu_report.summary(found[1]) if found else "Not measured yet."
+    ops, models = newest_gpu_result("ops"), newest_gpu_result("model")
+    parts = [gpu_report.summary(ops[1])] if ops else []
+    parts += [plot.text(models[1]).rstrip()] if models else []
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 def gpu_in_full(kind: str) -> str:
