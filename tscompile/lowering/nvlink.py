@@ -117,7 +117,7 @@ class NvlinkExecutor:
         assert self.link is not None
         number = self._numbers.get(plan.site)
         if number is None:
-            number = self._numbers[plan.site] = site_hash(plan.site) & _MASK
+            number = self._numbers[plan.site] = (site_hash(plan.site) & _MASK) or 1
             self._sites[number] = plan.site
             self._watches[number] = _Stopwatch(plan.site)
         call = self.link.open(number)
@@ -137,6 +137,11 @@ class NvlinkExecutor:
         if link is None or not link.has_record():
             return None
         found = link.read_record()
+        if not found.site:
+            return found.peer, (
+                f"rank {self.ranks[found.peer]} gave up waiting for a peer and ended the group's fused ops: look at its log for the "
+                "first error; outputs of the ops that ran since are NaN"
+            )
         site = self._sites.get(found.site, f"number {found.site}")
         waited = f"{link.timeout_s:g} s"
         return found.peer, (

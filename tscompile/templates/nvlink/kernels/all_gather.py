@@ -150,6 +150,7 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                     call("tsk_join")
                 if value("tsk_last", counters, SMS) != 0:
                     if value("tsk_aborted", context) != 0:
+                        call("tsk_report", context)
                         for g in numbers:
                             call("tsk_fill_nan", (C0, C1, C2)[g], T.cast(M, "int64") * (N0, N1, N2)[g] * 2)
                         if collects:

@@ -187,6 +187,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                 call("tsk_join")
                 if value("tsk_last", counters, SMS) != 0:
                     if value("tsk_aborted", context) != 0:
+                        call("tsk_report", context)
                         call("tsk_fill_nan", C, T.cast(rows, "int64") * N * 2)
                     call("tsk_finish", context, counters, epoch, ack)
             elif thread < 64:

@@ -365,6 +365,17 @@ TSL void tsk_fill_nan(TskAddress out, int64_t bytes) {
   const uint4 nan = make_uint4(~0u, ~0u, ~0u, ~0u);
   for (int64_t i = TSK_THREAD; i < bytes / 16; i += TSK_CONSUMERS) tsl_st_v4((char *)out.p + i * 16, nan);
 }
+// The group was aborted by another rank: this rank's host hears of it, too, even if that one's process is gone by now.
+TSL void tsk_report(TskAddress context) {
+  const TslContext *c = tsl_context(context.p);
+  volatile uint64_t *r = (volatile uint64_t *)c->record;
+  if (TSK_THREAD == 0 && r[0] == 0) {
+    r[1] = tsl_ld_relaxed_sys((const void *)c->abort_word) - 1;
+    r[2] = r[3] = r[4] = 0;
+    __threadfence_system();
+    r[0] = 1 + c->rank;
+  }
+}
 TSL void tsk_finish(TskAddress context, TskAddress counters, int epoch, int ack_flag) {
   const TslContext *c = tsl_context(context.p);
   if (TSK_THREAD == 0) { for (int i = 0; i < 3; ++i) ((volatile unsigned int *)counters.p)[i] = 0; }
