@@ -113,6 +113,7 @@ class FusionProblem:
     gemm_dtypes: tuple[str, ...] = ()  # of each matmul's result, before any cast
     reduce_op: str = "sum"
     return_gathered: bool = False
+    capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import HeapError
+from ..language.toolchain import ToolchainError, nvcc
 from ..nvshmem.device import NvlinkHeap
 from ..nvshmem.heap import GroupHeap, HostChannel, site_hash
 from ..nvshmem.world import DEFAULT_HEAP_BYTES
@@ -91,6 +92,10 @@ class NvlinkExecutor:
         )  # after a cache hit nobody has planned in this process
         if not torch.cuda.is_available():
             raise HeapError("torch sees no GPU in this process: check CUDA_VISIBLE_DEVICES")
+        try:
+            nvcc()
+        except ToolchainError as error:
+            raise HeapError(f"kernels cannot be compiled: {error}") from error
         device = torch.device("cuda", torch.cuda.current_device())
         return NvlinkHeap(index, len(ranks), device, ranks=ranks, heap_bytes=heap_bytes or DEFAULT_HEAP_BYTES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
         return Keep("one-rank", "the group has one rank: there is no communication to hide")
     executor = EXECUTORS.get(problem.device)
     if executor == "nvlink":
+        problem = replace(problem, capability=_capability())
         importlib.import_module(
             "tscompile.templates.nvlink.registered"
         )  # registers its templates; needs TileLang, so not sooner
@@ -48,6 +50,11 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
             f"predicted {prediction.fused_us:.0f} us fused against {prediction.original_us:.0f} us as it is",
         )
     return Fuse(executor, prediction.fused_us, prediction.original_us)
+
+
+def _capability() -> tuple[int, int] | None:
+    """Compute capability of this process's GPU. Ranks whose GPUs differ plan differently, and the vote tells them."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def scratch_bytes(plan: Plan, ranks: int, args: Sequence[Any]) -> int:

@@ -7,6 +7,7 @@ from .kernels.gemm import DTYPE_CODES, MAX_OPERANDS
 from .operands import aligned_sizes
 
 MAX_RANKS = 8
+CAPABILITY = (9, 0)
 
 
 def nvlink_refusal(problem: FusionProblem) -> str | None:
@@ -15,6 +16,8 @@ def nvlink_refusal(problem: FusionProblem) -> str | None:
         return f"NVLink serves CUDA tensors, these are on {problem.device}"
     if not 2 <= problem.group_size <= MAX_RANKS:
         return f"the kernels serve 2 to {MAX_RANKS} ranks, the group has {problem.group_size}"
+    if problem.capability not in (None, CAPABILITY):
+        return "the kernels are for compute capability 9.0 (H100, H200), this GPU has {}.{}".format(*problem.capability)
     if not problem.intra_host:
         return "the ranks are on several hosts: NVLink reaches one"
     if problem.dtype not in DTYPE_CODES:
