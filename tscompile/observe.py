@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .problem import Row
+from .problem import GroupMemory, Row
 
 log = logging.getLogger("tscompile")
 
@@ -39,7 +39,7 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rows: dict[str, Row] = {}
-        self._memory: dict[tuple[int, ...], str] = {}
+        self._memory: dict[tuple[tuple[int, ...], str], GroupMemory] = {}
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows; a site that is already known keeps its row (the same artifact may start more than once)."""
@@ -58,14 +58,14 @@ class Ledger:
                 if row.group == group and row.decision == "fused":
                     row.decision, row.code, row.reason = "kept", code, reason
 
-    def memory(self, ranks: tuple[int, ...], text: str) -> None:
-        """Where the buffers of a group are, and how large."""
+    def holds(self, memory: GroupMemory) -> None:
+        """The buffers of a group are there, or have grown."""
         with self._lock:
-            self._memory[ranks] = text
+            self._memory[memory.ranks, memory.provider] = memory
 
-    def memories(self) -> dict[tuple[int, ...], str]:
+    def memory(self) -> list[GroupMemory]:
         with self._lock:
-            return dict(self._memory)
+            return list(self._memory.values())
 
     def measured(self, site: str, us: float) -> None:
         """Wall time of one launch of a fused site on this rank; the report shows the last one."""

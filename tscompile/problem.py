@@ -161,3 +161,13 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class GroupMemory:
+    """Buffers of one group: where they come from, why, and their size on each rank."""
+
+    ranks: tuple[int, ...]
+    provider: str
+    bytes: int
+    reason: str = ""

@@ -10,10 +10,11 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from .observe import ledger
-from .problem import Row
+from .problem import GroupMemory, Row
 
 SCHEMA = 1
 _WIDTH = 128
@@ -48,8 +49,9 @@ class Report:
     `str(report)` is a table in plain ASCII; `print()` adds colour on a terminal; `to_json()` is for programs.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row], memory: Iterable[GroupMemory] = ()) -> None:
         self.rows: list[Row] = list(rows)
+        self.memory: list[GroupMemory] = list(memory)
 
     def counts(self) -> dict[str, int]:
         """Original collectives by decision: `{"fused": .., "kept": .., "unmatched": ..}`."""
@@ -69,7 +71,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready data; `schema` grows when a key changes its meaning or goes."""
-        return {"schema": SCHEMA, "rows": [_row_json(row) for row in self.rows]}
+        return {
+            "schema": SCHEMA,
+            "rows": [_row_json(row) for row in self.rows],
+            "memory": [asdict(memory) for memory in self.memory],
+        }
 
     def print(self, file: TextIO | None = None) -> None:
         """Print the table, in colour if `file` is a terminal and NO_COLOR is not set."""
@@ -106,11 +112,18 @@ class Report:
                     yield " " * indent + text, row
             yield "", None
         yield self.summary(), None
+        for memory in self.memory:
+            ranks = ", ".join(str(rank) for rank in memory.ranks)
+            reason = f" ({memory.reason})" if memory.reason else ""
+            yield (
+                _ascii(f"buffers of ranks {ranks}: {memory.bytes / 2**20:.1f} MiB on each, {memory.provider}{reason}"),
+                None,
+            )
 
 
 def reports() -> Report:
     """The report on every graph that this process has started to run, in the order of first launch."""
-    return Report(ledger.rows())
+    return Report(ledger.rows(), ledger.memory())
 
 
 def _line(cells: list[str], sizes: list[int]) -> str:

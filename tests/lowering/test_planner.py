@@ -77,3 +77,13 @@ def test_refuses_what_no_kernel_takes(change: dict[str, object], expected: str) 
 
 def test_a_disabled_kind_is_kept_whatever_it_gains() -> None:
     assert code(PROBLEM, disable=("all_gather_matmul",), fuse="always") == "disabled"
+
+
+def test_kernels_are_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(PLAN, dtype="bfloat16", uses=(replace(USE, dtype="bfloat16"),))
+    problem = replace(PROBLEM, device="cuda", dtype="bfloat16", gemm_dtypes=("bfloat16",))
+    monkeypatch.setattr(planner, "_capability", lambda: (9, 0))
+    assert isinstance(planner.plan(problem, plan, Options(fuse="always")), Fuse)
+    monkeypatch.setattr(planner, "_capability", lambda: (8, 0))
+    kept = planner.plan(problem, plan, Options(fuse="always"))
+    assert isinstance(kept, Keep) and kept.code == "unsupported" and "8.0" in kept.reason

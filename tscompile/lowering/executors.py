@@ -12,7 +12,7 @@ import torch
 
 from ..nvshmem.heap import Channel, GroupHeap, HostChannel
 from ..nvshmem.shm import ShmHeap
-from ..problem import Plan
+from ..problem import GroupMemory, Plan
 from ..templates import Template
 
 NAMES = ("shm", "nvlink", "reference")  # "reference": the original ops
@@ -53,8 +53,8 @@ class Executor(Protocol):
         """End the waits of what all ranks have enqueued."""
         ...
 
-    def describe(self, heap: GroupHeap) -> str:
-        """Provider and bytes, for the report."""
+    def describe(self, heap: GroupHeap, ranks: tuple[int, ...]) -> GroupMemory:
+        """For the report."""
         ...
 
 
@@ -84,8 +84,8 @@ class ShmExecutor:
     def stop(self) -> None:
         pass
 
-    def describe(self, heap: GroupHeap) -> str:
-        return f"shared memory, {2 * heap.half_bytes} bytes"
+    def describe(self, heap: GroupHeap, ranks: tuple[int, ...]) -> GroupMemory:
+        return GroupMemory(ranks, "shared memory", self.shares * heap.half_bytes)
 
 
 def make_executor(name: str) -> Executor:

@@ -110,7 +110,7 @@ class GroupState:
         self._timeout_s = stake.timeout_s if stake.timeout_s is not None else self._default_timeout_s
         self._limit_bytes = stake.heap_bytes
         self.executor.adopt(heap, self.ranks, self._timeout_s)
-        ledger.memory(self.ranks, self.executor.describe(heap))
+        ledger.holds(self.executor.describe(heap, self.ranks))
 
     def refuse(self, verdict: Verdict) -> None:
         """From the next epoch on the ranks run the original ops; peers that are waiting in it are told."""
@@ -269,7 +269,7 @@ class GroupState:
         if not verdict.agreed:
             raise DowngradedError(f"{verdict.code}|{verdict.reason}")
         self.executor.adopt(heap, self.ranks, self._timeout_s)
-        ledger.memory(self.ranks, self.executor.describe(heap))
+        ledger.holds(self.executor.describe(heap, self.ranks))
 
 
 class Election:

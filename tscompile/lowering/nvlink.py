@@ -21,7 +21,7 @@ from ..nvshmem.device import NvlinkHeap
 from ..nvshmem.heap import GroupHeap, HostChannel, site_hash
 from ..nvshmem.world import DEFAULT_HEAP_BYTES
 from ..observe import ledger, log
-from ..problem import Plan
+from ..problem import GroupMemory, Plan
 from ..templates import Template
 from ..templates.nvlink.channel import DeviceLink
 
@@ -159,9 +159,9 @@ class NvlinkExecutor:
         if self.link is not None:
             self.link.stop()
 
-    def describe(self, heap: GroupHeap) -> str:
+    def describe(self, heap: GroupHeap, ranks: tuple[int, ...]) -> GroupMemory:
         assert isinstance(heap, NvlinkHeap)
-        return f"{heap.provider}, {heap.memory.nbytes} bytes ({heap.provider_reason})"
+        return GroupMemory(ranks, heap.provider, heap.memory.nbytes, heap.provider_reason)
 
     def look(self) -> None:
         """One round of the watchdog: spread the news of a failure to the peers' hosts, and of theirs to this GPU."""
