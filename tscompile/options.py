@@ -162,8 +162,8 @@ class Options:
         None,
         _byte_count,
         'bytes, "256M", none',
-        "Upper limit of each rank's shared memory for one process group; a site that needs more runs the original ops. "
-        "none: as much as the largest site needs.",
+        "Upper limit of each rank's buffers for one process group; a site that needs more runs the original ops. On GPUs also the "
+        "size of each rank's NVSHMEM arena, which all groups share. none: as much as the largest site needs, arena 1 GiB.",
     )
 
     def __post_init__(self) -> None:
