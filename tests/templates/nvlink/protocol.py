@@ -74,7 +74,7 @@ def run_all(actors: Sequence[Actor], seed: int, after: Callable[[], None] = lamb
                     break
                 moved = True
                 after()
-        if not moved and not any([actor.step() for actor in waiting]):
+        if not moved and not any(actor.step() for actor in waiting):
             raise Stuck(f"{len(waiting)} of {len(actors)} actors wait for ever")
 
 
@@ -128,7 +128,11 @@ class Reducer:
         assert index not in self.sums and 0 <= index < count
         self.sums[index] = tile
         for other in range(size):
-            if other != self.rank and self.table.rows and any(pull[0] == RESULT for pull in self.world[other].table.pulls):
+            if (
+                other != self.rank
+                and self.table.rows
+                and any(pull[0] == RESULT for pull in self.world[other].table.pulls)
+            ):
                 self.signal(other, flag)
         return True
 
@@ -175,7 +179,9 @@ def reduce_all(
 class Gatherer:
     """One rank of all_gather_matmul. Results are row and column themselves, so that what is stored says where it comes from."""
 
-    def __init__(self, rank: int, ranks: int, pieces: int, inner: int, made: Gather, widths: Sequence[int], tile_n: int):
+    def __init__(
+        self, rank: int, ranks: int, pieces: int, inner: int, made: Gather, widths: Sequence[int], tile_n: int
+    ):
         self.rank, self.ranks, self.tile_n, self.widths = rank, ranks, tile_n, widths
         total = pieces * ranks * inner
         self.whole = torch.arange(total).view(pieces, ranks, inner)

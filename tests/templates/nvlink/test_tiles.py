@@ -82,7 +82,9 @@ def test_what_a_gathers_tile_says_of_itself(sizes: tuple[int, int, int, list[int
     assert set(first_needed) == set(range(ranks)) - {rank}
     if all(mask & (mask - 1) == 0 for *_, mask, _ in made.rows):
         assert first_needed == [(rank + step) % ranks for step in range(1, ranks)]  # the order of their arrival
-    waits = [max((step for step in range(ranks) if row[6] >> (rank + step) % ranks & 1), default=0) for row in made.rows]
+    waits = [
+        max((step for step in range(ranks) if row[6] >> (rank + step) % ranks & 1), default=0) for row in made.rows
+    ]
     if not made.spans:
         assert waits == sorted(waits)
 
@@ -90,13 +92,25 @@ def test_what_a_gathers_tile_says_of_itself(sizes: tuple[int, int, int, list[int
 @st.composite
 def scatters(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
     """ranks, outer, inner, n, tile_n"""
-    return draw(RANKS), draw(st.integers(1, 3)), draw(st.integers(1, 13)), draw(st.integers(1, 20)), draw(st.integers(3, 9))
+    return (
+        draw(RANKS),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 13)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(3, 9)),
+    )
 
 
 @st.composite
 def all_reduces(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
     """ranks, m, n, tile_n, parts"""
-    return draw(RANKS), draw(st.integers(1, 50)), draw(st.integers(1, 20)), draw(st.integers(3, 9)), draw(st.integers(1, 6))
+    return (
+        draw(RANKS),
+        draw(st.integers(1, 50)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(3, 9)),
+        draw(st.integers(1, 6)),
+    )
 
 
 def products_of(ranks: int, m: int, n: int, seed: int) -> list[torch.Tensor]:
@@ -184,9 +198,7 @@ def check_fit(tables: list[Reduction], limit: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8])
 @pytest.mark.parametrize(("m", "n"), [(8192, 4096), (1000, 1304), (130, 8), (8, 8), (128 * 40, 264)])
-def test_tables_of_real_sizes_fit_together(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, m: int, n: int
-) -> None:
+def test_tables_of_real_sizes_fit_together(monkeypatch: pytest.MonkeyPatch, ranks: int, m: int, n: int) -> None:
     monkeypatch.setattr(tiles, "TILE_M", 128)
     monkeypatch.setattr(tiles, "_BAND", 8)
     width = gemm_reduce._TILE_N
@@ -215,7 +227,9 @@ def test_tables_of_all_ranks_fit_together(
         [scatter_tiles(rank, *scatter) for rank in range(ranks)], 2 * ranks * outer * tile_count(inner, n, tile_n)
     )
     ranks, m, n, tile_n, _ = reduce
-    check_fit([all_reduce_tiles(rank, *reduce) for rank in range(ranks)], 2 * ranks * -(-tile_count(m, n, tile_n) // ranks))
+    check_fit(
+        [all_reduce_tiles(rank, *reduce) for rank in range(ranks)], 2 * ranks * -(-tile_count(m, n, tile_n) // ranks)
+    )
 
 
 def test_flags_of_data_lie_below_those_of_acknowledgements() -> None:
