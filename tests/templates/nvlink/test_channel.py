@@ -135,3 +135,14 @@ def test_records_idleness_and_the_abort_word(gpu: Gpu, monkeypatch: pytest.Monke
     offset = link.contexts[0][context.ABORT_OFFSET].item()
     assert [step["dst"] for step in gpu.engine.issued] == [base + offset for base in gpu.memory.bases]
     assert {(step["kind"], step["value"]) for step in gpu.engine.issued} == {(copies.WRITE, 2)}
+
+
+def test_epochs_go_on_where_an_int32_ends(gpu: Gpu) -> None:
+    """Kernels compare epochs modulo 2**32: one that fell back to 0 would find all its flags set already."""
+    gpu.link._eager = 2**31 - 3
+    calls = [gpu.link.open(5) for _ in range(4)]
+    assert [call.epoch for call in calls] == [2**31 - 2, 2**31 - 1, -(2**31), 1 - 2**31]
+    assert [call.signal_step(0, 2).value for call in calls] == [2**31 + i for i in (-2, -1, 0, 1)]
+    assert [call.slot for call in calls] == [0, 1, 0, 1]
+    gpu.link._eager = 2**32 - 2
+    assert [gpu.link.open(5).epoch for _ in range(3)] == [-1, 0, 1]
