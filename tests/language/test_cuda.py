@@ -7,6 +7,7 @@ import pytest
 import tscompile.language as tl
 
 from . import kernels
+from .ptx import before, read_non_coherently
 
 D = tl.dialect("cuda")
 NO_SHARED_SYNC = {"tl.disable_thread_storage_sync": True}
@@ -20,30 +21,6 @@ def compiled(function: object, **pass_configs: bool) -> tl.CudaArtifact:
     assert "call.uni" not in artifact.ptx and ".func" not in artifact.ptx  # all inlined: a call would serialise wgmma
     assert read_non_coherently(artifact) <= {"ctx"}  # which nobody writes while kernels run
     return artifact
-
-
-def read_non_coherently(artifact: tl.CudaArtifact) -> set[str]:
-    """The pointers through which the kernel makes `ld.global.nc` loads: names of parameters, "a loaded pointer" for peers' memory."""
-    signature = re.findall(r"[(,]([^,()]*?)(\w+)(?=[,)])", artifact.source[: artifact.source.index(";")])
-    defined: dict[str, list[tuple[str, str]]] = {}
-    for operation, register, rest in re.findall(r"\t([a-z][\w.:]*)\s+(%\w+), ([^;]*);", artifact.ptx):
-        defined.setdefault(register, []).append((operation, rest))
-    loads = re.findall(r"ld\.global\.nc\S*\s+\S+ \[(%\w+)", artifact.ptx)
-    assert len(loads) == artifact.ptx.count("ld.global.nc")
-    found = set()
-    for base in loads:
-        todo, seen, pointers = [base], {base}, set()
-        while todo:
-            for operation, rest in defined[todo.pop()]:
-                if parameter := re.search(r"_param_(\d+)", rest):
-                    kind, name = signature[int(parameter[1])]
-                    pointers |= {name} if "*" in kind else set()
-                elif not operation.startswith("ld."):
-                    new = {register for register in re.findall(r"%\w+", rest) if register in defined} - seen
-                    seen |= new
-                    todo += new
-        found |= pointers or {"a loaded pointer"}
-    return found
 
 
 def test_non_coherent_loads_are_seen() -> None:
@@ -60,15 +37,6 @@ def test_non_coherent_loads_are_seen() -> None:
             y[0] = x[1] + tl.peer(ctx, tl.rank(ctx), 0, (8,), "float32")[2]
 
     assert read_non_coherently(tl.compile_cuda(kernel)) == {"ctx", "x"}
-
-
-def before(text: str, *patterns: str) -> None:
-    """The patterns occur in this order."""
-    at = 0
-    for pattern in patterns:
-        found = re.compile(pattern).search(text, at)
-        assert found, f"{pattern} does not follow in\n{text[at:]}"
-        at = found.end()
 
 
 def test_copies() -> None:

@@ -1,7 +1,9 @@
 """Defects of TileLang that the kernels here are written around. Each test fails once its defect is gone (strict xfail), or once a
 work-around stops working."""
 
-from __future__ import annotations
+# No postponed annotations here: TileLang evaluates those of a prim_func where it stands.
+
+import re
 
 import pytest
 import tilelang
@@ -87,3 +89,45 @@ def test_address_of() -> None:
 
 def test_access_ptr_in_its_place() -> None:
     assert "&(x[" in lowered(flags_far_apart(lambda x: tl.ld(x, dtype="uint32")))
+
+
+def sizes_of_two(bind: bool):
+    """Two parameters whose sizes the host reads; a Python loop that gives both one name, or takes them where they stand."""
+    n0, n1 = T.dynamic("n0"), T.dynamic("n1")
+
+    @T.prim_func
+    def kernel(x0: T.Tensor((n0,), "float32"), x1: T.Tensor((n1,), "float32"), out: T.Tensor((2,), "float32")):
+        with T.Kernel(1, threads=32) as _:
+            if T.get_thread_binding() == 0:
+                if bind:
+                    for i, x in enumerate((x0, x1)):
+                        out[i] = x[0]
+                else:
+                    for i in (0, 1):
+                        out[i] = (x0, x1)[i][0]
+
+    return kernel
+
+
+def shapes_read(function: object) -> list[str]:
+    """What the host code takes the sizes from: one entry for each of n0 and n1."""
+    target = tvm.target.Target(TARGET)
+    with target:
+        host = tilelang.lower(function, target=target).host_mod.script()
+    found = re.findall(r"n[01](?:_\d)?: T\.int32 = T\.Cast\(\"int32\", (\w+)\[0\]\)", host)
+    if len(found) != 2:
+        pytest.fail(f"the generated code has another shape: look at it again\n{host}")
+    return found
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="tilelang 0.1.15 reads one parameter's shape for all that a Python loop binds to one name",
+)
+def test_parameters_that_a_loop_binds() -> None:
+    assert len(set(shapes_read(sizes_of_two(bind=True)))) == 2
+
+
+def test_parameters_that_a_loop_takes_where_they_stand() -> None:
+    assert len(set(shapes_read(sizes_of_two(bind=False)))) == 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tscompile.lowering import cost_model, planner
 from tscompile.options import Options
@@ -87,3 +90,85 @@ def test_kernels_are_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_capability", lambda: (8, 0))
     kept = planner.plan(problem, plan, Options(fuse="always"))
     assert isinstance(kept, Keep) and kept.code == "unsupported" and "8.0" in kept.reason
+
+
+def gpu_problem(kind: str, m: int, n: int, k: int, ranks: int = 4, **changes: object) -> FusionProblem:
+    """A matmul [m, n, k]; what is gathered is its left operand, what is reduced its result."""
+    moved = m * (k if kind == "all_gather_matmul" else n) * 2
+    facts = FusionProblem(kind, ranks, True, "cuda", "bfloat16", moved, (Gemm(m, n, k),), ("bfloat16",))
+    return replace(facts, **changes)  # type: ignore[arg-type]
+
+
+def gpu_plan(kind: str) -> Plan:
+    uses = (GatherUse("lhs", False, "rows", "bfloat16"),) if kind == "all_gather_matmul" else ()
+    return Plan(kind, "", "", "bfloat16", uses=uses)
+
+
+GPU_KINDS = ("all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce")
+
+
+@pytest.mark.parametrize("kind", GPU_KINDS)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(("n", "k"), [(7168, 4096), (4096, 3584), (2048, 8192)])
+def test_large_gpu_sites_are_fused(kind: str, ranks: int, n: int, k: int) -> None:
+    decision = planner.plan(gpu_problem(kind, 8192, n, k, ranks), gpu_plan(kind), Options())
+    assert isinstance(decision, Fuse) and decision.executor == "nvlink"
+    assert decision.predicted_fused_us < decision.predicted_original_us * cost_model.MUST_GAIN
+
+
+@pytest.mark.parametrize(
+    ("kind", "m", "n", "k"),
+    [
+        ("matmul_all_reduce", 16, 1024, 1024),
+        ("matmul_all_reduce", 128, 4096, 4096),
+        ("matmul_reduce_scatter", 128, 256, 65536),  # nearly all of it is the matmul, which fusing slows down
+        ("all_gather_matmul", 16, 1 << 20, 2048),
+    ],
+)
+def test_gpu_sites_that_gain_nothing_are_kept(kind: str, m: int, n: int, k: int) -> None:
+    asked = gpu_problem(kind, m, n, k)
+    decision = planner.plan(asked, gpu_plan(kind), Options())
+    assert isinstance(decision, Keep) and decision.code == "no-gain"
+    assert isinstance(planner.plan(asked, gpu_plan(kind), Options(fuse="always")), Fuse)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@given(
+    kind=st.sampled_from(GPU_KINDS),
+    m=st.integers(1, 1 << 17),
+    n=st.integers(1, 1 << 15),
+    k=st.integers(1, 1 << 15),
+    ranks=st.integers(2, 8),
+)
+def test_predictions_are_finite_and_grow(device: str, kind: str, m: int, n: int, k: int, ranks: int) -> None:
+    base = gpu_problem(kind, m, n, k, ranks, device=device)
+    predicted = cost_model.predict(base)
+    for us in (predicted.fused_us, predicted.original_us):
+        assert math.isfinite(us) and us > 0
+    for larger in (
+        replace(base, comm_bytes=base.comm_bytes + (64 << 20)),
+        replace(base, group_size=ranks + 1),
+        replace(base, gemms=base.gemms * 2),
+        *(replace(base, gemms=(Gemm(*(2 * s if i == j else s for i, s in enumerate((m, n, k)))),)) for j in range(3)),
+    ):
+        grown = cost_model.predict(larger)
+        assert grown.fused_us >= predicted.fused_us and grown.original_us >= predicted.original_us
+    # Whatever is exposed of the communication, the original pays for more of it.
+    more = cost_model.predict(replace(base, comm_bytes=base.comm_bytes + (64 << 20)))
+    assert more.original_us - predicted.original_us > more.fused_us - predicted.fused_us
+    # Work that no transport hides costs more: no cost is clipped away.
+    heavy = replace(base, gemms=(Gemm(1 << 17, 1 << 15, 1 << 16),))
+    assert cost_model.predict(heavy).fused_us > predicted.fused_us
+
+
+def test_no_decision_reads_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same problem, same answer, whatever the process is called."""
+    decisions = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        decisions.append(
+            [planner.plan(gpu_problem(kind, 4096, 4096, 4096), gpu_plan(kind), Options()) for kind in GPU_KINDS]
+        )
+    assert decisions[0] == decisions[1] == decisions[2]
+    assert "rank" not in {field.name for field in fields(FusionProblem)}

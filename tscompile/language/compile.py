@@ -29,6 +29,8 @@ class CudaArtifact:
         registers: per thread.
         spill_bytes: spill stores and loads, bytes per thread.
         stack_bytes: stack frame, bytes per thread.
+        shared_bytes: shared memory of a block, static and dynamic.
+        log: what ptxas said, its remarks among it.
     """
 
     source: str
@@ -37,6 +39,8 @@ class CudaArtifact:
     registers: int
     spill_bytes: int
     stack_bytes: int
+    shared_bytes: int
+    log: str
 
 
 def _run(command: list[str]) -> str:
@@ -64,7 +68,10 @@ def compile_cuda(function: Any, arch: str = "sm_90a", pass_configs: dict[str, An
     nvcc = str(toolchain.nvcc())
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
     with tvm.transform.PassContext(opt_level=3, config=pass_configs or {}), target:
-        source = str(tilelang.lower(function, target=target).kernel_source)
+        lowered = tilelang.lower(function, target=target)
+    source = str(lowered.kernel_source)
+    kernels = [kernel.attrs for kernel in lowered.device_mod.functions.values() if kernel.attrs is not None]
+    dynamic = max(int(attrs.get("dyn_shared_memory_buf", 0)) for attrs in kernels)
     with tempfile.TemporaryDirectory(prefix="tscompile-") as folder:
         cu, ptx, cubin = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "ptx", "cubin"))
         cu.write_text(source)
@@ -77,4 +84,6 @@ def compile_cuda(function: Any, arch: str = "sm_90a", pass_configs: dict[str, An
             registers=_largest(r"Used (\d+) registers", log),
             spill_bytes=sum(int(number) for number in re.findall(r"(\d+) bytes spill", log)),
             stack_bytes=_largest(r"(\d+) bytes stack frame", log),
+            shared_bytes=_largest(r"(\d+) bytes smem", log) + dynamic,
+            log=log,
         )

@@ -198,7 +198,8 @@ def _recipe(
     channel: DeviceChannel, plan: Plan, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> _Recipe:
     cache = channel.link.tables
-    key = (plan.site, shard.shape, *[(other.shape, other.stride()) for other in others])
+    has_bias = tuple(bias is not None for bias in biases)  # a site's name does not say it
+    key = (plan.site, has_bias, shard.shape, *[(other.shape, other.stride()) for other in others])
     found: _Recipe | None = cache.get(key)
     if found is None:
         found = cache[key] = _Recipe(channel.link, plan, shard, others, biases)

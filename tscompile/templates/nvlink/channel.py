@@ -135,7 +135,9 @@ class DeviceLink:
                 torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._last_stream))
             self._last_stream = stream
         self._eager += 1
-        return DeviceChannel(self, self._eager & 1, self._eager & 0x7FFFFFFF, site, False)
+        # Kernels take an int32 and compare modulo 2**32, so all 32 bits must count on.
+        epoch = ((self._eager + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+        return DeviceChannel(self, self._eager & 1, epoch, site, False)
 
     @property
     def was_captured(self) -> bool:

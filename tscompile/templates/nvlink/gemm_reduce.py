@@ -116,11 +116,14 @@ def _recipe(
     lhs: Sequence[Tensor],
     rhs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    outer: int,
     all_reduce: bool,
     make: Callable[[], Reduction],
 ) -> _Recipe:
     cache = channel.link.tables
-    key = (plan.site, lhs[0].shape, *[(b.shape, b.stride()) for b in rhs])
+    # A site's name says nothing of biases, and with symbolic sizes the same rows may come in other pieces.
+    has_bias = tuple(bias is not None for bias in biases)
+    key = (plan.site, outer, has_bias, lhs[0].shape, *[(b.shape, b.stride()) for b in rhs])
     found: _Recipe | None = cache.get(key)
     if found is None:
         found = cache[key] = _Recipe(channel.link, plan, lhs, rhs, biases, make(), all_reduce)
@@ -187,6 +190,7 @@ class NvlinkGemmReduceScatter:
             lhs,
             rhs,
             biases,
+            outer,
             False,
             lambda: scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N),
         )
@@ -232,6 +236,7 @@ class NvlinkGemmAllReduce:
             lhs,
             rhs,
             biases,
+            1,
             True,
             lambda: all_reduce_tiles(channel.rank, channel.size, m, n, _TILE_N, _PARTS),
         )

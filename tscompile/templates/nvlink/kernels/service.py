@@ -11,9 +11,8 @@ from .gemm import compile_kernel, prelude
 # No postponed annotations here: TileLang evaluates those of a prim_func where it stands.
 
 
-@lru_cache
-def service_kernel(name: str) -> Any:
-    """Compiled kernel that runs the device function `name` of tile.h: tsk_open, tsk_await_shards or tsk_acknowledge."""
+def service_program(name: str) -> Any:
+    """prim_func that runs the device function `name` of tile.h: tsk_open, tsk_await_shards or tsk_acknowledge."""
     text = prelude()
 
     @T.prim_func
@@ -21,4 +20,10 @@ def service_kernel(name: str) -> Any:
         with T.Kernel(1, threads=32, prelude=text):
             T.call_extern("handle", name, T.access_ptr(context[0], "r"), epoch, site, ack)
 
-    return entry(compile_kernel(service))
+    return service
+
+
+@lru_cache
+def service_kernel(name: str) -> Any:
+    """The compiled program."""
+    return entry(compile_kernel(service_program(name)))

@@ -1,0 +1,220 @@
+"""What becomes of a GPU group that fails: records, watchdog, errors; on memory of the CPU, two ranks in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
+from tests.nvshmem.test_device import fake_heaps, grow
+from tests.templates.nvlink.fake_gpu import Gpu
+from tscompile.errors import HeapError, PeerError
+from tscompile.lowering import nvlink
+from tscompile.lowering.executors import ShmExecutor, make_executor
+from tscompile.lowering.group import GroupState
+from tscompile.lowering.nvlink import NvlinkExecutor
+from tscompile.lowering.vote import Verdict
+from tscompile.nvshmem.device import NvlinkHeap
+from tscompile.nvshmem.heap import DowngradedError, HostChannel, site_hash
+from tscompile.problem import Plan
+
+RANKS = (4, 6)
+PLAN = Plan("matmul_all_reduce", "forward-1/down", "nvlink", "bfloat16", coefficients=(1.0,))
+
+
+class Rank:
+    """One rank's heap, executor and group; the link's copy engine and streams are fakes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, heap: NvlinkHeap, watched: list[NvlinkExecutor]) -> None:
+        self.heap = heap
+        self.gpu = Gpu(patch, heap.rank, heap.size)  # patches the module; the executor makes its own link
+        self.executor = NvlinkExecutor()
+        patch.setattr(self.executor, "_opener", lambda: lambda *_: None)
+        patch.setattr(nvlink, "_watchdog", type("Watch", (), {"watch": staticmethod(watched.append)}))
+        self.executor.adopt(heap, RANKS, 2.5)
+        assert self.executor.link is not None
+        self.link = self.executor.link
+        self.engine = self.gpu.engine
+        self.group = GroupState(RANKS, RANKS[heap.rank], 2.5, self.executor)
+        self.group.heap = heap
+
+    def record(self, peer: int, expected: int = 9, seen: int = 8, site: str = PLAN.site) -> None:
+        """As a kernel that gave up."""
+        number = site_hash(site) & 0x7FFFFFFF
+        self.link.record[:5] = torch.tensor([self.heap.rank + 1, peer, number, expected, seen])
+
+    def enqueue(self) -> None:
+        """A call that runs."""
+        self.executor.run(Nothing(), None, PLAN, ())  # type: ignore[arg-type]
+        self.engine.done = False
+
+    def stopped(self) -> bool:
+        """The abort words of all ranks have been set."""
+        return [step["value"] for step in self.engine.issued] == [self.heap.rank + 1] * 2
+
+
+class Nothing:
+    """A template whose call does nothing."""
+
+    def run(self, *_: object) -> list[torch.Tensor]:
+        return []
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Rank]:
+    heaps, _ = fake_heaps(2)
+    grow(heaps, [4096, 4096])
+    watched: list[NvlinkExecutor] = []
+    made = [Rank(monkeypatch, heap, watched) for heap in heaps]
+    assert watched == [rank.executor for rank in made]
+    return made
+
+
+def test_a_record_says_who_waited_for_whom_where_and_how_long(ranks: list[Rank]) -> None:
+    first = ranks[0]
+    assert first.executor.failed() is None
+    first.enqueue()
+    first.record(peer=1)
+    failure = first.executor.failed()
+    assert failure is not None
+    guilty, text = failure
+    assert guilty == 1
+    for words in ("rank 6 did not send within 2.5 s", "rank 4 waited", "site forward-1/down", "epoch 8 of 9", "NaN"):
+        assert words in text
+    assert "tilescale.timeout_s" in text
+
+
+def test_a_record_of_a_site_that_this_rank_does_not_know(ranks: list[Rank]) -> None:
+    ranks[0].record(peer=1, site="another")
+    failure = ranks[0].executor.failed()
+    assert failure is not None and f"site number {site_hash('another') & 0x7FFFFFFF}" in failure[1]
+
+
+def test_the_next_launch_raises_what_a_kernel_recorded(ranks: list[Rank]) -> None:
+    first, second = ranks
+    first.enqueue()
+    first.record(peer=1)
+    for _ in range(2):  # and the one after that
+        with pytest.raises(PeerError, match=r"rank 6 did not send within 2\.5 s") as caught:
+            first.group.launch(PLAN, (), lambda: pytest.fail("the reference ran on one rank only"))
+        assert caught.value.rank == 6
+    with pytest.raises(PeerError, match=r"rank 6 did not send .* stay refused") as caught:
+        second.group.launch(PLAN, (), lambda: pytest.fail("the reference ran on one rank only"))
+    assert caught.value.rank == 6
+
+
+def test_the_watchdog_spreads_a_failure_to_the_hosts_and_theirs_to_the_gpu(ranks: list[Rank]) -> None:
+    first, second = ranks
+    for rank in ranks:
+        rank.enqueue()
+        rank.executor.look()
+    assert first.heap.aborted() is None and not first.stopped()
+    first.record(peer=1)
+    first.executor.look()
+    record = second.heap.aborted()
+    assert record is not None and (record.guilty, record.writer) == (1, 0) and "rank 6 did not send" in record.text
+    assert first.stopped()
+    second.executor.look()  # its own kernels wait for a rank that has given up
+    assert second.stopped()
+
+
+def test_the_watchdog_leaves_an_idle_gpu_alone(ranks: list[Rank]) -> None:
+    first, second = ranks
+    second.enqueue()
+    second.engine.done = True
+    first.heap.abort(0, "somewhere else")
+    second.executor.look()
+    assert not second.stopped()
+
+
+def test_a_dead_peer_matters_only_if_the_gpu_is_stuck(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ranks[0]
+    now = [100.0]
+    monkeypatch.setattr("tscompile.templates.nvlink.channel.time.monotonic", lambda: now[0])
+    first.enqueue()
+    monkeypatch.setattr(first.heap, "alive", lambda peer: peer != 1)
+    first.executor.look()
+    now[0] += 1.0
+    first.executor.look()
+    assert first.heap.aborted() is None and not first.stopped()  # it may have done its part
+    now[0] += 1.5
+    first.executor.look()
+    record = first.heap.aborted()
+    assert record is not None and record.guilty == 1 and "the process of rank 6 has ended" in record.text
+    assert first.stopped()
+
+
+def test_an_executor_without_a_link_has_nothing_to_say() -> None:
+    executor = NvlinkExecutor()
+    assert executor.failed() is None
+    executor.look()
+    executor.stop()
+    with pytest.raises(KeyError):
+        make_executor("abacus")
+    assert make_executor("nvlink").runs_ahead and not make_executor("shm").runs_ahead
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a process that sees no GPU")
+def test_a_heap_without_a_gpu_is_refused() -> None:
+    with pytest.raises(HeapError, match="CUDA_VISIBLE_DEVICES"):
+        NvlinkExecutor().make_heap(RANKS, 0, None)
+
+
+def test_adopting_again(ranks: list[Rank]) -> None:
+    first = ranks[0]
+    first.executor.adopt(first.heap, RANKS, 1.0)
+    assert first.executor.link is first.link and first.link.timeout_s == 1.0
+    retired: list[Any] = []
+    first.heap.retire = lambda: retired.append(True)  # type: ignore[method-assign]
+    grow([rank.heap for rank in ranks], [1 << 22] * 2)
+    first.executor.adopt(first.heap, RANKS, 1.0)
+    assert first.executor.link is not first.link and retired == [True]
+    assert first.executor.describe(first.heap).startswith(f"{first.heap.provider}, {first.heap.memory.nbytes} bytes (")
+    # A captured graph holds the addresses of its region for ever.
+    first.gpu.torch.capturing = True
+    link = first.executor.link
+    assert link is not None
+    link._captured = 1
+    grow([rank.heap for rank in ranks], [1 << 24] * 2)
+    first.executor.adopt(first.heap, RANKS, 1.0)
+    assert first.executor.link is not link and retired == [True]
+
+
+VERDICT = Verdict(False, "lone-compile", "rank 4 started a new graph alone")
+
+
+def test_what_a_peer_has_enqueued_cannot_be_downgraded(ranks: list[Rank]) -> None:
+    """The peer's kernels wait for this rank on the GPU, so the group ends with an error on all ranks."""
+    first, second = ranks
+    second.heap.enter(1, 17, PLAN.site)
+    with pytest.raises(PeerError, match="rank 4 started a new graph alone") as caught:
+        first.group.refuse(VERDICT)
+    assert caught.value.rank == 4
+    assert first.group.error is caught.value and first.group.refusal is None
+    assert first.heap.downgraded() is None
+    assert first.stopped()
+    with pytest.raises(PeerError, match="started a new graph alone"):
+        second.group.launch(PLAN, (), lambda: pytest.fail("the reference ran on one rank only"))
+
+
+def test_a_group_whose_peers_wait_is_downgraded(ranks: list[Rank]) -> None:
+    first, second = ranks
+    first.group.refuse(VERDICT)
+    assert first.group.error is None and first.group.refusal == VERDICT
+    assert not first.stopped()
+    assert first.heap.downgraded() == second.heap.downgraded() == (1, f"{VERDICT.code}|{VERDICT.reason}")
+    outputs, fused = second.group.launch(PLAN, (), lambda: [torch.ones(1)])
+    assert not fused and outputs[0].item() == 1.0
+
+
+def test_a_host_executor_is_downgraded_though_a_peer_is_ahead(ranks: list[Rank]) -> None:
+    first, second = ranks
+    group = GroupState(RANKS, RANKS[0], 2.5, ShmExecutor())
+    group.heap = first.heap
+    second.heap.enter(1, 17, PLAN.site)
+    group.refuse(VERDICT)
+    assert group.error is None and first.heap.downgraded() is not None
+    with pytest.raises(DowngradedError):  # the peer, which waits on its host, leaves its wait
+        HostChannel(second.heap, RANKS, 1, PLAN.site, 2.5).check()

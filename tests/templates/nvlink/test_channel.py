@@ -1,0 +1,148 @@
+"""Slots, epochs, addresses and steps of a GPU group's calls; on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tscompile.language import context
+from tscompile.nvshmem import copies
+from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
+from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, FLAGS, MAIN, SIDE, Record
+
+from .fake_gpu import SLOT_BYTES, Gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return Gpu(monkeypatch)
+
+
+def test_eager_calls_alternate_between_two_slots_and_captured_ones_between_two_others(gpu: Gpu) -> None:
+    eager = [gpu.link.open(5) for _ in range(4)]
+    assert [call.slot for call in eager] == [1, 0, 1, 0]
+    assert [call.epoch for call in eager] == [1, 2, 3, 4]
+    assert not gpu.link.was_captured
+    gpu.torch.capturing = True
+    captured = [gpu.link.open(5) for _ in range(3)]
+    assert [call.slot for call in captured] == [3, 2, 3]
+    assert [call.epoch for call in captured] == [0, 0, 0]  # the device counts them
+    gpu.torch.capturing = False
+    assert gpu.link.open(5).epoch == 5 and gpu.link.was_captured
+    # Eager and captured kernels may run at the same time: each kind claims from counters of its own, each slot has its landings.
+    addresses = {call.slot: (call.counters, call.landed, call.context) for call in eager + captured}
+    assert addresses[0][0] == addresses[1][0] != addresses[2][0] == addresses[3][0]
+    assert len({landed for _, landed, _ in addresses.values()}) == len({at for *_, at in addresses.values()}) == SLOTS
+
+
+def test_calls_of_a_group_follow_one_another_across_streams(gpu: Gpu) -> None:
+    for stream in (7, 7, 9, 7):
+        gpu.torch.stream = stream
+        gpu.link.open(5)
+    assert gpu.torch.waits == [(9, 7), (7, 9)]
+    gpu.torch.capturing, gpu.torch.stream = True, 11
+    gpu.link.open(5)  # a graph orders its own nodes, and a captured stream cannot wait for one that is not
+    assert len(gpu.torch.waits) == 2
+
+
+def test_contexts_and_the_layout_of_the_control_block(gpu: Gpu) -> None:
+    bases, own = gpu.memory.bases, gpu.memory.bases[1]
+    cells, used = [], []
+    for slot, words in enumerate(tensor.tolist() for tensor in gpu.link.contexts):
+        assert words[context.RANK] == 1 and words[context.SIZE] == 4
+        assert words[context.TIMEOUT_NS] == 5 * 10**9
+        assert words[context.DATA : context.DATA + 4] == [base + CONTROL_BYTES + slot * SLOT_BYTES for base in bases]
+        assert words[context.CONTROL : context.CONTROL + 4] == bases
+        assert words[context.ABORT_WORD] == own + words[context.ABORT_OFFSET]
+        assert words[context.RECORD] == gpu.link.record.data_ptr()
+        flags = [word - base for word, base in zip(words[context.FLAGS : context.FLAGS + 4], bases, strict=True)]
+        assert len(set(flags)) == 1
+        used.append((flags[0], flags[0] + FLAGS * 4))
+        cells.append(words[context.EPOCH_CELL] - own)
+    # Eager calls bring their epoch: their word stays 0. The words of captured calls are written on the device.
+    assert cells[0] == cells[1] and len(set(cells)) == 3
+    abort = gpu.link.contexts[0][context.ABORT_OFFSET].item()
+    used += [(cell, cell + 4) for cell in {*cells, abort}]
+    used.sort()
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(used)) and used[0][0] >= 0
+    assert used[-1][1] <= CONTROL_BYTES
+    assert DATA_FLAGS <= ACK and ACK + context.MAX_RANKS <= FLAGS
+
+
+def test_another_timeout_reaches_the_kernels(gpu: Gpu) -> None:
+    gpu.link.set_timeout(0.5)
+    assert {tensor[context.TIMEOUT_NS].item() for tensor in gpu.link.contexts} == {5 * 10**8}
+    assert gpu.link.timeout_s == 0.5
+
+
+def test_signals(gpu: Gpu) -> None:
+    eager = gpu.link.open(5)
+    step = eager.signal_step(3, 2)
+    assert (step.kind, step.stream, step.value) == (copies.WRITE, SIDE, 1)
+    assert step.dst == gpu.memory.bases[3] + (FLAGS + 2) * 4
+    gpu.torch.capturing = True
+    captured = gpu.link.open(5)
+    step = captured.signal_step(0, 2)
+    assert (step.kind, step.stream, step.bytes) == (copies.COPY, SIDE, 4)  # of what the word holds when the graph runs
+    assert step.src == gpu.link.contexts[3][context.EPOCH_CELL].item()
+    assert step.dst == gpu.memory.bases[0] + (3 * FLAGS + 2) * 4
+
+
+def test_starting_and_ending_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    gpu = Gpu(monkeypatch, opener=lambda *args: opened.append(args))
+    eager = gpu.link.open(5)
+    eager.start()
+    eager.finish()
+    assert opened == [] and [(step["kind"], step["stream"]) for step in gpu.engine.issued] == [(copies.RECORD, MAIN)]
+    gpu.engine.issued.clear()
+    eager.join()
+    assert [step["kind"] for step in gpu.engine.issued] == [copies.RECORD, copies.AWAIT, copies.RECORD]
+    gpu.engine.issued.clear()
+    gpu.torch.capturing = True
+    captured = gpu.link.open(6)
+    captured.start()
+    captured.finish()
+    assert gpu.engine.issued == []  # the watchdog's event belongs to no graph
+    captured.join()
+    assert [step["kind"] for step in gpu.engine.issued] == [copies.RECORD, copies.AWAIT]
+    ((words, epoch, site, ack),) = opened
+    assert words is gpu.link.contexts[3] and (epoch, site, ack) == (0, 6, ACK)
+
+
+def test_records_idleness_and_the_abort_word(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = gpu.link
+    gpu.engine.done = False
+    assert link.is_idle()  # nothing was enqueued yet
+    link.open(5)
+    assert not link.is_idle() and not link.has_record()
+    now = [10.0]
+    monkeypatch.setattr("tscompile.templates.nvlink.channel.time.monotonic", lambda: now[0])
+    assert not link.is_stuck()
+    now[0] += 1.5
+    link.open(5)  # another call: it does go on
+    assert not link.is_stuck()
+    now[0] += 1.5
+    assert not link.is_stuck()
+    now[0] += 1.5
+    assert link.is_stuck()
+    link.record[:5] = torch.tensor([3, 0, 77, 9, 8])
+    assert link.has_record() and link.read_record() == Record(2, 0, 77, 9, 8)
+    link.stop()
+    offset = link.contexts[0][context.ABORT_OFFSET].item()
+    assert [step["dst"] for step in gpu.engine.issued] == [base + offset for base in gpu.memory.bases]
+    assert {(step["kind"], step["value"]) for step in gpu.engine.issued} == {(copies.WRITE, 2)}
+
+
+def test_epochs_go_on_where_an_int32_ends(gpu: Gpu) -> None:
+    """Kernels compare epochs modulo 2**32: one that fell back to 0 would find all its flags set already."""
+    gpu.link._eager = 2**31 - 3
+    calls = [gpu.link.open(5) for _ in range(4)]
+    assert [call.epoch for call in calls] == [2**31 - 2, 2**31 - 1, -(2**31), 1 - 2**31]
+    assert [call.signal_step(0, 2).value for call in calls] == [2**31 + i for i in (-2, -1, 0, 1)]
+    assert [call.slot for call in calls] == [0, 1, 0, 1]
+    gpu.link._eager = 2**32 - 2
+    assert [gpu.link.open(5).epoch for _ in range(3)] == [-1, 0, 1]

@@ -1,0 +1,234 @@
+"""The kernels compiled for sm_90a, in configurations that cover all branches: registers, shared memory, and who does what. No GPU."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import pytest
+import tilelang
+import tvm
+
+import tscompile.language as tl
+from tests.language.ptx import before, read_non_coherently
+from tscompile.templates.nvlink import gemm_reduce
+from tscompile.templates.nvlink.all_gather_gemm import _TILE_WIDTHS, tile_width
+from tscompile.templates.nvlink.kernels.all_gather import all_gather_kernel
+from tscompile.templates.nvlink.kernels.gemm import DTYPE_CODES, MAX_OPERANDS, PASS_CONFIGS, THREADS, GemmConfig
+from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
+from tscompile.templates.nvlink.kernels.service import service_program
+
+REGISTERS = 65536 // THREADS // 8 * 8  # that a thread can have with one CTA per SM
+SHARED_BYTES = 227 << 10
+LOADER, MULTIPLIER = "if (((int)threadIdx.x) < 32) {\n", "if (128 <= ((int)threadIdx.x)) {\n"
+
+# dtype, transposed, operands, bias, tile_n; and whether the gathered tensor is collected, or all ranks get the sum
+GATHERS = [
+    (GemmConfig("bfloat16", True, 1, False, 256), False),
+    (GemmConfig("bfloat16", True, 3, True, 256), True),
+    (GemmConfig("float16", False, 2, False, 240), True),
+    (GemmConfig("float16", True, 1, True, 240), False),
+    (GemmConfig("bfloat16", False, 3, True, 224), False),
+    (GemmConfig("float16", False, 1, False, 128), False),
+]
+REDUCES = [
+    (GemmConfig("bfloat16", True, 1, False, gemm_reduce._TILE_N), False),
+    (GemmConfig("float16", False, 2, True, gemm_reduce._TILE_N), True),
+    (GemmConfig("bfloat16", False, 3, True, gemm_reduce._TILE_N), False),
+    (GemmConfig("bfloat16", True, 3, False, gemm_reduce._TILE_N), True),
+]
+# Known: one register is stored and loaded again, in an all_reduce of three terms without bias (nvcc 13.0). Nothing else may spill.
+SPILLS = {(reduce_kernel, 3, False, True): 8}
+ALL = [(all_gather_kernel, *form) for form in GATHERS] + [(reduce_kernel, *form) for form in REDUCES]
+
+
+def name_of(value: object) -> str:
+    if isinstance(value, GemmConfig):
+        layout = "nk" if value.transposed else "kn"
+        return f"{value.dtype}-{layout}-{value.operands}-{'bias' if value.bias else 'plain'}-{value.tile_n}"
+    return value.__name__ if callable(value) else str(value)
+
+
+every = pytest.mark.parametrize(("build", "config", "flag"), ALL, ids=name_of)
+gathers = pytest.mark.parametrize(("config", "collects"), GATHERS, ids=name_of)
+reduces = pytest.mark.parametrize(("config", "all_reduce"), REDUCES, ids=name_of)
+
+
+@lru_cache
+def compiled(build, config: GemmConfig, flag: bool) -> tl.CudaArtifact:
+    return tl.compile_cuda(build(config, flag), pass_configs=PASS_CONFIGS)
+
+
+def branches(source: str) -> tuple[str, str, str]:
+    """What the loading warp, the multiplying warps, and the other warps do."""
+    head, _, rest = source.partition(LOADER)
+    loader, _, others = rest.partition("\n  } else {\n    " + MULTIPLIER)
+    multiplier, _, idle = others.partition("\n    } else {\n")
+    assert loader and multiplier and "tma_load" not in head
+    return loader, multiplier, idle
+
+
+def test_the_configurations_cover_what_templates_ask_for() -> None:
+    for forms in (GATHERS, REDUCES):
+        assert {config.dtype for config, _ in forms} == set(DTYPE_CODES)
+        assert {config.operands for config, _ in forms} == set(range(1, MAX_OPERANDS + 1))
+        for flags in ("transposed", "bias"):
+            assert {getattr(config, flags) for config, _ in forms} == {False, True}
+        assert {flag for _, flag in forms} == {False, True}
+    widths = {tile_width(rows, [n]) for rows in range(1, 200) for n in range(8, 3000, 8)}
+    assert {config.tile_n for config, _ in GATHERS} == {128, *_TILE_WIDTHS} == widths
+
+
+@every
+def test_resources(build, config: GemmConfig, flag: bool) -> None:
+    artifact = compiled(build, config, flag)
+    assert artifact.cubin[:4] == b"\x7fELF"
+    spills = SPILLS.get((build, config.operands, config.bias, flag), 0)
+    assert artifact.spill_bytes <= spills and artifact.stack_bytes <= spills
+    assert 0 < artifact.registers <= REGISTERS
+    stages = config.stages * config.tile_k * (config.tile_m + config.tile_n) * 2
+    assert stages <= artifact.shared_bytes <= SHARED_BYTES
+    # C7510 and its like: wgmma is serialised, or register counts cannot be set. A call would serialise wgmma as well.
+    assert "ptxas info" in artifact.log
+    assert not re.search(r"C7\d\d\d|wgmma|setmaxnreg|warning", artifact.log), artifact.log
+    assert "call.uni" not in artifact.ptx and ".func" not in artifact.ptx
+    assert f"wgmma.mma_async.sync.aligned.m64n{config.tile_n}k16" in artifact.ptx
+
+
+@every
+def test_only_the_tile_table_is_read_by_the_read_only_path(build, config: GemmConfig, flag: bool) -> None:
+    """Peers write everything else while the kernel runs, or it changes between launches of a graph."""
+    assert read_non_coherently(compiled(build, config, flag), addresses=r"\*|int64_t") == {"table"}
+
+
+@every
+def test_only_the_loading_warp_loads_and_claims(build, config: GemmConfig, flag: bool) -> None:
+    artifact = compiled(build, config, flag)
+    loader, multiplier, idle = branches(artifact.source)
+    lefts = 2 if build is all_gather_kernel else config.operands
+    assert len(set(re.findall(r"tl::tma_load\((\w+)_desc", loader))) == lefts + config.operands
+    for others in (multiplier, idle):
+        assert "tma_load" not in others and "tsk_claim" not in others
+    assert "wgmma" in multiplier and "wgmma" not in loader + idle
+    assert artifact.ptx.count("cp.async.bulk.tensor.2d.") >= loader.count("tl::tma_load(")  # nvcc unrolls loops
+    # 256 threads of two warpgroups free a stage; a tile is passed on before its first stage is loaded.
+    assert f"empty[{config.stages - 1}].init(256)" in artifact.source
+    before(loader, "tsk_claim", r"empty\[.*\]\.wait", "tsk_pass", "tma_load", r"full\[.*\]\.arrive", "tsk_claim")
+    # A bar.sync that not all threads reach would hang: the common ones stand before the branches.
+    assert "__syncthreads" not in loader + multiplier + idle
+
+
+@gathers
+def test_a_gather_waits_before_it_loads(config: GemmConfig, collects: bool) -> None:
+    artifact = compiled(all_gather_kernel, config, collects)
+    loader, multiplier, idle = branches(artifact.source)
+    assert artifact.source.count("tsk_wait_ranks") == loader.count("tsk_wait_ranks") == 1
+    before(
+        loader, "for .*k = 0", r"if \(k == 0\)", "tsk_pass", "tsk_wait_ranks", r"if \(own != 0\)", r"tma_load\(X_desc"
+    )
+    before(loader, "tsk_wait_ranks", "else", r"tma_load\(A_desc", r"tma_load\(B0_desc", r"full\[.*\]\.arrive")
+    assert loader.index("tma_load") > loader.index("tsk_wait_ranks")
+    before(artifact.ptx, r"ld\.acquire\.sys\.global\.u32", r"fence\.proxy\.async;", r"cp\.async\.bulk\.tensor\.2d")
+    assert multiplier.count("TSK_STORE") == config.operands
+    assert multiplier.count("TSK_BIAS") == (config.operands if config.bias else 0)
+    assert ("tsk_collect_shards" in idle) == collects
+    assert (multiplier.count("tsk_join"), idle.count("tsk_join")) == (int(collects), int(collects))
+    before(multiplier, "tsk_last", "tsk_aborted", "tsk_fill_nan", "tsk_finish")
+    assert multiplier.count("tsk_fill_nan") == config.operands + collects
+
+
+@reduces
+def test_a_sum_signals_after_its_tiles(config: GemmConfig, all_reduce: bool) -> None:
+    artifact = compiled(reduce_kernel, config, all_reduce)
+    loader, multiplier, idle = branches(artifact.source)
+    assert "tsk_wait" not in loader  # nothing that is loaded comes from peers
+    travels, _, own = multiplier[: multiplier.index("tsk_join")].partition("} else {")
+    before(
+        travels,
+        r"tsk_word\(table, tile, 3\) == 0",
+        "TSK_STAGE",
+        r"taken\[0\]\.wait",
+        "tsk_leave_note\\(1",
+        "noted.*arrive",
+    )
+    before(own, "tsk_wait_landed", "TSK_ADD_PARTS", "TSK_SCALE", "TSK_STORE")
+    assert ("TSK_STORE_TWICE" in own) == ("tsk_leave_note(2" in own) == all_reduce
+    if all_reduce:
+        before(own, "TSK_STORE_TWICE", r"taken\[0\]\.wait", r"tsk_leave_note\(2", "noted.*arrive")
+    assert multiplier.count("TSK_BIAS") == int(config.bias)
+    # The bias stands before the branch: every rank adds its own, as it does before a plain reduction.
+    assert not config.bias or multiplier.index("TSK_BIAS") < multiplier.index("tsk_word(table, tile, 3)")
+    before(idle, r"noted\[0\]\.wait", "tsk_note_kind", r"taken\[0\]\.arrive", "tsk_signal_peer")
+    assert "tsk_signal" not in loader + multiplier
+    assert idle.count("TSK_PULL") == 1 and idle.count("tsk_join") == 1
+    before(multiplier, "tsk_leave_note\\(0", "tsk_join", "tsk_last", "tsk_aborted", "tsk_fill_nan", "tsk_finish")
+
+
+def events(ptx: str) -> list[str]:
+    """Stores to words of peers and what orders them, as they follow in the text."""
+    kinds = r"fence\.proxy\.async;|fence\.acq_rel\.sys;|membar\.sys;|st\.relaxed\.sys|st\.release\.sys|ld\.acquire\.sys|atom\.exch"
+    return re.findall(kinds, ptx)
+
+
+@reduces
+def test_no_flag_is_set_without_its_fences(config: GemmConfig, all_reduce: bool) -> None:
+    found = events(compiled(reduce_kernel, config, all_reduce).ptx)
+    signals = [i for i, event in enumerate(found) if event == "fence.acq_rel.sys;"]
+    assert len(signals) == 2  # of one peer, and of all
+    for i in signals:
+        # Bulk copies of a peer read what generic stores wrote: proxy fence, then system fence, then the flag.
+        assert found[i - 1 : i + 2] == ["fence.proxy.async;", "fence.acq_rel.sys;", "st.relaxed.sys"]
+    # The only other relaxed stores end the waits of a group that has failed: one loop behind each exchange of the abort word.
+    stores = [i for i, event in enumerate(found) if event == "st.relaxed.sys" and i - 1 not in signals]
+    assert len(stores) == found.count("atom.exch") > 0
+    for i in stores:
+        assert "atom.exch" in found[i - 2 : i]
+    assert found.count("st.release.sys") == 1  # the acknowledgement
+
+
+def test_a_pull_reads_after_its_flag_and_tells_after_its_writes() -> None:
+    ptx = compiled(reduce_kernel, *REDUCES[0]).ptx
+    pull = ptx[ptx.index("mbarrier.init.shared.b64 [%r", ptx.index("fence.acq_rel.sys")) :]
+    before(
+        pull,
+        r"ld\.acquire\.sys\.global\.u32",
+        r"fence\.proxy\.async;",
+        r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier",
+        r"mbarrier\.try_wait\.parity",
+        r"cp\.async\.bulk\.global\.shared::cta\.bulk_group",
+        r"cp\.async\.bulk\.wait_group 0;",
+        r"fence\.proxy\.async;",
+        r"membar\.gl;",
+        r"st\.volatile\.global\.u32",
+    )
+    first = pull.index("cp.async.bulk.shared::cluster.global.mbarrier")
+    assert pull.index("ld.acquire.sys.global.u32") < first
+
+
+@pytest.mark.parametrize("name", ["tsk_open", "tsk_await_shards", "tsk_acknowledge"])
+def test_service_kernels(name: str) -> None:
+    artifact = tl.compile_cuda(service_program(name), pass_configs=PASS_CONFIGS)
+    assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0
+    assert ("ld.acquire.sys.global.u32" in artifact.ptx) == (name != "tsk_acknowledge")
+    assert ("st.release.sys.global.u32" in artifact.ptx) == (name == "tsk_acknowledge")
+    # The epoch of a captured call changes while its address does not.
+    assert re.search(r"ld\.volatile(\.global)?\.u32", artifact.ptx)
+    assert bool(re.search(r"st\.volatile(\.global)?\.u32", artifact.ptx)) == (name == "tsk_open")
+
+
+@pytest.mark.parametrize("build", [all_gather_kernel, reduce_kernel])
+def test_the_host_reads_each_size_from_its_own_parameter(build) -> None:
+    """TileLang reads one shape for all parameters that a loop has bound to one name (tests/language/test_upstream.py)."""
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
+    with tvm.transform.PassContext(opt_level=3, config=PASS_CONFIGS), target:
+        host = tilelang.lower(build(GemmConfig("bfloat16", True, 3, True), True), target=target).host_mod.script()
+    read = dict(re.findall(r"\b(M|MR|K\d?|N\d?)(?:: T\.int32)? = T\.Cast\(\"int32\", (\w+)\[\d\]\)", host))
+    names = ("M", "MR", "K", "N0", "N1", "N2") if build is all_gather_kernel else ("M", "N", "K0", "K1", "K2")
+    assert set(read) == set(names)
+    owners = (
+        {"N0": "_B0_", "N1": "_B1_", "N2": "_B2_"}
+        if build is all_gather_kernel
+        else {f"K{i}": f"_A{i}_" for i in range(3)}
+    )
+    for size, owner in owners.items():
+        assert owner in read[size]

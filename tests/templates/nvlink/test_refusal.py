@@ -1,0 +1,221 @@
+"""What the templates over NVLink take: reasons, slot sizes, and how operands are handed to TMA. No GPU."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
+from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
+from tscompile.templates import find_template
+from tscompile.templates.nvlink.operands import aligned_pointer, aligned_sizes, is_transposed, right_operand
+from tscompile.templates.nvlink.tiles import TILE_M
+
+BF16 = "bfloat16"
+ROWS = GatherUse("lhs", False, "rows", BF16)
+GRADIENT = GatherUse("lhs", True, "rows", BF16)
+REDUCTIONS = ("matmul_reduce_scatter", "matmul_all_reduce")
+KINDS = ("all_gather_matmul", *REDUCTIONS)
+TILE_BYTES = TILE_M * 256 * 2
+
+
+def template(kind: str) -> Any:
+    found = find_template(kind, "nvlink")
+    assert found is not None
+    return found
+
+
+def problem(kind: str, **changes: Any) -> FusionProblem:
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "group_size": 4,
+        "intra_host": True,
+        "device": "cuda",
+        "dtype": BF16,
+        "comm_bytes": 1 << 20,
+        "gemms": (Gemm(1024, 512, 256),),
+        "gemm_dtypes": (BF16,),
+    }
+    return FusionProblem(**{**facts, **changes})
+
+
+def plan(kind: str, **changes: Any) -> Plan:
+    facts: dict[str, Any] = {"uses": (ROWS,)} if kind == "all_gather_matmul" else {"coefficients": (1.0,)}
+    return Plan(kind, "g/site", "nvlink", **{"dtype": BF16, **facts, **changes})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": "float16", "gemm_dtypes": ("float16",)}, None),
+        ({"group_size": 2}, None),
+        ({"group_size": 8}, None),
+        ({"reduce_op": "avg"}, None),
+        ({"device": "cpu"}, "NVLink serves CUDA tensors, these are on cpu"),
+        ({"group_size": 1}, "2 to 8 ranks, the group has 1"),
+        ({"group_size": 9}, "2 to 8 ranks, the group has 9"),
+        ({"intra_host": False}, "several hosts"),
+        ({"dtype": "float32"}, "dtype float32 is not one of bfloat16, float16"),
+        ({"reduce_op": "max"}, "reduction max"),
+        ({"gemms": (Gemm(1024, 512, 252),)}, "multiples? of 16 bytes"),
+        ({"gemms": (Gemm(1024, 516, 256),)}, "multiples? of 16 bytes"),
+        ({"gemms": (Gemm(1024, 0, 256),)}, "multiples? of 16 bytes"),
+        ({"gemms": (Gemm(1001, 512, 256),)}, None),  # rows may be ragged
+    ],
+)
+def test_problems_of_every_kind(kind: str, changes: dict[str, Any], reason: str | None) -> None:
+    dtype = changes.get("dtype", BF16)
+    asked = plan(kind, dtype=dtype)
+    if kind == "all_gather_matmul":
+        asked = plan(kind, dtype=dtype, uses=(GatherUse("lhs", False, "rows", dtype),))
+    check(template(kind).supports(problem(kind, **changes), asked), reason)
+
+
+def check(found: str | None, reason: str | None) -> None:
+    if reason is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.search(reason, found), found
+
+
+@pytest.mark.parametrize(
+    ("uses", "reason"),
+    [
+        ((ROWS,), None),
+        ((GRADIENT, ROWS), None),  # one that is served carries the others
+        ((GRADIENT,), "weight gradient"),
+        ((GRADIENT, GatherUse("rhs", False, "rows", BF16)), "weight gradient"),
+        ((GatherUse("lhs", False, "cols", BF16),), "weight gradient"),
+        ((GatherUse("lhs", False, "rows", "float16"),), "no matmul takes gathered rows"),
+        ((GatherUse("rhs", False, "cols", BF16),), "no matmul takes gathered rows"),
+        ((GatherUse("lhs", True, "cols", BF16),), "no matmul takes gathered rows"),
+        ((GatherUse("lhs", True, "cols", BF16), GRADIENT), "no matmul takes gathered rows"),
+    ],
+)
+def test_uses_of_a_gather(uses: tuple[GatherUse, ...], reason: str | None) -> None:
+    asked = problem("all_gather_matmul", gemms=(Gemm(1024, 512, 256),) * len(uses))
+    check(template("all_gather_matmul").supports(asked, plan("all_gather_matmul", uses=uses)), reason)
+
+
+@pytest.mark.parametrize("kind", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("terms", "changes", "dtypes", "reason"),
+    [
+        (3, {}, None, None),
+        (1, {"coefficients": ()}, None, None),
+        (2, {"coefficients": (1.0, -0.5)}, None, None),
+        (1, {"rank_axis": "cols"}, None, "columns of the result"),
+        (1, {"coefficients": (1.0, 1.0)}, None, "not a matmul"),  # the second is an addend
+        (4, {}, None, "4 matmuls, the kernel takes 3"),
+        (0, {"coefficients": ()}, (), "0 matmuls"),
+        (2, {"coefficients": (1.0, 0.0)}, None, "coefficient is zero"),
+        (2, {}, (BF16, "float32"), "another dtype"),
+    ],
+)
+def test_sums(
+    kind: str, terms: int, changes: dict[str, Any], dtypes: tuple[str, ...] | None, reason: str | None
+) -> None:
+    asked = problem(
+        kind,
+        gemms=(Gemm(1024, 512, 256),) * terms,
+        gemm_dtypes=(BF16,) * terms if dtypes is None else dtypes,
+    )
+    check(template(kind).supports(asked, plan(kind, **{"coefficients": (1.0,) * terms, **changes})), reason)
+
+
+def fakes(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    with FakeTensorMode():
+        return [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("uses", "other", "expected"),
+    [
+        ((ROWS,), (256, 512), 4 * 64 * 256 * 2),
+        ((GRADIENT, ROWS), (256, 512), 4 * 64 * 256 * 2),
+        ((ROWS,), (256, 510), -1),
+        ((GRADIENT,), (256, 512), -1),
+    ],
+)
+def test_a_slot_of_a_gather(uses: tuple[GatherUse, ...], other: tuple[int, int], expected: int) -> None:
+    shard, *others = fakes((1, 64 * 256), *[other] * len(uses))
+    need = template("all_gather_matmul").scratch_bytes(
+        plan("all_gather_matmul", uses=uses), 4, shard, others, [None] * len(uses)
+    )
+    assert need == expected
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "outer", "size", "tiles"),
+    [
+        (4 * 256, 512, 1, 4, 4),
+        (4 * 257, 520, 1, 4, 9),  # ragged
+        (4 * 256, 512, 4, 4, 8),  # pieces of 64 rows take a tile row each
+        (2 * 128, 256, 1, 2, 1),
+    ],
+)
+def test_a_slot_of_a_reduce_scatter(m: int, n: int, outer: int, size: int, tiles: int) -> None:
+    a, b = fakes((m, 256), (256, n))
+    need = template("matmul_reduce_scatter").scratch_bytes(
+        plan("matmul_reduce_scatter"), size, [a], [b], [None], [], outer
+    )
+    assert need == (size - 1) * tiles * TILE_BYTES  # a partial tile for each tile of each peer
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "size", "tiles"), [(1024, 512, 4, 4), (1000, 520, 4, 6), (8, 8, 8, 1), (1024, 512, 3, 6)]
+)
+def test_a_slot_of_an_all_reduce(m: int, n: int, size: int, tiles: int) -> None:
+    a, b = fakes((m, 256), (256, n))
+    need = template("matmul_all_reduce").scratch_bytes(plan("matmul_all_reduce"), size, [a], [b], [None], [])
+    assert need == size * tiles * TILE_BYTES  # and the sums of the own ones
+
+
+@pytest.mark.parametrize("kind", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("a", "b", "terms", "addends"),
+    [
+        ((1024, 256), (256, 512), 1, 1),
+        ((1024, 256), (256, 512), 4, 0),
+        ((1024, 252), (252, 512), 1, 0),
+        ((1024, 256), (256, 510), 1, 0),
+        ((1 << 20, 256), (256, 1 << 15), 1, 0),  # more tiles than flags
+    ],
+)
+def test_sizes_that_no_kernel_serves(
+    kind: str, a: tuple[int, int], b: tuple[int, int], terms: int, addends: int
+) -> None:
+    left, right, addend = fakes(a, b, (a[0], b[1]))
+    outer = [1] if kind == "matmul_reduce_scatter" else []
+    arguments = ([left] * terms, [right] * terms, [None] * terms, [addend] * addends, *outer)
+    assert template(kind).scratch_bytes(plan(kind, coefficients=(1.0,) * terms), 4, *arguments) == -1
+
+
+def test_how_a_right_operand_lies() -> None:
+    plain = torch.randn(16, 24)
+    weight = torch.randn(24, 16)
+    assert not is_transposed(plain) and is_transposed(weight.t())
+    assert not is_transposed(weight.t()[:, ::2]) and not is_transposed(plain[:, :8])
+    # Without a copy where it lies as the kernel wants it, with one where not.
+    assert right_operand(plain, False).data_ptr() == plain.data_ptr()
+    assert right_operand(weight.t(), True).data_ptr() == weight.data_ptr()
+    for operand, transposed in ((weight.t(), False), (plain, True), (plain[:, 8:16], False)):
+        made = right_operand(operand, transposed)
+        assert made.is_contiguous()
+        assert torch.equal(made.t() if transposed else made, operand)
+
+
+def test_alignment() -> None:
+    assert aligned_sizes(8, 16, 4096) and not aligned_sizes(8, 12) and not aligned_sizes(0)
+    base = torch.zeros(64, dtype=torch.bfloat16)
+    assert base.data_ptr() % 16 == 0
+    assert aligned_pointer(base[8:]).data_ptr() == base[8:].data_ptr()
+    moved = aligned_pointer(base[1:9])
+    assert moved.data_ptr() % 16 == 0 and torch.equal(moved, base[1:9])

@@ -1,0 +1,239 @@
+"""Tables of tiles: every number in its place exactly once, and no order of events that ends in a wait for ever.
+
+Most tests shrink a tile to a few rows, so that small sizes have many tiles.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tscompile.templates.nvlink import gemm_reduce, tiles
+from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS
+from tscompile.templates.nvlink.tiles import LAND, RESULT, Reduction, all_reduce_tiles, gather_tiles, scatter_tiles
+
+from .protocol import Actor, Claims, Gatherer, Stuck, reduce_all, run_all, tile_count
+
+RANKS = st.integers(2, 8)
+# With tiles of 4 rows: tiny, ragged, whole, and ragged ones whose waste is small enough for tiles of one shard only.
+INNER = st.one_of(st.integers(1, 13), st.sampled_from([16, 32, 39, 43]))
+SEEDS = st.integers(0, 10**6)
+QUICK = settings(deadline=None, max_examples=200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tiles() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "TILE_M", 4)
+        patch.setattr(tiles, "_BAND", 3)
+        yield
+
+
+@st.composite
+def gathers(draw: st.DrawFn) -> tuple[int, int, int, list[int], int]:
+    """ranks, pieces, inner, widths, tile_n"""
+    widths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=3))
+    return draw(RANKS), draw(st.integers(1, 4)), draw(INNER), widths, draw(st.integers(3, 9))
+
+
+@QUICK
+@given(gathers(), st.integers(1, 5), SEEDS)
+def test_a_gather(sizes: tuple[int, int, int, list[int], int], workers: int, seed: int) -> None:
+    """Whatever arrives when: each element of each result is stored once, from rows that are there."""
+    ranks, pieces, inner, widths, tile_n = sizes
+    rank = seed % ranks
+    made = gather_tiles(rank, ranks, pieces, inner, widths, tile_n)
+    gatherer = Gatherer(rank, ranks, pieces, inner, made, widths, tile_n)
+    claims, dice = Claims(made.rows), random.Random(seed)
+    sources = [source for source in range(ranks) if source != rank]
+    dice.shuffle(sources)
+    arrivals = Claims([(source,) for source in sources])  # type: ignore[misc]
+    engine = Actor(arrivals, 1, lambda row: gatherer.arrive(row[0]) is None)
+    run_all([engine, *(Actor(claims, dice.randint(1, 4), gatherer.compute) for _ in range(workers))], seed)
+    gatherer.check()
+
+
+@QUICK
+@given(gathers(), SEEDS)
+def test_what_a_gathers_tile_says_of_itself(sizes: tuple[int, int, int, list[int], int], seed: int) -> None:
+    ranks, pieces, inner, widths, tile_n = sizes
+    rank = seed % ranks
+    made = gather_tiles(rank, ranks, pieces, inner, widths, tile_n)
+    spans, first_needed = False, []
+    for row, _, stored, own, _, out_row, mask, _ in made.rows:
+        sources = {at // inner % ranks for at in range(out_row, out_row + stored)}
+        assert mask == sum(1 << source for source in sources - {rank})  # nobody sets the own flag
+        if own:
+            assert sources == {rank}
+            piece, within = out_row // (ranks * inner), out_row % inner
+            assert row == piece * inner + within and within + stored <= inner
+        else:
+            assert row == out_row
+            spans |= rank in sources
+        first_needed += [source for source in range(ranks) if mask >> source & 1 and source not in first_needed]
+    assert made.spans == spans
+    # Every peer is waited for: two slots suffice only if an op ends after every peer has begun it.
+    assert set(first_needed) == set(range(ranks)) - {rank}
+    if all(mask & (mask - 1) == 0 for *_, mask, _ in made.rows):
+        assert first_needed == [(rank + step) % ranks for step in range(1, ranks)]  # the order of their arrival
+    waits = [
+        max((step for step in range(ranks) if row[6] >> (rank + step) % ranks & 1), default=0) for row in made.rows
+    ]
+    if not made.spans:
+        assert waits == sorted(waits)
+
+
+@st.composite
+def scatters(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """ranks, outer, inner, n, tile_n"""
+    return (
+        draw(RANKS),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 13)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(3, 9)),
+    )
+
+
+@st.composite
+def all_reduces(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """ranks, m, n, tile_n, parts"""
+    return (
+        draw(RANKS),
+        draw(st.integers(1, 50)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(3, 9)),
+        draw(st.integers(1, 6)),
+    )
+
+
+def products_of(ranks: int, m: int, n: int, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(-9, 10, (m, n), generator=generator) for _ in range(ranks)]
+
+
+@QUICK
+@given(scatters(), st.lists(st.integers(1, 5), min_size=8, max_size=8), SEEDS)
+def test_a_reduce_scatter(sizes: tuple[int, int, int, int, int], workers: list[int], seed: int) -> None:
+    """With any number of CTAs and any order of events all ranks end, and have their rows of the sum."""
+    ranks, outer, inner, n, tile_n = sizes
+    tables = [scatter_tiles(rank, ranks, outer, inner, n, tile_n) for rank in range(ranks)]
+    products = products_of(ranks, outer * ranks * inner, n, seed)
+    world = reduce_all(tables, products, outer * inner, tile_n, workers, seed)
+    total = sum(products[1:], start=products[0]).view(outer, ranks, inner, n)
+    for rank, reducer in enumerate(world):
+        assert torch.equal(reducer.written, torch.ones_like(reducer.written))
+        assert torch.equal(reducer.out, total[:, rank].reshape(-1, n))
+
+
+@QUICK
+@given(all_reduces(), st.lists(st.integers(1, 5), min_size=8, max_size=8), SEEDS)
+def test_an_all_reduce(sizes: tuple[int, int, int, int, int], workers: list[int], seed: int) -> None:
+    """The same; what a rank does not sum itself comes from the sums that the others leave."""
+    ranks, m, n, tile_n, parts = sizes
+    tables = [all_reduce_tiles(rank, ranks, m, n, tile_n, parts) for rank in range(ranks)]
+    products = products_of(ranks, m, n, seed)
+    world = reduce_all(tables, products, m, tile_n, workers, seed)
+    for reducer in world:
+        assert torch.equal(reducer.written, torch.ones_like(reducer.written))
+        assert torch.equal(reducer.out, sum(products[1:], start=products[0]))
+
+
+def own_first(table: Reduction) -> Reduction:
+    return replace(table, rows=sorted(table.rows, key=lambda row: not row[3]))
+
+
+def result_first(table: Reduction) -> Reduction:
+    return replace(table, pulls=sorted(table.pulls, key=lambda pull: pull[0] != RESULT))
+
+
+@pytest.mark.parametrize("wrong", [own_first, result_first])
+def test_an_order_that_deadlocks_is_seen(wrong) -> None:
+    """What the tests above are for: with the own tiles or the sums first, every worker or puller waits for a peer that waits too."""
+    tables = [wrong(all_reduce_tiles(rank, 2, 16, 8, 4, 1)) for rank in range(2)]
+    with pytest.raises(Stuck):
+        reduce_all(tables, products_of(2, 16, 8, 0), 16, 4, [1, 1], 0)
+
+
+def check_fit(tables: list[Reduction], limit: int) -> None:
+    """Tables of all ranks name the same tiles, flags and places."""
+    ranks, count = len(tables), tables[0].tiles
+    assert {table.tiles for table in tables} == {count}
+    assert max(table.flags for table in tables) <= limit
+    sends: dict[tuple[int, int, int], tuple[int, int]] = {}  # (from, to, flag): (tile in the slot, landing place)
+    sums: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # (owner, flag): (tile, row, column, rows)
+    for rank, table in enumerate(tables):
+        used = set()
+        for row, col, stored, own, index, out_row, peer, flag in table.rows:
+            assert 0 <= flag < limit
+            if own:
+                sums[rank, flag] = (index, out_row, col, stored)
+            else:
+                assert peer != rank and index not in used
+                used.add(index)
+                sends[rank, peer, flag] = (index, row)
+        assert used <= set(range((ranks - 1) * count))
+    for rank, table in enumerate(tables):
+        landings = [pull for pull in table.pulls if pull[0] == LAND]
+        assert len(landings) == sum(to == rank for _, to, _ in sends)
+        for _, peer, flag, source, to, *_ in landings:
+            index, _ = sends[peer, rank, flag]
+            assert source == index
+            own_index = to - peer * count  # where the own tile looks: landing [ranks, tiles]
+            assert 0 <= own_index < count and any(row[3] and row[4] == own_index for row in table.rows)
+            mine = next(row for row in table.rows if row[3] and row[4] == own_index)
+            theirs = next(row for row in tables[peer].rows if not row[3] and row[6] == rank and row[7] == flag)
+            assert mine[:3] == theirs[:3]  # the same tile of the product
+        results = [pull for pull in table.pulls if pull[0] == RESULT]
+        assert len({(pull[1], pull[2]) for pull in results}) == len(results)
+        for _, owner, flag, source, row, col, stored, _ in results:
+            assert owner != rank and sums[owner, flag] == (source, row, col, stored)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 8])
+@pytest.mark.parametrize(("m", "n"), [(8192, 4096), (1000, 1304), (130, 8), (8, 8), (128 * 40, 264)])
+def test_tables_of_real_sizes_fit_together(monkeypatch: pytest.MonkeyPatch, ranks: int, m: int, n: int) -> None:
+    monkeypatch.setattr(tiles, "TILE_M", 128)
+    monkeypatch.setattr(tiles, "_BAND", 8)
+    width = gemm_reduce._TILE_N
+    for outer in (1, 3):
+        inner = max(1, m // ranks // outer)
+        count = outer * tile_count(inner, n, width)
+        assert gemm_reduce._scratch(count, ranks, False) == (ranks - 1) * count * 128 * 256 * 2
+        made = [scatter_tiles(rank, ranks, outer, inner, n, width) for rank in range(ranks)]
+        assert made[0].tiles == count
+        check_fit(made, min(2 * ranks * count, DATA_FLAGS))
+        assert not any(pull[0] == RESULT for table in made for pull in table.pulls)
+    share = -(-tile_count(m, n, width) // ranks)
+    assert gemm_reduce._scratch(share, ranks, True) == ranks * share * 128 * 256 * 2
+    made = [all_reduce_tiles(rank, ranks, m, n, width, gemm_reduce._PARTS) for rank in range(ranks)]
+    assert made[0].tiles == share
+    check_fit(made, min(2 * ranks * share, DATA_FLAGS))
+
+
+@QUICK
+@given(scatters(), all_reduces())
+def test_tables_of_all_ranks_fit_together(
+    scatter: tuple[int, int, int, int, int], reduce: tuple[int, int, int, int, int]
+) -> None:
+    ranks, outer, inner, n, tile_n = scatter
+    check_fit(
+        [scatter_tiles(rank, *scatter) for rank in range(ranks)], 2 * ranks * outer * tile_count(inner, n, tile_n)
+    )
+    ranks, m, n, tile_n, _ = reduce
+    check_fit(
+        [all_reduce_tiles(rank, *reduce) for rank in range(ranks)], 2 * ranks * -(-tile_count(m, n, tile_n) // ranks)
+    )
+
+
+def test_flags_of_data_lie_below_those_of_acknowledgements() -> None:
+    largest = DATA_FLAGS // 16  # tiles of each of 8 ranks
+    assert gemm_reduce._scratch(largest, 8, True) > 0
+    assert gemm_reduce._scratch(largest + 1, 8, True) < 0
+    assert DATA_FLAGS <= ACK
