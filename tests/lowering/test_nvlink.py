@@ -171,7 +171,9 @@ def test_adopting_again(ranks: list[Rank]) -> None:
     grow([rank.heap for rank in ranks], [1 << 22] * 2)
     first.executor.adopt(first.heap, RANKS, 1.0)
     assert first.executor.link is not first.link and retired == [True]
-    assert first.executor.describe(first.heap).startswith(f"{first.heap.provider}, {first.heap.memory.nbytes} bytes (")
+    described = first.executor.describe(first.heap, RANKS)
+    assert (described.ranks, described.provider) == (RANKS, first.heap.provider)
+    assert described.bytes == first.heap.memory.nbytes and described.reason
     # A captured graph holds the addresses of its region for ever.
     first.gpu.torch.capturing = True
     link = first.executor.link

@@ -81,6 +81,7 @@ class NvlinkExecutor:
     def __init__(self) -> None:
         self.link: DeviceLink | None = None
         self.heap: NvlinkHeap | None = None
+        self._stopped: DeviceLink | None = None  # its kernels have been told to give up
         self.ranks: tuple[int, ...] = ()
         self._sites: dict[int, str] = {}
         self._numbers: dict[str, int] = {}
@@ -172,7 +173,8 @@ class NvlinkExecutor:
         if failure is not None and heap.aborted() is None:
             log.error("%s", failure[1])
             heap.abort(*failure)
-        if link.is_idle():
+        # Replays of a captured graph are invisible here: a group with one may have work at any time.
+        if self._stopped is link or (link.is_idle() and not link.was_captured):
             return
         record = heap.aborted()
         if record is None:
@@ -181,6 +183,7 @@ class NvlinkExecutor:
             if dead is None or not link.is_stuck():
                 return
             heap.abort(dead, f"the process of rank {self.ranks[dead]} has ended: look at its log for the first error")
+        self._stopped = link
         link.stop()
 
 
