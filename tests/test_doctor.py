@@ -37,7 +37,15 @@ def found(probe: object) -> dict[str, Check]:
 def test_status_and_verdict(checks: list[Check], status: int, words: str) -> None:
     assert doctor.exit_status(checks) == status
     assert words in doctor.verdict(checks)[0]
-    assert status == 2 or "no GPU kernels" in doctor.verdict(checks)[-1]
+    assert status == 2 or "none here" in doctor.verdict(checks)[-1]
+
+
+def test_what_gpu_ranks_do() -> None:
+    memory = Check("ok", "GPU memory", "nvshmem")
+    nvcc = Check("warn", "nvcc", "", fallback=True, ranks="gpu")
+    assert "run fused" in doctor.verdict([memory])[-1]
+    cpu, gpu = doctor.verdict([memory, nvcc])
+    assert "run fused" in cpu and "because of nvcc" in gpu
 
 
 def test_line() -> None:
@@ -65,7 +73,7 @@ def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert data["schema"] == 1
     assert data["exit_status"] == 1
     assert data["checks"] == [
-        {"status": "warn", "what": "gloo", "detail": "none", "action": "install", "fallback": True}
+        {"status": "warn", "what": "gloo", "detail": "none", "action": "install", "fallback": True, "ranks": "all"}
     ]
 
 

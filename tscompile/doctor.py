@@ -42,15 +42,25 @@ def verdict(checks: Iterable[Check]) -> list[str]:
     if status == 2:
         failed = ", ".join(check.what for check in checks if check.status == "fail")
         return [f'torch.compile(backend="tilescale") will not work here: see {failed} above.']
-    if status == 1:
-        reasons = ", ".join(check.what for check in checks if check.fallback)
-        cpu = f"CPU ranks: sites are matched and reported, and run the original ops, because of {reasons}."
-    else:
-        cpu = "CPU ranks of one host: sites run fused, over shared memory. Ranks on other hosts: the original ops."
-    return [
-        cpu,
-        "CUDA ranks: sites are matched and reported, and run the original ops: this release has no GPU kernels.",
-    ]
+    return [_cpu_line(checks), _gpu_line(checks)]
+
+
+def _reasons(checks: list[Check], ranks: str) -> str:
+    return ", ".join(check.what for check in checks if check.fallback and check.ranks in ("all", ranks))
+
+
+def _cpu_line(checks: list[Check]) -> str:
+    if reasons := _reasons(checks, "cpu"):
+        return f"CPU ranks: sites are matched and reported, and run the original ops, because of {reasons}."
+    return "CPU ranks of one host: sites run fused, over shared memory. Ranks on other hosts: the original ops."
+
+
+def _gpu_line(checks: list[Check]) -> str:
+    if not any(check.what == "GPU memory" and check.status == "ok" for check in checks):
+        return "GPU ranks: none here, or their GPUs do not reach each other; sites would run the original ops."
+    if reasons := _reasons(checks, "gpu"):
+        return f"GPU ranks: sites are matched and reported, and run the original ops, because of {reasons}."
+    return "GPU ranks of one host: bfloat16 and float16 sites run fused on H100 and H200, over NVLink."
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,13 +31,14 @@ _ROOM = 256 << 20  # below this the buffers of one large site may not fit; Docke
 
 @dataclass(frozen=True)
 class Check:
-    """One line. `fallback`: because of it no site of this machine can run fused."""
+    """One line. `fallback`: because of it no site of these `ranks` can run fused here."""
 
     status: Literal["ok", "warn", "fail"]
     what: str
     detail: str
     action: str = ""
     fallback: bool = False
+    ranks: Literal["all", "cpu", "gpu"] = "all"
 
     def __str__(self) -> str:
         line = f"{self.status:<4}  {self.what:<24}  {self.detail}"
@@ -156,7 +157,23 @@ def _probe_compilers() -> Iterator[Check]:
         yield Check("ok", "Python.h", header)
     else:
         yield Check("warn", "Python.h", "not found; Inductor needs it on CPU", f"install python3-dev {eager}")
-    yield Check("ok", "nvcc", shutil.which("nvcc") or "not found, and not needed: no GPU kernels in this release")
+
+
+def _probe_nvcc() -> Iterator[Check]:
+    wheels = import_module("tscompile.language.toolchain").wheel_home()
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), wheels, "/usr/local/cuda"]
+    places = [shutil.which("nvcc"), *(os.path.join(home, "bin", "nvcc") for home in homes if home)]
+    found = next((place for place in places if place and os.path.isfile(place)), None)
+    torch = _torch()
+    if found:
+        yield Check("ok", "nvcc", found)
+    elif isinstance(torch, Exception) or not torch.cuda.is_available():
+        yield Check("ok", "nvcc", "not found, and not needed without a GPU")
+    else:
+        action = "pip install 'tscompile[nvcc]', or set CUDA_HOME to a CUDA toolkit"
+        yield Check(
+            "warn", "nvcc", "not found: kernels for GPUs are compiled with it", action, fallback=True, ranks="gpu"
+        )
 
 
 def _probe_gpus() -> Iterator[Check]:
@@ -291,6 +308,7 @@ PROBES: tuple[Callable[[], Iterable[Check]], ...] = (
     _probe_backend,
     _probe_options,
     _probe_compilers,
+    _probe_nvcc,
     _probe_gpus,
     _probe_nvshmem,
     _probe_gpu_memory,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -113,6 +113,13 @@ class _Launch:
         self.ack = ACK if last else -1
         dtype = str(shard.dtype).removeprefix("torch.")
         self.config = GemmConfig(dtype, self.transposed, len(indices), has_bias, tile_n)
+        self._kernels: dict[bool, Callable[..., None]] = {}
+
+    def _kernel(self, collects: bool) -> Callable[..., None]:
+        found = self._kernels.get(collects)
+        if found is None:
+            found = self._kernels[collects] = kernel(all_gather_kernel, self.config, collects)
+        return found
 
     def run(
         self,
@@ -131,7 +138,7 @@ class _Launch:
             results.append(result.data_ptr())
         rows = [biases[index] for index in self.indices] if self.has_bias else []
         held = [row.to(shard.dtype) for row in rows if row is not None]
-        kernel(all_gather_kernel, self.config, gathered is not None)(
+        self._kernel(gathered is not None)(
             shard.view(-1, self.k),
             channel.view((self.m, self.k), shard.dtype),
             *_padded(weights),
