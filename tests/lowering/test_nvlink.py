@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -144,6 +146,28 @@ def test_a_dead_peer_matters_only_if_the_gpu_is_stuck(ranks: list[Rank], monkeyp
     record = first.heap.aborted()
     assert record is not None and record.guilty == 1 and "the process of rank 6 has ended" in record.text
     assert first.stopped()
+
+
+def test_a_program_that_only_replays_graphs_hears_of_a_failure(
+    ranks: list[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = ranks[0]
+    monkeypatch.setattr(nvlink, "_RAISE_AFTER_S", 0.05)
+    rank.link._captured = 1
+    ranks[1].heap.abort(1, "rank 6 ended")
+
+    def watch() -> None:
+        for _ in range(50):
+            rank.executor.look()
+            time.sleep(0.01)
+
+    watchdog = threading.Thread(target=watch)
+    watchdog.start()
+    with pytest.raises(PeerError, match="rank 6 ended") as failure:
+        for _ in range(1000):  # the program's loop
+            time.sleep(0.01)
+    watchdog.join()
+    assert failure.value.rank == 6 and rank.executor.raised and rank.stopped()
 
 
 def test_an_executor_without_a_link_has_nothing_to_say() -> None:

@@ -25,11 +25,13 @@ class Executor(Protocol):
         name: as plans say.
         shares: parts that a call's memory is multiplied into: halves or slots.
         runs_ahead: ops are enqueued, not finished, when a launch returns; so a rank cannot take back what peers have enqueued.
+        raised: a launch has told the program of the group's failure.
     """
 
     name: str
     shares: int
     runs_ahead: bool
+    raised: bool
 
     def make_heap(self, ranks: tuple[int, ...], index: int, heap_bytes: int | None) -> GroupHeap: ...
 
@@ -64,6 +66,7 @@ class ShmExecutor:
     name = "shm"
     shares = 2
     runs_ahead = False
+    raised = False
 
     def make_heap(self, ranks: tuple[int, ...], index: int, heap_bytes: int | None) -> ShmHeap:
         return ShmHeap(index, len(ranks))

@@ -186,12 +186,14 @@ class GroupState:
             )
         with self._lock:
             if self.error is not None:
+                self.executor.raised = True
                 raise PeerError(self.error.rank, self.error.site, str(self.error))
             self.epoch += 1
             channel = self._channel(plan.site)
             failure = self.executor.failed()
             if failure is not None:
                 self.error = channel.fail(*failure)
+                self.executor.raised = True
                 raise self.error
             try:
                 channel.enter()
@@ -204,6 +206,7 @@ class GroupState:
                     self._tell()
             except PeerError as error:
                 self.error = error
+                self.executor.raised = True
                 raise
             except BaseException as error:
                 text = f"rank {self.rank} raised {type(error).__name__}: {str(error)[:300]}"

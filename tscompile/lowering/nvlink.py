@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import HeapError
+from ..errors import HeapError, PeerError
 from ..language.toolchain import ToolchainError, nvcc
 from ..nvshmem.device import NvlinkHeap
 from ..nvshmem.heap import GroupHeap, HostChannel, site_hash
@@ -24,8 +24,12 @@ from ..observe import ledger, log
 from ..problem import GroupMemory, Plan
 from ..templates import Template
 from ..templates.nvlink.channel import DeviceLink
+from .interrupt import raise_in_main_thread
 
 _LOOK_EVERY_S = 0.2
+_RAISE_AFTER_S = (
+    5.0  # a program that launches ops hears of a failure from the next launch; one that replays graphs does not
+)
 _MASK = 0x7FFFFFFF
 _FIRST_TIMED, _LAST_TIMED = 5, 100  # launches of a site that may be timed: the first ones compile and warm up
 
@@ -82,6 +86,8 @@ class NvlinkExecutor:
         self.link: DeviceLink | None = None
         self.heap: NvlinkHeap | None = None
         self._stopped: DeviceLink | None = None  # its kernels have been told to give up
+        self._stopped_at = 0.0
+        self.raised = False  # the program has been told of the failure
         self.ranks: tuple[int, ...] = ()
         self._sites: dict[int, str] = {}
         self._numbers: dict[str, int] = {}
@@ -174,7 +180,7 @@ class NvlinkExecutor:
             log.error("%s", failure[1])
             heap.abort(*failure)
         # Replays of a captured graph are invisible here: a group with one may have work at any time.
-        if self._stopped is link or (link.is_idle() and not link.was_captured):
+        if link.is_idle() and not link.was_captured:
             return
         record = heap.aborted()
         if record is None:
@@ -183,8 +189,14 @@ class NvlinkExecutor:
             if dead is None or not link.is_stuck():
                 return
             heap.abort(dead, f"the process of rank {self.ranks[dead]} has ended: look at its log for the first error")
-        self._stopped = link
-        link.stop()
+        if self._stopped is not link:
+            self._stopped, self._stopped_at = link, time.monotonic()
+            link.stop()
+        elif link.was_captured and not self.raised and time.monotonic() - self._stopped_at > _RAISE_AFTER_S:
+            self.raised = True
+            record = heap.aborted()
+            assert record is not None
+            raise_in_main_thread(PeerError(self.ranks[record.guilty], "a replayed graph", record.text))
 
 
 class _Watchdog:
