@@ -122,6 +122,7 @@ class GroupState:
                 # What a peer has enqueued waits for this rank on the GPU and cannot be taken back.
                 channel = self._channel("the start of a graph")
                 self.error = channel.fail(self.heap.rank, verdict.reason)
+                self.executor.raised = True
                 self.executor.stop()
                 raise self.error
             self.heap.downgrade(self.epoch + 1, f"{verdict.code}|{verdict.reason}")
@@ -186,16 +187,13 @@ class GroupState:
             )
         with self._lock:
             if self.error is not None:
-                self.executor.raised = True
                 raise PeerError(self.error.rank, self.error.site, str(self.error))
             self.epoch += 1
             channel = self._channel(plan.site)
-            failure = self.executor.failed()
-            if failure is not None:
-                self.error = channel.fail(*failure)
-                self.executor.raised = True
-                raise self.error
             try:
+                failure = self.executor.failed()
+                if failure is not None:
+                    raise channel.fail(*failure)
                 channel.enter()
                 outputs = self._run(template, channel, plan, args)
                 if outputs is not None:
@@ -211,6 +209,7 @@ class GroupState:
             except BaseException as error:
                 text = f"rank {self.rank} raised {type(error).__name__}: {str(error)[:300]}"
                 self.error = channel.fail(self.heap.rank, text)
+                self.executor.raised = True
                 self.executor.stop()
                 raise
         return reference(), False

@@ -15,7 +15,7 @@ typedef int (*query_fn)(void *event);
 
 static copy_fn copy_async;
 static copy2d_fn copy2d_async;
-static value_fn write_value, wait_value;
+static value_fn write_value;
 static record_fn event_record;
 static wait_fn stream_wait;
 static create_fn event_create;
@@ -35,7 +35,7 @@ struct copy2d {
     void *dst_array;
     size_t dst_pitch, width, height;
 };
-enum { MEMORY_DEVICE = 2, WAIT_GEQ = 0, DISABLE_TIMING = 2 };
+enum { MEMORY_DEVICE = 2, DISABLE_TIMING = 2 };
 
 /* One step; copies.py mirrors it. `stream` and `event` index the tables passed along with the steps. */
 struct step {
@@ -43,7 +43,7 @@ struct step {
     uint64_t dst, src, bytes, rows, dst_pitch, src_pitch;
     uint32_t value, event;
 };
-enum { COPY, COPY_ROWS, WRITE, WAIT, RECORD, AWAIT };
+enum { COPY, COPY_ROWS, WRITE, RECORD, AWAIT };
 
 /* 0 if the driver is there and complete. */
 int tsc_copies_load(void) {
@@ -52,12 +52,11 @@ int tsc_copies_load(void) {
     copy_async = (copy_fn)dlsym(driver, "cuMemcpyDtoDAsync_v2");
     copy2d_async = (copy2d_fn)dlsym(driver, "cuMemcpy2DAsync_v2");
     write_value = (value_fn)dlsym(driver, "cuStreamWriteValue32_v2");
-    wait_value = (value_fn)dlsym(driver, "cuStreamWaitValue32_v2");
     event_record = (record_fn)dlsym(driver, "cuEventRecord");
     stream_wait = (wait_fn)dlsym(driver, "cuStreamWaitEvent");
     event_create = (create_fn)dlsym(driver, "cuEventCreate");
     event_query = (query_fn)dlsym(driver, "cuEventQuery");
-    return !(event_query && copy_async && copy2d_async && write_value && wait_value && event_record && stream_wait && event_create);
+    return !(event_query && copy_async && copy2d_async && write_value && event_record && stream_wait && event_create);
 }
 
 /* A new event without timing, 0 if there is no context or no memory. */
@@ -92,9 +91,6 @@ int tsc_issue(const struct step *steps, int n, void *const *streams, void *const
         }
         case WRITE:
             rc = write_value(stream, s->dst, s->value, 0);
-            break;
-        case WAIT:
-            rc = wait_value(stream, s->dst, s->value, WAIT_GEQ);
             break;
         case RECORD:
             rc = event_record(events[s->event], stream);

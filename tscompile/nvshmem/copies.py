@@ -10,14 +10,14 @@ from typing import ClassVar
 from ..errors import HeapError
 from . import native
 
-COPY, COPY_ROWS, WRITE, WAIT, RECORD, AWAIT = range(6)
+COPY, COPY_ROWS, WRITE, RECORD, AWAIT = range(5)
 
 
 class Step(ctypes.Structure):
     """One step; kinds and their fields:
 
     COPY: `bytes` from `src` to `dst`. COPY_ROWS: `rows` rows of `bytes`, `src_pitch` and `dst_pitch` bytes apart.
-    WRITE: `value` (32 bits) to address `dst`, after all earlier work of the stream. WAIT: until the word at `dst` has reached `value`.
+    WRITE: `value` (32 bits) to address `dst`, after all earlier work of the stream.
     RECORD: event number `event`. AWAIT: the event. `stream` is the number of the stream that the step is issued on.
     """
 

@@ -205,7 +205,7 @@ def test_a_pull_reads_after_its_flag_and_tells_after_its_writes() -> None:
     assert pull.index("ld.acquire.sys.global.u32") < first
 
 
-@pytest.mark.parametrize("name", ["tsk_open", "tsk_await_shards", "tsk_acknowledge"])
+@pytest.mark.parametrize("name", ["tsk_open", "tsk_acknowledge"])
 def test_service_kernels(name: str) -> None:
     artifact = tl.compile_cuda(service_program(name), pass_configs=PASS_CONFIGS)
     assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0

@@ -38,11 +38,9 @@ class _Recipe:
         rhs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         made: Reduction,
-        all_reduce: bool,
     ) -> None:
         self.dtype = torch_dtype(plan.dtype)
         self.transposed = is_transposed(rhs[0])
-        self.n = rhs[0].shape[1]
         coefficients = plan.coefficients or (1.0,) * len(lhs)
         factor = coefficients[0]
         self.weights = [c / factor for c in coefficients]
@@ -54,9 +52,8 @@ class _Recipe:
         )
         self.landing = link.size * made.tiles * _TILE
         self.result_offset = (link.size - 1) * made.tiles * _TILE * _ITEM
-        self.all_reduce = all_reduce
         config = GemmConfig(plan.dtype, self.transposed, len(lhs), self.has_bias, _TILE_N)
-        self.kernel = kernel(reduce_kernel, config, all_reduce)
+        self.kernel = kernel(reduce_kernel, config, plan.kind == "matmul_all_reduce")
 
     def run(
         self,
@@ -110,24 +107,27 @@ class _Recipe:
         return sum(rows[1:], start=rows[0]).to(self.dtype)
 
 
-def _recipe(
+def _sum(
     channel: DeviceChannel,
     plan: Plan,
     lhs: Sequence[Tensor],
     rhs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     outer: int,
-    all_reduce: bool,
+    rows: int,
     make: Callable[[], Reduction],
-) -> _Recipe:
+) -> list[Tensor]:
+    """The op's output [rows, N]; `make` gives the tables where these shapes are new."""
     cache = channel.link.tables
     # A site's name says nothing of biases, and with symbolic sizes the same rows may come in other pieces.
     has_bias = tuple(bias is not None for bias in biases)
     key = (plan.site, outer, has_bias, lhs[0].shape, *[(b.shape, b.stride()) for b in rhs])
-    found: _Recipe | None = cache.get(key)
-    if found is None:
-        found = cache[key] = _Recipe(channel.link, plan, lhs, rhs, biases, make(), all_reduce)
-    return found
+    recipe: _Recipe | None = cache.get(key)
+    if recipe is None:
+        recipe = cache[key] = _Recipe(channel.link, plan, lhs, rhs, biases, make())
+    out = lhs[0].new_empty((rows, rhs[0].shape[1]), dtype=recipe.dtype)
+    recipe.run(channel, lhs, rhs, biases, out)
+    return [out]
 
 
 def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
@@ -184,19 +184,16 @@ class NvlinkGemmReduceScatter:
     ) -> list[Tensor]:
         m, n = lhs[0].shape[0], rhs[0].shape[1]
         inner = m // (channel.size * outer)
-        recipe = _recipe(
+        return _sum(
             channel,
             plan,
             lhs,
             rhs,
             biases,
             outer,
-            False,
+            outer * inner,
             lambda: scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N),
         )
-        out = lhs[0].new_empty((outer * inner, n), dtype=recipe.dtype)
-        recipe.run(channel, lhs, rhs, biases, out)
-        return [out]
 
 
 @register_template("matmul_all_reduce", "nvlink")
@@ -230,16 +227,13 @@ class NvlinkGemmAllReduce:
         addends: Sequence[Tensor],
     ) -> list[Tensor]:
         m, n = lhs[0].shape[0], rhs[0].shape[1]
-        recipe = _recipe(
+        return _sum(
             channel,
             plan,
             lhs,
             rhs,
             biases,
             1,
-            True,
+            m,
             lambda: all_reduce_tiles(channel.rank, channel.size, m, n, _TILE_N, _PARTS),
         )
-        out = lhs[0].new_empty((m, n), dtype=recipe.dtype)
-        recipe.run(channel, lhs, rhs, biases, out)
-        return [out]

@@ -5,7 +5,14 @@ from typing import Any
 import tilelang.language as T
 
 from .gemm import (
+    COL,
     DTYPE_CODES,
+    GROUP,
+    MASK,
+    OUT_ROW,
+    OWNER,
+    ROW,
+    ROWS,
     SMS,
     THREADS,
     GemmConfig,
@@ -16,6 +23,7 @@ from .gemm import (
     prelude,
     ref,
     value,
+    word,
 )
 
 
@@ -88,17 +96,15 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
             if thread < 32:
                 tile = value("tsk_claim", counters, tiles)
                 while tile >= 0:
-                    row = value("tsk_word", table, tile, 0)
-                    col = value("tsk_word", table, tile, 1)
-                    own = value("tsk_word", table, tile, 3)
-                    group = value("tsk_word", table, tile, 7)
+                    row = word(table, tile, ROW)
+                    col = word(table, tile, COL)
+                    own = word(table, tile, OWNER)
+                    group = word(table, tile, GROUP)
                     for k in T.serial(steps):
                         T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
                         if k == 0:
                             call("tsk_pass", turn, tile)
-                            ready = value(
-                                "tsk_wait_ranks", context, value("tsk_word", table, tile, 6), ready, epoch, site
-                            )
+                            ready = value("tsk_wait_ranks", context, word(table, tile, MASK), ready, epoch, site)
                         if own != 0:
                             load_rows(X, row, k * bK, As, full, it % S, config)
                         else:
@@ -123,24 +129,17 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                     multiply(As, Bs, Cl, full, empty, it, steps, config)
                     it = it + steps
                     for g in numbers:
-                        if value("tsk_word", table, tile, 7) == g:
+                        if word(table, tile, GROUP) == g:
                             if bias:
-                                call(
-                                    "TSK_BIAS",
-                                    NF,
-                                    DT,
-                                    (V0, V1, V2)[g],
-                                    value("tsk_word", table, tile, 1),
-                                    (N0, N1, N2)[g],
-                                )
+                                call("TSK_BIAS", NF, DT, (V0, V1, V2)[g], word(table, tile, COL), (N0, N1, N2)[g])
                             call(
                                 "TSK_STORE",
                                 NF,
                                 DT,
                                 (C0, C1, C2)[g],
-                                value("tsk_word", table, tile, 5),
-                                value("tsk_word", table, tile, 1),
-                                value("tsk_word", table, tile, 2),
+                                word(table, tile, OUT_ROW),
+                                word(table, tile, COL),
+                                word(table, tile, ROWS),
                                 (N0, N1, N2)[g],
                             )
                     turn = turn + 1

@@ -19,7 +19,7 @@ from ....language import prelude as language_prelude
 SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
 THREADS = 384
 MAX_OPERANDS = 3  # weights of one gather, or terms of one sum, that a kernel takes
-TABLE_WORDS = 8
+ROW, COL, ROWS, OWNER, INDEX, OUT_ROW, MASK, GROUP = range(8)  # words of a row in the tile table: tiles.py
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 PASS_CONFIGS = {
     # All synchronisation is explicit (warp-specialised by hand), and all tile copies are TMA, which checks bounds.
@@ -75,6 +75,11 @@ def call(name: str, *args: Any) -> Any:
 def value(name: str, *args: Any) -> Any:
     """The int that a device function of the prelude returns."""
     return T.call_extern("int32", name, *args)
+
+
+def word(table: Any, tile: Any, which: int) -> Any:
+    """A word of a tile's row in the table."""
+    return value("tsk_word", table, tile, which)
 
 
 def ref(element: Any) -> Any:

@@ -11,7 +11,15 @@ from typing import Any
 import tilelang.language as T
 
 from .gemm import (
+    COL,
     DTYPE_CODES,
+    GROUP,
+    INDEX,
+    MASK,
+    OUT_ROW,
+    OWNER,
+    ROW,
+    ROWS,
     SMS,
     THREADS,
     GemmConfig,
@@ -22,6 +30,7 @@ from .gemm import (
     prelude,
     ref,
     value,
+    word,
 )
 
 # No postponed annotations here: TileLang evaluates those of a prim_func where it stands.
@@ -42,7 +51,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
     K0, K1, K2 = T.dynamic("K0"), T.dynamic("K1"), T.dynamic("K2")
     B_shapes = [(N, k) if transposed else (k, N) for k in (K0, K1, K2)]
     text = prelude()
-    numbers = tuple(range(terms))  # loops never bind a tensor: all_gather_kernel.py says why
+    numbers = tuple(range(terms))  # loops never bind a tensor: all_gather.py says why
 
     @T.prim_func
     def gemm_reduce(
@@ -98,8 +107,8 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
             if thread < 32:
                 tile = value("tsk_claim", counters, entries)
                 while tile >= 0:
-                    row = value("tsk_word", table, tile, 0)
-                    col = value("tsk_word", table, tile, 1)
+                    row = word(table, tile, ROW)
+                    col = word(table, tile, COL)
                     T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
                     call("tsk_pass", turn, tile)
                     for t in numbers:
@@ -124,27 +133,22 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                     multiply(As, Bs, Cl, full, empty, it, steps, config)
                     it = it + steps
                     if config.bias:
-                        call("TSK_BIAS", NF, DT, V, value("tsk_word", table, tile, 1), N)
-                    if value("tsk_word", table, tile, 3) == 0:
-                        call(
-                            "TSK_STAGE",
-                            NF,
-                            DT,
-                            slot + T.cast(value("tsk_word", table, tile, 4), "int64") * (bM * bN * 2),
-                        )
+                        call("TSK_BIAS", NF, DT, V, word(table, tile, COL), N)
+                    if word(table, tile, OWNER) == 0:
+                        call("TSK_STAGE", NF, DT, slot + T.cast(word(table, tile, INDEX), "int64") * (bM * bN * 2))
                         T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                        call("tsk_leave_note", 1, value("tsk_word", table, tile, 6), value("tsk_word", table, tile, 7))
+                        call("tsk_leave_note", 1, word(table, tile, MASK), word(table, tile, GROUP))
                         T.barrier_arrive(noted[0])
                         notes = notes + 1
                     else:
-                        call("tsk_wait_landed", context, landed, value("tsk_word", table, tile, 4), tiles, epoch, site)
+                        call("tsk_wait_landed", context, landed, word(table, tile, INDEX), tiles, epoch, site)
                         call(
                             "TSK_ADD_PARTS",
                             NF,
                             DT,
                             context,
                             landing,
-                            T.cast(value("tsk_word", table, tile, 4), "int64"),
+                            T.cast(word(table, tile, INDEX), "int64"),
                             T.cast(tiles, "int64"),
                         )
                         if scale != T.float32(1):
@@ -155,16 +159,14 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                                 NF,
                                 DT,
                                 C,
-                                value("tsk_word", table, tile, 5),
-                                value("tsk_word", table, tile, 1),
-                                value("tsk_word", table, tile, 2),
+                                word(table, tile, OUT_ROW),
+                                word(table, tile, COL),
+                                word(table, tile, ROWS),
                                 N,
-                                slot
-                                + result_offset
-                                + T.cast(value("tsk_word", table, tile, 4), "int64") * (bM * bN * 2),
+                                slot + result_offset + T.cast(word(table, tile, INDEX), "int64") * (bM * bN * 2),
                             )
                             T.barrier_wait(taken[0], (notes & 1) ^ 1)
-                            call("tsk_leave_note", 2, 0, value("tsk_word", table, tile, 7))
+                            call("tsk_leave_note", 2, 0, word(table, tile, GROUP))
                             T.barrier_arrive(noted[0])
                             notes = notes + 1
                         else:
@@ -173,9 +175,9 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                                 NF,
                                 DT,
                                 C,
-                                value("tsk_word", table, tile, 5),
-                                value("tsk_word", table, tile, 1),
-                                value("tsk_word", table, tile, 2),
+                                word(table, tile, OUT_ROW),
+                                word(table, tile, COL),
+                                word(table, tile, ROWS),
                                 N,
                             )
                     turn = turn + 1

@@ -1,4 +1,4 @@
-"""Small kernels of one CTA around the fused ones: open a captured call, wait for all shards, tell the peers that a slot was read."""
+"""Kernels of one warp around the fused ones: open a captured call, tell the peers that a slot was read."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,7 +12,7 @@ from .gemm import compile_kernel, prelude
 
 
 def service_program(name: str) -> Any:
-    """prim_func that runs the device function `name` of tile.h: tsk_open, tsk_await_shards or tsk_acknowledge."""
+    """prim_func that runs the device function `name` of tile.h: tsk_open or tsk_acknowledge."""
     text = prelude()
 
     @T.prim_func

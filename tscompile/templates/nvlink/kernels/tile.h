@@ -1,7 +1,8 @@
 // Parts of the fused GEMM kernels that TileLang has no words for: tile claims, epilogues on the accumulator's registers, and
 // what the idle warps of a CTA do. Follows language/cuda.h in the prelude.
 //
-// A CTA has 384 threads: warp 0 loads tiles, warp 1 signals, warps 2 and 3 collect, warps 4 to 11 (two warpgroups) multiply.
+// A CTA has 384 threads: warp 0 loads tiles, warp 1 signals, warps 2 and 3 collect or warp 2 pulls, warps 4 to
+// 11 (two warpgroups) multiply.
 // The accumulator of a tile [128, 2 * NF] lies in wgmma's register order under GemmWarpPolicy.FullRow: warp w of the eight holds
 // rows 16w to 16w+15 and lane l of it, in group j of four registers, columns 8j + 2 * (l % 4) + {0, 1} of rows l / 4 and 8 + l / 4.
 
@@ -9,8 +10,7 @@
 #define TSK_THREAD ((int)threadIdx.x - 128)   // of a multiplying thread
 
 enum { TSK_BF16 = 0, TSK_FP16 = 1 };
-// Words of a row in the tile table (tiles.py): see there.
-enum { TSK_ROW, TSK_COL, TSK_ROWS, TSK_OWNER, TSK_INDEX, TSK_OUT_ROW, TSK_MASK, TSK_GROUP, TSK_WORDS };
+enum { TSK_WORDS = 8 };   // of a row in the tile table and in a list of pulls (tiles.py)
 
 // An address that a kernel gets as a pointer or as an int64: tensors that TMA does not read are passed by address, since each tensor
 // argument costs the host about a microsecond.
@@ -20,7 +20,7 @@ struct TskAddress {
   __device__ __forceinline__ TskAddress(int64_t q) : p(reinterpret_cast<void *>(q)) {}
   __device__ __forceinline__ operator void *() const { return p; }
 };
-TSL int tsk_word(TskAddress table, int row, int word) { return __ldg((const int *)table.p + row * 8 + word); }
+TSL int tsk_word(TskAddress table, int row, int word) { return __ldg((const int *)table.p + row * TSK_WORDS + word); }
 TSL int tsk_aborted(TskAddress context) { return tsl_aborted(context.p); }
 
 // ---- tiles are claimed from a counter, so that any resident subset of the CTAs finishes all of them ---------------------------
@@ -264,7 +264,6 @@ TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard
   }
 }
 
-
 // ---- pulling warp (2): tiles of the peers, through shared memory, by bulk copies that occupy no registers -----------------------
 
 // A work list row: kind, peer, its flag here, tile number in the peer's slot, then for TSK_LAND the tile number in `landing`, for
@@ -347,9 +346,10 @@ template <int NF> TSL void tsk_pull(TskAddress context, TskAddress counter, TskA
 
 // ---- end of a kernel ----------------------------------------------------------------------------------------------------------
 
-// counters: [0] claims of tiles, [1] CTAs that are done, [2] claims of pulls. The last CTA leaves them at zero for the next launch and tells the peers that this
-// rank has read its slot (unless ack_flag is negative); if the group was aborted it fills the output with NaN, since part of it was never computed.
 TSL void tsk_join() { asm volatile("bar.sync 10, 320;" ::: "memory"); }   // multiplying warps and warps 2 and 3
+// counters: [0] claims of tiles, [1] CTAs that are done, [2] claims of pulls. The last CTA leaves them at zero for the next launch and
+// tells the peers that this rank has read its slot (unless ack_flag is negative); if the group was aborted it fills the output with
+// NaN, since part of it was never computed.
 TSL int tsk_last(TskAddress counters, int ctas) {
   __shared__ int last;
   tsk_sync();
@@ -394,12 +394,6 @@ TSL void tsk_open(TskAddress context, int, int site, int ack_flag) {
     tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (ack_flag + lane)), before, lane, site);
   __syncwarp();
   if (lane == 0) *(volatile uint32_t *)c->epoch_cell = before + 1;
-}
-TSL void tsk_await_shards(TskAddress context, int epoch, int site, int) {
-  const TslContext *c = tsl_context(context.p);
-  const int lane = threadIdx.x & 31;
-  if (lane < (int)c->size && lane != (int)c->rank)
-    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
 }
 TSL void tsk_acknowledge(TskAddress context, int epoch, int, int ack_flag) {
   const TslContext *c = tsl_context(context.p);
