@@ -14,7 +14,7 @@ from tests.nvshmem.test_device import fake_heaps, grow
 from tests.templates.nvlink.fake_gpu import Gpu
 from tscompile.errors import HeapError, PeerError
 from tscompile.lowering import nvlink
-from tscompile.lowering.executors import ShmExecutor, make_executor
+from tscompile.lowering.executors import Memo, ShmExecutor, make_executor
 from tscompile.lowering.group import GroupState
 from tscompile.lowering.nvlink import NvlinkExecutor
 from tscompile.lowering.vote import Verdict
@@ -33,12 +33,12 @@ class Rank:
         self.heap = heap
         self.gpu = Gpu(patch, heap.rank, heap.size)  # patches the module; the executor makes its own link
         self.executor = NvlinkExecutor()
-        patch.setattr(self.executor, "_opener", lambda: lambda *_: None)
+        patch.setattr(nvlink, "kernel", self.gpu.driver.kernel)
         patch.setattr(nvlink, "_watchdog", type("Watch", (), {"watch": staticmethod(watched.append)}))
         self.executor.adopt(heap, RANKS, 2.5)
         assert self.executor.link is not None
         self.link = self.executor.link
-        self.engine = self.gpu.engine
+        self.driver = self.gpu.driver
         self.group = GroupState(RANKS, RANKS[heap.rank], 2.5, self.executor)
         self.group.heap = heap
 
@@ -49,12 +49,12 @@ class Rank:
 
     def enqueue(self) -> None:
         """A call that runs."""
-        self.executor.run(Nothing(), None, PLAN, ())  # type: ignore[arg-type]
-        self.engine.done = False
+        self.executor.run(Nothing(), None, PLAN, (), Memo(0))  # type: ignore[arg-type]
+        self.driver.done = False
 
     def stopped(self) -> bool:
         """The abort words of all ranks have been set."""
-        return [step["value"] for step in self.engine.issued] == [self.heap.rank + 1] * 2
+        return [step["value"] for step in self.driver.issued] == [self.heap.rank + 1] * 2
 
 
 class Nothing:
@@ -125,7 +125,7 @@ def test_the_watchdog_spreads_a_failure_to_the_hosts_and_theirs_to_the_gpu(ranks
 def test_the_watchdog_leaves_an_idle_gpu_alone(ranks: list[Rank]) -> None:
     first, second = ranks
     second.enqueue()
-    second.engine.done = True
+    second.driver.done = True
     first.heap.abort(0, "somewhere else")
     second.executor.look()
     assert not second.stopped()
@@ -214,7 +214,7 @@ VERDICT = Verdict(False, "lone-compile", "rank 4 started a new graph alone")
 def test_what_a_peer_has_enqueued_cannot_be_downgraded(ranks: list[Rank]) -> None:
     """The peer's kernels wait for this rank on the GPU, so the group ends with an error on all ranks."""
     first, second = ranks
-    second.heap.enter(1, 17, PLAN.site)
+    second.heap.enter(1, PLAN.site)
     with pytest.raises(PeerError, match="rank 4 started a new graph alone") as caught:
         first.group.refuse(VERDICT)
     assert caught.value.rank == 4
@@ -239,7 +239,7 @@ def test_a_host_executor_is_downgraded_though_a_peer_is_ahead(ranks: list[Rank])
     first, second = ranks
     group = GroupState(RANKS, RANKS[0], 2.5, ShmExecutor())
     group.heap = first.heap
-    second.heap.enter(1, 17, PLAN.site)
+    second.heap.enter(1, PLAN.site)
     group.refuse(VERDICT)
     assert group.error is None and first.heap.downgraded() is not None
     with pytest.raises(DowngradedError):  # the peer, which waits on its host, leaves its wait

@@ -149,7 +149,7 @@ def test_growth_keeps_host_words_and_releases_the_old_region_when_told() -> None
     heaps, providers = fake_heaps()
     grow(heaps, [4096] * 2)
     old = heaps[0].memory
-    heaps[0].enter(7, 1, "site")
+    heaps[0].enter(7, "site")
     grow(heaps, [1 << 20] * 2)
     assert heaps[1].entered(0) == 7
     assert heaps[1].site_of(0, 7) == "site"

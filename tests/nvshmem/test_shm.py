@@ -52,7 +52,7 @@ def test_growth_keeps_control_words_and_old_views() -> None:
     heaps = connected(2, 100)
     before = heaps[1].view(0, 0, (4,), torch.int64)
     before.fill_(5)
-    heaps[0].enter(7, 1, "site")
+    heaps[0].enter(7, "site")
     grow(heaps, 1 << 20)
     assert [heap.half_bytes for heap in heaps] == [1 << 20] * 2
     assert heaps[1].entered(0) == 7

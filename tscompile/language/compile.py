@@ -1,4 +1,4 @@
-"""Look at what a kernel becomes, without a GPU: generated CUDA source, PTX, cubin, registers and spills."""
+"""Compile a kernel for CUDA without a GPU, and look at what it becomes: generated source, PTX, cubin, registers and spills."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tvm
 from tilelang.contrib.nvcc import default_compile_options
 
 from . import toolchain
+from .launch import LaunchSpec, launch_spec
 
 _TIMEOUT_S = 300.0
 
@@ -54,6 +55,25 @@ def _largest(pattern: str, text: str) -> int:
     return max((int(number) for number in re.findall(pattern, text)), default=0)
 
 
+def _lower(function: Any, arch: str, pass_configs: dict[str, Any] | None) -> Any:
+    target = tvm.target.Target({"kind": "cuda", "arch": arch})
+    with tvm.transform.PassContext(opt_level=3, config=pass_configs or {}), target:
+        return tilelang.lower(function, target=target)
+
+
+def build_cubin(
+    function: Any, arch: str = "sm_90a", pass_configs: dict[str, Any] | None = None
+) -> tuple[bytes, LaunchSpec]:
+    """The ELF image of a prim_func, and how to launch it without TileLang. Arguments and errors as `compile_cuda`."""
+    nvcc = str(toolchain.nvcc())
+    lowered = _lower(function, arch, pass_configs)
+    with tempfile.TemporaryDirectory(prefix="tscompile-") as folder:
+        cu, cubin = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "cubin"))
+        cu.write_text(str(lowered.kernel_source))
+        _run([nvcc, "-cubin", "-O3", f"-arch={arch}", *default_compile_options(), "-o", str(cubin), str(cu)])
+        return cubin.read_bytes(), launch_spec(lowered)
+
+
 def compile_cuda(function: Any, arch: str = "sm_90a", pass_configs: dict[str, Any] | None = None) -> CudaArtifact:
     """Compile a prim_func for CUDA and report on it; nothing is cached, nothing is loaded.
 
@@ -66,9 +86,7 @@ def compile_cuda(function: Any, arch: str = "sm_90a", pass_configs: dict[str, An
         ToolchainError: there is no nvcc, or the kernel does not compile; the message has the compiler's last words.
     """
     nvcc = str(toolchain.nvcc())
-    target = tvm.target.Target({"kind": "cuda", "arch": arch})
-    with tvm.transform.PassContext(opt_level=3, config=pass_configs or {}), target:
-        lowered = tilelang.lower(function, target=target)
+    lowered = _lower(function, arch, pass_configs)
     source = str(lowered.kernel_source)
     kernels = [kernel.attrs for kernel in lowered.device_mod.functions.values() if kernel.attrs is not None]
     dynamic = max(int(attrs.get("dyn_shared_memory_buf", 0)) for attrs in kernels)

@@ -18,6 +18,19 @@ from ..templates import Template
 NAMES = ("shm", "nvlink", "reference")  # "reference": the original ops
 
 
+class Memo:
+    """What the launches of one site with the same layout of arguments share.
+
+    need: bytes of a half or slot, negative if the original ops must run. kept: what the executor keeps for them.
+    """
+
+    __slots__ = ("kept", "need")
+
+    def __init__(self, need: int) -> None:
+        self.need = need
+        self.kept: Any = None
+
+
 class Executor(Protocol):
     """One per group.
 
@@ -44,8 +57,12 @@ class Executor(Protocol):
     ) -> HostChannel: ...
 
     def run(
-        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]
+        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...], memo: Memo
     ) -> list[torch.Tensor]: ...
+
+    def settle(self) -> None:
+        """Wait until nothing enqueued uses what memos keep."""
+        ...
 
     def failed(self) -> tuple[int, str] | None:
         """(index of the rank at fault, text) if an enqueued op has failed since."""
@@ -78,8 +95,13 @@ class ShmExecutor:
         assert isinstance(heap, ShmHeap)
         return Channel(heap, ranks, epoch, site, timeout_s)
 
-    def run(self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    def run(
+        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...], memo: Memo
+    ) -> list[torch.Tensor]:
         return template.run(channel, plan, *args)
+
+    def settle(self) -> None:
+        pass
 
     def failed(self) -> tuple[int, str] | None:
         return None

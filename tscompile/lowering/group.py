@@ -20,9 +20,10 @@ from ..nvshmem.shm import process_is_alive
 from ..observe import ledger, log, once
 from ..problem import Plan
 from ..templates import Template, find_template
-from .executors import Executor
+from .executors import Executor, Memo
 from .vote import Ballot, Post, Verdict, group_store, host_facts, judge_plans, judge_ready
 
+_MAX_MEMOS = 512
 _SAY_AFTER_S = 20.0  # a rank that waits longer in a vote says so: compile times differ, but a user wants to know
 
 
@@ -65,7 +66,7 @@ class GroupState:
         self._limit_bytes: int | None = None
         self._store: dist.Store | None = None
         self._votes = 0
-        self._needs: dict[tuple[Any, ...], int] = {}
+        self._memos: dict[tuple[Any, ...], Memo] = {}
         self._growths = 0
         self._refused_ballots: list[Ballot] = []
 
@@ -219,7 +220,8 @@ class GroupState:
     ) -> list[torch.Tensor] | None:
         """Outputs of the template; None if the original ops must run: on every rank, since all see the same sizes."""
         assert self.heap is not None
-        need = self._need(template, plan, args)
+        memo = self._memo(template, plan, args)
+        need = memo.need
         if need < 0:
             return None
         if need > self.heap.half_bytes:
@@ -230,16 +232,21 @@ class GroupState:
                 if need > limit:
                     return None
             self._grow(half, channel)
-        with torch.no_grad():
-            return self.executor.run(template, channel, plan, args)
+        if torch.is_grad_enabled():  # compiled code runs without, as a rule
+            with torch.no_grad():
+                return self.executor.run(template, channel, plan, args, memo)
+        return self.executor.run(template, channel, plan, args, memo)
 
-    def _need(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> int:
-        """What the template needs of the arena; remembered by shapes, since this runs at every launch."""
-        key = (plan.site, *[_sizes(value) for value in args])
-        need = self._needs.get(key)
-        if need is None:
-            need = self._needs[key] = template.scratch_bytes(plan, len(self.ranks), *args)
-        return need
+    def _memo(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> Memo:
+        """What launches of this site with this layout share; it is looked up at every launch."""
+        key = _layout(plan.site, args)
+        memo = self._memos.get(key)
+        if memo is None:
+            if len(self._memos) >= _MAX_MEMOS:  # symbolic shapes: one for every length that was ever seen
+                self.executor.settle()
+                self._memos.clear()
+            memo = self._memos[key] = Memo(template.scratch_bytes(plan, len(self.ranks), *args))
+        return memo
 
     def _grow(self, half_bytes: int, channel: HostChannel) -> None:
         """Replace the arenas of all ranks by larger ones, in the middle of an op; every rank does so in the same epoch."""
@@ -368,13 +375,19 @@ def _attempt(rank: int, action: Callable[[], dict[str, object] | None]) -> dict[
         return {"refusal": f"rank {rank}: {error}"}
 
 
-def _sizes(value: Any) -> Any:
-    """Shapes of an argument of an op: a tensor, a list of tensors, or a size."""
-    if isinstance(value, torch.Tensor):
-        return value.shape
-    if isinstance(value, (list, tuple)):
-        return tuple([None if item is None else item.shape for item in value])
-    return value
+def _layout(site: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Shapes and strides of an op's arguments: tensors, lists of tensors, or sizes."""
+    layout: list[Any] = [site]
+    for value in args:
+        if isinstance(value, (list, tuple)):
+            layout.append(len(value))
+            for item in value:
+                layout += (None, None) if item is None else (item.shape, item.stride())
+        elif isinstance(value, torch.Tensor):
+            layout += value.shape, value.stride()
+        else:
+            layout.append(value)
+    return tuple(layout)
 
 
 def _decode(text: str) -> Verdict:

@@ -10,7 +10,6 @@ import importlib
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ from ..nvshmem.world import DEFAULT_HEAP_BYTES
 from ..observe import ledger, log
 from ..problem import GroupMemory, Plan
 from ..templates import Template
-from ..templates.nvlink.channel import DeviceLink
+from ..templates.nvlink.channel import DeviceLink, Site
+from ..templates.nvlink.jit import kernel
+from .executors import Memo
 from .interrupt import raise_in_main_thread
 
 _LOOK_EVERY_S = 0.2
@@ -31,48 +32,48 @@ _RAISE_AFTER_S = (
     5.0  # a program that launches ops hears of a failure from the next launch; one that replays graphs does not
 )
 _MASK = 0x7FFFFFFF
-_FIRST_TIMED, _LAST_TIMED = 5, 100  # launches of a site that may be timed: the first ones compile and warm up
+_TIMED = (
+    5,
+    10,
+    20,
+    40,
+    80,
+)  # launches of a site that are timed: events cost the host as much as the launch, and the first compile
 
 
 class _Channel(HostChannel):
     """Without the site's name: peers learn of a wrong site from the kernel's record, and this runs at every launch."""
 
     def enter(self) -> None:
-        self.words.enter(self.epoch, 0, "")
-        self.check()
+        if self.words.enter(self.epoch, ""):
+            self.check()
 
 
-class _Stopwatch:
-    """Times a few launches of one site by CUDA events, without waiting for them."""
+class _Site(Site):
+    """A site of the executor's groups, with a stopwatch: a few launches are timed by CUDA events, without waiting for them."""
 
-    def __init__(self, site: str) -> None:
-        self._site = site
-        self._launches = 0
-        self._pending: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    __slots__ = ("launches", "name", "pending")
 
-    @property
-    def done(self) -> bool:
-        return self._launches >= _LAST_TIMED
+    def __init__(self, number: int, name: str) -> None:
+        super().__init__(number)
+        self.name = name
+        self.launches = 0
+        self.pending: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
-    def start(self) -> torch.cuda.Event | None:
-        """Event at the start of this launch, None if it is not timed."""
-        self._launches += 1
-        if self._pending is not None:
-            first, last = self._pending
-            if not last.query():
-                return None
-            ledger.measured(self._site, first.elapsed_time(last) * 1e3)
-            self._pending = None
-        if self._launches < _FIRST_TIMED:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def due(self) -> bool:
+        """Count a launch; True if it is one to time."""
+        self.launches += 1
+        if self.pending is not None and self.pending[1].query():
+            first, last = self.pending
+            self.pending = None
+            ledger.measured(self.name, first.elapsed_time(last) * 1e3)
+        return self.pending is None and self.launches in _TIMED
 
-    def stop(self, first: torch.cuda.Event) -> None:
-        last = torch.cuda.Event(enable_timing=True)
-        last.record()
-        self._pending = first, last
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class NvlinkExecutor:
@@ -90,8 +91,6 @@ class NvlinkExecutor:
         self.raised = False  # the program has been told of the failure
         self.ranks: tuple[int, ...] = ()
         self._sites: dict[int, str] = {}
-        self._numbers: dict[str, int] = {}
-        self._watches: dict[int, _Stopwatch] = {}
 
     def make_heap(self, ranks: tuple[int, ...], index: int, heap_bytes: int | None) -> NvlinkHeap:
         importlib.import_module(
@@ -112,37 +111,34 @@ class NvlinkExecutor:
         if self.link is not None and self.link.memory is heap.memory:
             self.link.set_timeout(timeout_s)
             return
-        old, self.link = self.link, DeviceLink(heap.memory, heap.half_bytes, timeout_s, self._opener())
+        services = (kernel("service", name) for name in ("tsk_open", "tsk_acknowledge"))
+        old, self.link = self.link, DeviceLink(heap.memory, heap.half_bytes, timeout_s, *services)
         if old is not None and not old.was_captured:  # a captured graph keeps using the old region
             heap.retire()
         _watchdog.watch(self)
 
-    def _opener(self) -> Callable[..., None]:
-        service = importlib.import_module("tscompile.templates.nvlink.kernels.service")
-        opener: Callable[..., None] = service.service_kernel("tsk_open")
-        return opener
-
     def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> HostChannel:
         return _Channel(heap, ranks, epoch, site, timeout_s)
 
-    def run(self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    def run(
+        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...], memo: Memo
+    ) -> list[torch.Tensor]:
         assert self.link is not None
-        number = self._numbers.get(plan.site)
-        if number is None:
-            number = self._numbers[plan.site] = (site_hash(plan.site) & _MASK) or 1
+        site = memo.kept
+        if site is None:
+            number = (site_hash(plan.site) & _MASK) or 1
             self._sites[number] = plan.site
-            self._watches[number] = _Stopwatch(plan.site)
-        call = self.link.open(number)
-        watch = self._watches.get(number)
-        if watch is None or call.captured:
+            site = memo.kept = _Site(number, plan.site)
+        call = self.link.open(site)
+        if call.captured or not site.due():
             return template.run(call, plan, *args)
-        if watch.done:
-            del self._watches[number]
-        start = watch.start()
+        first = _event()
         outputs = template.run(call, plan, *args)
-        if start is not None:
-            watch.stop(start)
+        site.pending = first, _event()
         return outputs
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
 
     def failed(self) -> tuple[int, str] | None:
         link = self.link

@@ -252,8 +252,8 @@ class NvlinkHeap:
         for provider in self._providers.values():
             provider.discard()
 
-    def enter(self, epoch: int, site: int, name: str) -> None:
-        self._control.enter(epoch, site, name)
+    def enter(self, epoch: int, name: str) -> bool:
+        return self._control.enter(epoch, name)
 
     def entered(self, peer: int) -> int:
         return self._control.entered(peer)

@@ -64,8 +64,9 @@ class HostWords(Protocol):
     rank: int
     size: int
 
-    def enter(self, epoch: int, site: int, name: str) -> None:
-        """Say that this rank has entered `epoch` at the site `name` ("" if nobody will ask)."""
+    def enter(self, epoch: int, name: str) -> bool:
+        """Say that this rank has entered `epoch` at the site `name` ("" if nobody will ask). True if the group was aborted, or
+        runs the original ops of this epoch."""
         ...
 
     def entered(self, peer: int) -> int:
@@ -167,12 +168,11 @@ class HostChannel:
         self.epoch = epoch
         self.site = site
         self.timeout_s = timeout_s
-        self.site_hash = site_hash(site)
 
     def enter(self) -> None:
         """Announce the epoch to the peers, then leave if the group has been downgraded or aborted."""
-        self.words.enter(self.epoch, self.site_hash, self.site)
-        self.check()
+        if self.words.enter(self.epoch, self.site):
+            self.check()
 
     def check(self) -> None:
         """Raise DowngradedError or PeerError if the group will not finish this epoch."""
@@ -202,6 +202,7 @@ class Channel(HostChannel):
 
     def __init__(self, heap: SymmetricHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> None:
         super().__init__(heap, ranks, epoch, site, timeout_s)
+        self.site_hash = site_hash(site)
         self.heap = heap
         self._base = (epoch & 1) * heap.half_bytes
         self.payload = 0

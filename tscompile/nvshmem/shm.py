@@ -278,11 +278,12 @@ class ShmHeap:
             self._signals.wait(address, own + _DOWNGRADE, own + _ABORT, epoch, site, payload, self._spin_ns, budget_ns)
         )
 
-    def enter(self, epoch: int, site: int, name: str) -> None:
+    def enter(self, epoch: int, name: str) -> bool:
+        own = self._own
         if name:
             text = name.encode()[: _SITE_BYTES - 1] + b"\0"
-            ctypes.memmove(self._own + _SITES + (epoch & 1) * _SITE_BYTES, text, len(text))
-        self._signals.store(self._own + _ENTERED, epoch)
+            ctypes.memmove(own + _SITES + (epoch & 1) * _SITE_BYTES, text, len(text))
+        return self._signals.enter(own + _ENTERED, epoch, own + _ABORT, own + _DOWNGRADE)
 
     def entered(self, peer: int) -> int:
         return self._signals.load(self._address(peer) + _ENTERED)

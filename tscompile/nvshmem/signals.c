@@ -30,6 +30,13 @@ void tsc_store(int64_t *word, int64_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
 
+/* Say that this rank has entered `epoch`; returns 1 if the group was aborted, or runs the original ops from that epoch on. */
+int tsc_enter(int64_t *entered, int64_t epoch, const int64_t *abort_word, const int64_t *downgrade) {
+  tsc_store(entered, epoch);
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  return __atomic_load_n(abort_word, __ATOMIC_ACQUIRE) != 0 || __atomic_load_n(downgrade, __ATOMIC_ACQUIRE) <= epoch;
+}
+
 /* The full fence orders non-temporal stores of memcpy and matmul kernels before the flag. */
 void tsc_signal(int64_t *flag, int64_t epoch, int64_t site, int64_t payload) {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);

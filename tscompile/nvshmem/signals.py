@@ -18,6 +18,7 @@ class SignalLibrary:
         address, number = ctypes.c_void_p, ctypes.c_int64
         library.tsc_load.argtypes, library.tsc_load.restype = [address], number
         library.tsc_store.argtypes, library.tsc_store.restype = [address, number], None
+        library.tsc_enter.argtypes = [address, number, address, address]
         library.tsc_signal.argtypes, library.tsc_signal.restype = [address, number, number, number], None
         library.tsc_wait.argtypes = [address, address, address, number, number, number, number, number]
         library.tsc_wait.restype = ctypes.c_int
@@ -30,6 +31,10 @@ class SignalLibrary:
 
     def store(self, word: int, value: int) -> None:
         self._library.tsc_store(word, value)
+
+    def enter(self, entered: int, epoch: int, abort: int, downgrade: int) -> bool:
+        """Store the epoch; True if the group has ended, or runs the original ops of it."""
+        return bool(self._library.tsc_enter(entered, epoch, abort, downgrade))
 
     def signal(self, flag: int, epoch: int, site: int, payload: int) -> None:
         self._library.tsc_signal(flag, epoch, site, payload)

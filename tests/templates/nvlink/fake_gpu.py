@@ -1,20 +1,27 @@
-"""A DeviceLink on the CPU: the module's `torch` and copy engine are replaced, everything else is the product's."""
+"""A DeviceLink on the CPU: the module's `torch` and the CUDA driver are replaced, everything else is the product's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tscompile.nvshmem import copies
+from tscompile.language.launch import LaunchSpec, launch_spec
+from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.templates.nvlink import channel
 from tscompile.templates.nvlink.channel import DeviceLink
+from tscompile.templates.nvlink.launch import Kernel
 
 SLOT_BYTES = 1 << 22
+SERVICE = LaunchSpec("service_kernel", 1, 32, 0, {}, ("context", "ack", "epoch", "site"), ())
 
 
 class FakeMemory:
@@ -35,13 +42,47 @@ class FakeMemory:
         return self.bytes[offset : offset + nbytes].view(dtype).view(shape)
 
 
-class FakeEngine:
-    """Keeps what was issued: (kind, stream, fields that are not 0)."""
+@lru_cache
+def spec_of(name: str, *args: Any) -> LaunchSpec:
+    """What TileLang makes of a kernel, without nvcc."""
+    import tilelang
+    import tvm
+
+    from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS
+
+    module = importlib.import_module(f"tscompile.templates.nvlink.kernels.{name}")
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
+    with tvm.transform.PassContext(opt_level=3, config=PASS_CONFIGS), target:
+        return launch_spec(tilelang.lower(getattr(module, f"{name}_kernel")(*args), target=target))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel that was launched: its name and configuration, and its values by name, as signed numbers."""
+
+    name: str
+    args: tuple[Any, ...]
+    values: dict[str, int]
+
+
+class FakeDriver:
+    """Keeps what was issued: steps as dicts, and kernels with their values."""
 
     def __init__(self) -> None:
         self.issued: list[dict[str, int]] = []
+        self.launched: list[Launched] = []
         self.done = True
         self._events = 0
+        self._kernels: dict[int, tuple[str, tuple[Any, ...], Kernel]] = {}
+
+    def kernel(self, name: str, *args: Any) -> Kernel:
+        """Stands for `jit.kernel`."""
+        for known, configuration, made in self._kernels.values():
+            if (known, configuration) == (name, args):
+                return made
+        made = Kernel(SERVICE if name == "service" else spec_of(name, *args), 1)
+        self._kernels[ctypes.addressof(made._native)] = name, args, made
+        return made
 
     def event(self) -> int:
         self._events += 1
@@ -52,8 +93,15 @@ class FakeEngine:
         return self.done
 
     def issue(self, steps: Any, streams: Any, events: Any) -> None:
-        names = [name for name, _ in copies.Step._fields_]
+        names = [name for name, _ in stream.Step._fields_]
         self.issued += [{name: int(getattr(step, name)) for name in names} for step in steps]
+        for step in steps:
+            if step.kind == stream.LAUNCH:
+                assert step.stream == channel.MAIN
+                name, args, kernel = self._kernels[step.src]
+                places = kernel._places
+                values = (ctypes.c_int64 * len(places)).from_address(step.dst)
+                self.launched.append(Launched(name, args, {key: values[place] for key, place in places.items()}))
 
 
 class FakeTorch:
@@ -84,16 +132,10 @@ class FakeTorch:
 class Gpu:
     """The fakes of one link."""
 
-    def __init__(
-        self,
-        patch: pytest.MonkeyPatch,
-        rank: int = 1,
-        size: int = 4,
-        timeout_s: float = 5.0,
-        opener: Callable[..., None] = lambda *_: None,
-    ) -> None:
-        self.torch, self.engine, self.memory = FakeTorch(), FakeEngine(), FakeMemory(rank, size)
+    def __init__(self, patch: pytest.MonkeyPatch, rank: int = 1, size: int = 4, timeout_s: float = 5.0) -> None:
+        self.torch, self.driver, self.memory = FakeTorch(), FakeDriver(), FakeMemory(rank, size)
         patch.setattr(channel, "torch", self.torch)
-        patch.setattr(channel.copies, "load", lambda: self.engine)
+        patch.setattr(channel.stream, "load", lambda: self.driver)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-        self.link = DeviceLink(self.memory, SLOT_BYTES, timeout_s, opener)
+        services = (self.driver.kernel("service", name) for name in ("tsk_open", "tsk_acknowledge"))
+        self.link = DeviceLink(self.memory, SLOT_BYTES, timeout_s, *services)

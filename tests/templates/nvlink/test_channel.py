@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 
 from tscompile.language import context
-from tscompile.nvshmem import copies
+from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
-from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, FLAGS, MAIN, SIDE, Record
+from tscompile.nvshmem.stream import Step
+from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, FLAGS, MAIN, SIDE, Call, Record, Site
 
 from .fake_gpu import SLOT_BYTES, Gpu
+
+SITE = Site(5)
 
 
 @pytest.fixture
@@ -22,29 +24,31 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 def test_eager_calls_alternate_between_two_slots_and_captured_ones_between_two_others(gpu: Gpu) -> None:
-    eager = [gpu.link.open(5) for _ in range(4)]
+    eager = [gpu.link.open(SITE) for _ in range(4)]
     assert [call.slot for call in eager] == [1, 0, 1, 0]
     assert [call.epoch for call in eager] == [1, 2, 3, 4]
     assert not gpu.link.was_captured
     gpu.torch.capturing = True
-    captured = [gpu.link.open(5) for _ in range(3)]
+    captured = [gpu.link.open(SITE) for _ in range(3)]
     assert [call.slot for call in captured] == [3, 2, 3]
     assert [call.epoch for call in captured] == [0, 0, 0]  # the device counts them
     gpu.torch.capturing = False
-    assert gpu.link.open(5).epoch == 5 and gpu.link.was_captured
+    assert gpu.link.open(SITE).epoch == 5 and gpu.link.was_captured
     # Eager and captured kernels may run at the same time: each kind claims from counters of its own, each slot has its landings.
-    addresses = {call.slot: (call.counters, call.landed, call.context) for call in eager + captured}
+    addresses = {
+        call.slot: tuple(call.values()[name] for name in ("counters", "landed", "context")) for call in eager + captured
+    }
     assert addresses[0][0] == addresses[1][0] != addresses[2][0] == addresses[3][0]
     assert len({landed for _, landed, _ in addresses.values()}) == len({at for *_, at in addresses.values()}) == SLOTS
 
 
 def test_calls_of_a_group_follow_one_another_across_streams(gpu: Gpu) -> None:
-    for stream in (7, 7, 9, 7):
-        gpu.torch.stream = stream
-        gpu.link.open(5)
+    for current in (7, 7, 9, 7):
+        gpu.torch.stream = current
+        gpu.link.open(SITE)
     assert gpu.torch.waits == [(9, 7), (7, 9)]
     gpu.torch.capturing, gpu.torch.stream = True, 11
-    gpu.link.open(5)  # a graph orders its own nodes, and a captured stream cannot wait for one that is not
+    gpu.link.open(SITE)  # a graph orders its own nodes, and a captured stream cannot wait for one that is not
     assert len(gpu.torch.waits) == 2
 
 
@@ -79,51 +83,70 @@ def test_another_timeout_reaches_the_kernels(gpu: Gpu) -> None:
 
 
 def test_signals(gpu: Gpu) -> None:
-    eager = gpu.link.open(5)
+    eager = gpu.link.open(SITE)
     step = eager.signal_step(3, 2)
-    assert (step.kind, step.stream, step.value) == (copies.WRITE, SIDE, 1)
+    assert (step.kind, step.stream) == (stream.WRITE, SIDE)  # its value is patched in at every call
     assert step.dst == gpu.memory.bases[3] + (FLAGS + 2) * 4
     gpu.torch.capturing = True
-    captured = gpu.link.open(5)
+    captured = gpu.link.open(SITE)
     step = captured.signal_step(0, 2)
-    assert (step.kind, step.stream, step.bytes) == (copies.COPY, SIDE, 4)  # of what the word holds when the graph runs
+    assert (step.kind, step.stream, step.bytes) == (stream.COPY, SIDE, 4)  # of what the word holds when the graph runs
     assert step.src == gpu.link.contexts[3][context.EPOCH_CELL].item()
     assert step.dst == gpu.memory.bases[0] + (3 * FLAGS + 2) * 4
 
 
-def test_starting_and_ending_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Any] = []
-    gpu = Gpu(monkeypatch, opener=lambda *args: opened.append(args))
-    eager = gpu.link.open(5)
-    eager.start()
-    eager.finish()
-    assert opened == [] and [(step["kind"], step["stream"]) for step in gpu.engine.issued] == [(copies.RECORD, MAIN)]
-    gpu.engine.issued.clear()
-    eager.join()
-    assert [step["kind"] for step in gpu.engine.issued] == [copies.RECORD, copies.AWAIT, copies.RECORD]
-    gpu.engine.issued.clear()
+def kinds(gpu: Gpu, call: Call) -> list[tuple[int, int]]:
+    gpu.driver.issued.clear()
+    gpu.link.issue(call.steps)
+    return [(step["kind"], step["stream"]) for step in gpu.driver.issued]
+
+
+def test_steps_around_a_call(gpu: Gpu) -> None:
+    eager = gpu.link.open(SITE)
+    copy, launch = Step(kind=stream.COPY, stream=SIDE), gpu.link.closer.step(gpu.link.closer.values(), MAIN)
+    fork, join = [(stream.RECORD, MAIN), (stream.AWAIT, SIDE)], [(stream.RECORD, SIDE), (stream.AWAIT, MAIN)]
+    alone = Call(eager, [launch], [], [])
+    assert kinds(gpu, alone) == [(stream.LAUNCH, MAIN), (stream.RECORD, MAIN)]
+    assert alone.copies == alone.flags == []
+    side = [copy, eager.signal_step(3, 2), copy, eager.signal_step(0, 2)]
+    both = Call(eager, [Step(kind=stream.COPY, stream=MAIN), launch], side, [])
+    sends = [(stream.COPY, SIDE), (stream.WRITE, SIDE)] * 2
+    main = [(stream.COPY, MAIN), (stream.LAUNCH, MAIN)]
+    assert kinds(gpu, both) == [*fork, *sends, *main, *join, (stream.RECORD, MAIN)]
+    for number, step in enumerate([*both.copies, *both.flags]):
+        step.src, step.value = 70 + number, 80 + number
+    gpu.driver.issued.clear()
+    gpu.link.issue(both.steps)
+    assert [step["src"] for step in gpu.driver.issued if step["kind"] == stream.COPY] == [70, 71, 72]
+    assert [step["value"] for step in gpu.driver.issued if step["kind"] == stream.WRITE] == [83, 84]
+
+
+def test_a_captured_call_opens_first_and_leaves_the_watchdogs_event(gpu: Gpu) -> None:
     gpu.torch.capturing = True
-    captured = gpu.link.open(6)
-    captured.start()
-    captured.finish()
-    assert gpu.engine.issued == []  # the watchdog's event belongs to no graph
-    captured.join()
-    assert [step["kind"] for step in gpu.engine.issued] == [copies.RECORD, copies.AWAIT]
-    ((words, epoch, site, ack),) = opened
-    assert words is gpu.link.contexts[3] and (epoch, site, ack) == (0, 6, ACK)
+    captured = gpu.link.open(Site(6))
+    copy = Step(kind=stream.COPY, stream=SIDE)
+    call = Call(captured, [], [copy, captured.signal_step(3, 2)], [])
+    assert call.flags == [] and len(call.copies) == 1
+    gpu.link.issue(call.steps)
+    events = (stream.RECORD, stream.AWAIT)
+    assert [step["kind"] for step in gpu.driver.issued] == [stream.LAUNCH, *events, stream.COPY, stream.COPY, *events]
+    (opened,) = gpu.driver.launched
+    assert opened.args == ("tsk_open",)
+    words = gpu.link.context_addresses[3]
+    assert opened.values == {"context": words, "epoch": 0, "site": 6, "ack": ACK}
 
 
 def test_records_idleness_and_the_abort_word(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     link = gpu.link
-    gpu.engine.done = False
+    gpu.driver.done = False
     assert link.is_idle()  # nothing was enqueued yet
-    link.open(5)
+    link.open(SITE)
     assert not link.is_idle() and not link.has_record()
     now = [10.0]
     monkeypatch.setattr("tscompile.templates.nvlink.channel.time.monotonic", lambda: now[0])
     assert not link.is_stuck()
     now[0] += 1.5
-    link.open(5)  # another call: it does go on
+    link.open(SITE)  # another call: it does go on
     assert not link.is_stuck()
     now[0] += 1.5
     assert not link.is_stuck()
@@ -133,16 +156,19 @@ def test_records_idleness_and_the_abort_word(gpu: Gpu, monkeypatch: pytest.Monke
     assert link.has_record() and link.read_record() == Record(2, 0, 77, 9, 8)
     link.stop()
     offset = link.contexts[0][context.ABORT_OFFSET].item()
-    assert [step["dst"] for step in gpu.engine.issued] == [base + offset for base in gpu.memory.bases]
-    assert {(step["kind"], step["value"]) for step in gpu.engine.issued} == {(copies.WRITE, 2)}
+    assert [step["dst"] for step in gpu.driver.issued] == [base + offset for base in gpu.memory.bases]
+    assert {(step["kind"], step["value"]) for step in gpu.driver.issued} == {(stream.WRITE, 2)}
 
 
 def test_epochs_go_on_where_an_int32_ends(gpu: Gpu) -> None:
     """Kernels compare epochs modulo 2**32: one that fell back to 0 would find all its flags set already."""
     gpu.link._eager = 2**31 - 3
-    calls = [gpu.link.open(5) for _ in range(4)]
+    calls = [gpu.link.open(SITE) for _ in range(4)]
     assert [call.epoch for call in calls] == [2**31 - 2, 2**31 - 1, -(2**31), 1 - 2**31]
-    assert [call.signal_step(0, 2).value for call in calls] == [2**31 + i for i in (-2, -1, 0, 1)]
+    for call in calls:  # a flag's value has 32 bits
+        step = call.signal_step(0, 2)
+        step.value = call.epoch
+        assert step.value == call.epoch % 2**32
     assert [call.slot for call in calls] == [0, 1, 0, 1]
     gpu.link._eager = 2**32 - 2
-    assert [gpu.link.open(5).epoch for _ in range(3)] == [-1, 0, 1]
+    assert [gpu.link.open(SITE).epoch for _ in range(3)] == [-1, 0, 1]

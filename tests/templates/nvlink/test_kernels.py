@@ -14,9 +14,10 @@ from tests.language.ptx import before, read_non_coherently
 from tscompile.templates.nvlink import gemm_reduce
 from tscompile.templates.nvlink.all_gather_gemm import _TILE_WIDTHS, tile_width
 from tscompile.templates.nvlink.kernels.all_gather import all_gather_kernel
-from tscompile.templates.nvlink.kernels.gemm import DTYPE_CODES, MAX_OPERANDS, PASS_CONFIGS, THREADS, GemmConfig
+from tscompile.templates.nvlink.kernels.config import DTYPE_CODES, MAX_OPERANDS, GemmConfig
+from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS, THREADS
 from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
-from tscompile.templates.nvlink.kernels.service import service_program
+from tscompile.templates.nvlink.kernels.service import service_kernel
 
 REGISTERS = 65536 // THREADS // 8 * 8  # that a thread can have with one CTA per SM
 SHARED_BYTES = 227 << 10
@@ -207,7 +208,7 @@ def test_a_pull_reads_after_its_flag_and_tells_after_its_writes() -> None:
 
 @pytest.mark.parametrize("name", ["tsk_open", "tsk_acknowledge"])
 def test_service_kernels(name: str) -> None:
-    artifact = tl.compile_cuda(service_program(name), pass_configs=PASS_CONFIGS)
+    artifact = tl.compile_cuda(service_kernel(name), pass_configs=PASS_CONFIGS)
     assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0
     assert ("ld.acquire.sys.global.u32" in artifact.ptx) == (name != "tsk_acknowledge")
     assert ("st.release.sys.global.u32" in artifact.ptx) == (name == "tsk_acknowledge")

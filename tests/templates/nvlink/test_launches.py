@@ -1,24 +1,22 @@
-"""What the templates over NVLink hand to kernels and to the copy engine; on the CPU, with launches that are only noted down."""
+"""What the templates over NVLink issue to the driver; on the CPU, with the kernels' real parameters and a driver that only notes."""
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
 import torch
 
 import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
-from tscompile.nvshmem import copies
+from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
 from tscompile.templates.nvlink import all_gather_gemm, gemm_reduce
-from tscompile.templates.nvlink.channel import ACK, SIDE
-from tscompile.templates.nvlink.kernels.all_gather import all_gather_kernel
-from tscompile.templates.nvlink.kernels.gemm import GemmConfig
-from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
+from tscompile.templates.nvlink.channel import ACK, SIDE, Site
 
-from .fake_gpu import SLOT_BYTES, Gpu
+from .fake_gpu import SLOT_BYTES, Gpu, Launched
 
 BF16 = "bfloat16"
 ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "rows", BF16)
@@ -26,175 +24,179 @@ ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    return Gpu(monkeypatch)
+    made = Gpu(monkeypatch)
+    for module in (all_gather_gemm, gemm_reduce):
+        monkeypatch.setattr(module, "kernel", made.driver.kernel)
+    return made
 
 
-def parameters(build: Any, config: GemmConfig) -> list[Any]:
-    """Parameters of a kernel, as TileLang declares them."""
-    function = build(config, True)
-    return [function.buffer_map.get(parameter, parameter) for parameter in function.params]
-
-
-class Launches:
-    """Stands for `jit.kernel`: keeps configurations and arguments, and checks the arguments against the kernel's parameters."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[GemmConfig, bool, tuple[Any, ...]]] = []
-
-    def __call__(self, build: Any, config: GemmConfig, flag: bool) -> Any:
-        def launch(*args: Any) -> None:
-            declared = parameters(build, config)
-            assert len(args) == len(declared)
-            for argument, parameter in zip(args, declared, strict=True):
-                is_tensor = isinstance(argument, torch.Tensor)
-                assert is_tensor == hasattr(parameter, "shape"), parameter
-                if is_tensor:
-                    assert argument.dim() == len(parameter.shape) and str(argument.dtype) == f"torch.{parameter.dtype}"
-                    assert argument.is_contiguous() and argument.data_ptr() % 16 == 0
-            self.calls.append((config, flag, args))
-
-        return launch
-
-
-def test_what_a_gather_launches(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches, acknowledged = Launches(), []
-    monkeypatch.setattr(all_gather_gemm, "kernel", launches)
-    monkeypatch.setattr(all_gather_gemm, "service_kernel", lambda name: lambda *args: acknowledged.append((name, args)))
-    template = find_template("all_gather_matmul", "nvlink")
+def run(gpu: Gpu, site: Site, plan: Plan, *args: Any) -> list[torch.Tensor]:
+    template = find_template(plan.kind, "nvlink")
     assert template is not None
-    shard = torch.randn(2, 16 * 64).to(torch.bfloat16)  # two pieces of 16 rows, k = 64: tiles span ranks
-    weights = [torch.randn(64, 32).to(torch.bfloat16), torch.randn(40, 64).to(torch.bfloat16).t()]
-    weights += [torch.randn(64, n).to(torch.bfloat16) for n in (8, 16, 24)]
-    gradient = torch.randn(2 * 4 * 16, 8).to(torch.bfloat16)
-    uses = (*[ROWS] * 5, GRADIENT)
-    plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=uses)
-    biases = [None, None, None, None, torch.ones(24, dtype=torch.bfloat16), None]
-    outputs = template.run(gpu.link.open(5), plan, shard, [*weights, gradient], biases)
+    outputs: list[torch.Tensor] = template.run(gpu.link.open(site), plan, *args)
+    return outputs
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).to(torch.bfloat16)
+
+
+def fused(gpu: Gpu) -> list[Launched]:
+    return [launched for launched in gpu.driver.launched if launched.name != "service"]
+
+
+def test_what_a_gather_launches(gpu: Gpu) -> None:
+    shard = random(2, 16 * 64)  # two pieces of 16 rows, k = 64: tiles span ranks
+    weights = [random(64, 32), random(40, 64).t(), *(random(64, n) for n in (8, 16, 24))]
+    gradient = random(2 * 4 * 16, 8)
+    plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=(*[ROWS] * 5, GRADIENT))
+    bias = torch.ones(24, dtype=torch.bfloat16)
+    args = [*weights, gradient], [None, None, None, None, bias, None]
+    site = Site(5)
+    outputs = run(gpu, site, plan, shard, *args)
     assert [tuple(output.shape) for output in outputs] == [(128, n) for n in (32, 40, 8, 16, 24)] + [(64, 8)]
     # One layout, one bias, at most three weights a kernel.
-    assert [(config.transposed, config.bias, config.operands) for config, *_ in launches.calls] == [
+    launched = fused(gpu)
+    configs = [launch.args[0] for launch in launched]
+    assert [(config.transposed, config.bias, config.operands) for config in configs] == [
         (False, False, 3),
         (True, False, 1),
         (False, True, 1),
     ]
-    assert all(args[-1] == -1 for *_, args in launches.calls)  # the weight gradient reads the slot after them
-    assert not acknowledged  # an eager call needs none
-    slot = gpu.link.slot_view(1, (2, 4, 16 * 64), torch.bfloat16)
-    assert torch.equal(slot[:, 1], shard)
-    side = [
-        step
-        for step in gpu.engine.issued
-        if step["stream"] == SIDE and step["kind"] in (copies.COPY_ROWS, copies.WRITE)
-    ]
-    assert [step["kind"] for step in side] == [copies.COPY_ROWS, copies.WRITE] * 3
+    assert [launch.values["B0"] for launch in launched] == [weights[i].data_ptr() for i in (0, 1, 4)]
+    assert [launch.values["C0"] for launch in launched] == [outputs[i].data_ptr() for i in (0, 1, 4)]
+    assert launched[0].values["B2"] == weights[3].data_ptr() and launched[2].values["V0"] == bias.data_ptr()
+    for launch, widths in zip(launched, ([32, 8, 16], [40], [24]), strict=True):
+        sizes = {"M": 128, "MR": 32, "K": 64, **{f"N{i}": n for i, n in enumerate(widths)}}
+        known = {name: value for name, value in launch.values.items() if name in sizes}
+        assert known and known.items() <= sizes.items()
+        assert launch.values["epoch"] == 1 and launch.values["site"] == 5
+        assert launch.values["A"] == gpu.memory.bases[1] + CONTROL_BYTES + SLOT_BYTES
+        assert launch.values["ack"] == -1  # the weight gradient reads the slot after them
+    side = [step for step in gpu.driver.issued if step["kind"] in (stream.COPY_ROWS, stream.WRITE)]
+    local = side.pop(-1)  # the own shard is copied, too: a tile has rows of several ranks
+    assert [step["kind"] for step in side] == [stream.COPY_ROWS, stream.WRITE] * 3
+    assert {step["stream"] for step in side} == {SIDE} != {local["stream"]}
     base = [owner + CONTROL_BYTES + SLOT_BYTES for owner in gpu.memory.bases]
     nbytes = 16 * 64 * 2
-    assert [step["dst"] for step in side[::2]] == [base[peer] + nbytes for peer in (0, 3, 2)]
-    assert all((step["rows"], step["bytes"], step["dst_pitch"]) == (2, nbytes, 4 * nbytes) for step in side[::2])
+    assert [step["dst"] for step in [*side[::2], local]] == [base[peer] + nbytes for peer in (0, 3, 2, 1)]
+    for step in [*side[::2], local]:
+        assert (step["rows"], step["bytes"], step["dst_pitch"]) == (2, nbytes, 4 * nbytes)
+        assert step["src"] == shard.data_ptr()
     assert [step["value"] for step in side[1::2]] == [1] * 3
-    # The next call of the same shapes reuses steps in the other slot, with its own epoch and its own shard.
-    gpu.engine.issued.clear()
-    again = shard.clone()
+    # Captured, it opens first and acknowledges last.
+    gpu.driver.launched.clear()
     gpu.torch.capturing = True
-    template.run(gpu.link.open(5), plan, again, [*weights, gradient], biases)
-    assert [name for name, _ in acknowledged] == ["tsk_acknowledge"]
+    run(gpu, site, plan, shard, *args)
+    names = [launch.args[0] if launch.name == "service" else launch.name for launch in gpu.driver.launched]
+    assert names == ["tsk_open", *["all_gather"] * 3, "tsk_acknowledge"]
+    assert gpu.link.pinned == [site.recipe]
+    assert {launch.values["epoch"] for launch in gpu.driver.launched} == {0}
 
 
-def test_an_eager_gather_again_brings_its_own_epoch_and_shard(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = Launches()
-    monkeypatch.setattr(all_gather_gemm, "kernel", launches)
-    template = find_template("all_gather_matmul", "nvlink")
-    assert template is not None
+def test_an_eager_gather_again_brings_its_own_epoch_operands_and_results(gpu: Gpu) -> None:
     plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=(ROWS,), return_gathered=True)
-    weight = torch.randn(64, 32).to(torch.bfloat16)
+    site = Site(5)
+    kept = []  # no address is used twice
     for epoch in range(1, 6):
-        shard = torch.randn(1, 128 * 64).to(torch.bfloat16)
-        gpu.engine.issued.clear()
-        product, gathered = template.run(gpu.link.open(5), plan, shard, [weight], [None])
+        shard, weight = random(1, 128 * 64), random(64, 32)
+        gpu.driver.issued.clear()
+        product, gathered = run(gpu, site, plan, shard, [weight], [None])
+        kept += [shard, weight, product, gathered]
         assert product.shape == (512, 32) and gathered.shape == (1, 4 * 128 * 64)
-        copied = [step for step in gpu.engine.issued if step["kind"] == copies.COPY]
-        flags = [step for step in gpu.engine.issued if step["kind"] == copies.WRITE]
+        copied = [step for step in gpu.driver.issued if step["kind"] == stream.COPY]
+        flags = [step for step in gpu.driver.issued if step["kind"] == stream.WRITE]
         slot = gpu.link.slot_offset(epoch & 1)
         assert [step["dst"] - gpu.memory.bases[peer] for step, peer in zip(copied, (0, 3, 2), strict=True)] == [
             slot + shard.nbytes
         ] * 3
         assert {step["src"] for step in copied} == {shard.data_ptr()}
         assert {step["value"] for step in flags} == {epoch}
-        *_, arguments = launches.calls[-1]
-        assert arguments[-3:] == (epoch, 5, ACK)
-    assert len(gpu.link.tables) == 1
+        values = fused(gpu)[-1].values
+        assert (values["epoch"], values["site"], values["ack"]) == (epoch, 5, ACK)
+        assert (values["X"], values["B0"], values["C0"], values["gathered"]) == tuple(t.data_ptr() for t in kept[-4:])
+        assert values["A"] == gpu.memory.bases[1] + slot
+    assert gpu.link.pinned == []
+
+
+def test_operands_that_tma_cannot_read_are_copied(gpu: Gpu) -> None:
+    plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=(ROWS,))
+    odd = random(64 * 32 + 1)[1:].view(64, 32)
+    assert odd.data_ptr() % 16
+    for weight in (odd, random(128, 32)[::2], random(64, 64)[:, :32]):
+        run(gpu, Site(5), plan, random(1, 128 * 64)[:, :], [weight], [None])
+        address = fused(gpu)[-1].values["B0"]
+        assert address % 16 == 0 and address != weight.data_ptr()
+    shard = random(1, 128 * 64).float()
+    run(gpu, Site(5), plan, shard, [random(64, 32)], [None])  # it travels in the plan's dtype
+    assert fused(gpu)[-1].values["X"] != shard.data_ptr()
 
 
 @pytest.mark.parametrize("kind", ["matmul_reduce_scatter", "matmul_all_reduce"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_what_a_sum_launches(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, kind: str, transposed: bool) -> None:
-    launches = Launches()
-    monkeypatch.setattr(gemm_reduce, "kernel", launches)
-    template = find_template(kind, "nvlink")
-    assert template is not None
+def test_what_a_sum_launches(gpu: Gpu, kind: str, transposed: bool) -> None:
     plan = Plan(kind, "g/site", "nvlink", BF16, coefficients=(2.0, -1.0), reduce_op="avg")
-    lhs = [torch.randn(512, k).to(torch.bfloat16) for k in (64, 128)]
-    rhs = [torch.randn(k, 264).to(torch.bfloat16) for k in (64, 128)]
+    lhs = [random(512, k) for k in (64, 128)]
+    rhs = [random(k, 264) for k in (64, 128)]
     if transposed:
         rhs = [b.t().contiguous().t() for b in rhs]
     biases = [torch.full((264,), 3.0, dtype=torch.bfloat16), torch.full((264,), 4.0, dtype=torch.bfloat16)]
     outer = [2] if kind == "matmul_reduce_scatter" else []
-    (out,) = template.run(gpu.link.open(5), plan, lhs, rhs, biases, [], *outer)
+    (out,) = run(gpu, Site(5), plan, lhs, rhs, biases, [], *outer)
     assert out.shape == ((512 if kind == "matmul_all_reduce" else 128), 264)
-    ((config, all_reduce, args),) = launches.calls
+    (launched,) = fused(gpu)
+    config, all_reduce = launched.args
     assert (config.transposed, config.operands, config.bias) == (transposed, 2, True)
     assert all_reduce == (kind == "matmul_all_reduce")
     # The sum is scaled once, in float32: by the first coefficient over the ranks. The other operands bring the rest of theirs.
-    names = [getattr(parameter, "name", "") for parameter in parameters(reduce_kernel, config)]
-    given = dict(zip(names, args, strict=True))
-    assert given["scale"] == 2.0 / 4
-    assert torch.equal(given["A0"], lhs[0]) and torch.equal(given["A1"], lhs[1] * -0.5)
+    given = launched.values
+    assert struct.unpack("<f", struct.pack("<i", given["scale"])) == (2.0 / 4,)
+    assert given["A0"] == lhs[0].data_ptr() and given["A1"] != lhs[1].data_ptr()
+    assert (given["M"], given["N"], given["K0"], given["K1"]) == (512, 264, 64, 128)
     assert given["rows"] == len(out) and given["C"] == out.data_ptr()
     tiles = given["tiles"]
     assert tiles == (2 * 2 if kind == "matmul_reduce_scatter" else 2)
-    assert given["result_offset"] == 3 * tiles * 128 * 256 * 2
+    assert given.get("result_offset", 3 * tiles * 128 * 256 * 2) == 3 * tiles * 128 * 256 * 2
     assert (given["epoch"], given["site"], given["ack"]) == (1, 5, ACK)
     assert given["slot"] == gpu.memory.bases[1] + CONTROL_BYTES + SLOT_BYTES
+    template = find_template(kind, "nvlink")
+    assert template is not None
     need = template.scratch_bytes(plan, 4, lhs, rhs, biases, [], *outer)
     assert need == (3 + all_reduce) * tiles * 128 * 256 * 2
 
 
-def test_the_kernels_parameters_are_those_that_launches_are_checked_against() -> None:
-    config = GemmConfig(BF16, True)
-    assert [p.name for p in parameters(all_gather_kernel, config)][:5] == ["X", "A", "B0", "B1", "B2"]
-    assert [p.name for p in parameters(reduce_kernel, config)][:6] == ["A0", "A1", "A2", "B0", "B1", "B2"]
+def test_every_value_of_a_kernel_is_given(gpu: Gpu) -> None:
+    """What no name stands for would be 0, which is an address that faults, or a size of nothing."""
+    bias = torch.ones(24, dtype=torch.bfloat16)
+    gather = Plan("all_gather_matmul", "g/a", "nvlink", BF16, uses=(ROWS, ROWS), return_gathered=True)
+    run(gpu, Site(5), gather, random(2, 128 * 64), [random(64, 24), random(64, 24)], [bias, bias])
+    scatter = Plan("matmul_reduce_scatter", "g/b", "nvlink", BF16, coefficients=(1.0, 1.0))
+    operands = [random(512, 64), random(512, 64)], [random(64, 24), random(64, 24)], [bias, bias]
+    run(gpu, Site(5), scatter, *operands, [], 1)
+    run(gpu, Site(5), Plan("matmul_all_reduce", "g/c", "nvlink", BF16, coefficients=(1.0, 1.0)), *operands, [])
+    assert len(fused(gpu)) == 3
+    for launched in fused(gpu):
+        assert all(value for value in launched.values.values()), launched
 
 
-def test_the_same_sizes_in_other_pieces_get_other_tables(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With symbolic shapes [B, S, D] one site meets B * S rows in different numbers of pieces."""
-    launches = Launches()
-    monkeypatch.setattr(gemm_reduce, "kernel", launches)
-    template = find_template("matmul_reduce_scatter", "nvlink")
-    assert template is not None
-    plan = Plan("matmul_reduce_scatter", "g/site", "nvlink", BF16, coefficients=(1.0,))
-    a, b = torch.randn(1024, 64).to(torch.bfloat16), torch.randn(64, 256).to(torch.bfloat16)
-    tables = []
-    for outer in (1, 2, 1):
-        template.run(gpu.link.open(5), plan, [a], [b], [None], [], outer)
-        names = [getattr(parameter, "name", "") for parameter in parameters(reduce_kernel, GemmConfig(BF16, False))]
-        tables.append(dict(zip(names, launches.calls[-1][2], strict=True))["table"])
-    assert tables[0] == tables[2] != tables[1]
-
-
-@pytest.mark.parametrize("first", [False, True])
-def test_a_bias_that_comes_or_goes_is_seen(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
-    """Two graphs that differ in nothing but a bias name their sites alike."""
-    launches = Launches()
-    monkeypatch.setattr(gemm_reduce, "kernel", launches)
-    monkeypatch.setattr(all_gather_gemm, "kernel", launches)
-    gather, reduction = (find_template(kind, "nvlink") for kind in ("all_gather_matmul", "matmul_all_reduce"))
-    assert gather is not None and reduction is not None
-    a, b = torch.randn(512, 64).to(torch.bfloat16), torch.randn(64, 256).to(torch.bfloat16)
+def test_another_bias_in_the_same_layout_is_another_recipe(gpu: Gpu) -> None:
+    """Recipes belong to a layout: lowering/group.py tells sites with and without a bias, and other pieces, apart."""
+    a, b = random(512, 64), random(64, 256)
     bias = torch.ones(256, dtype=torch.bfloat16)
-    for with_bias in (first, not first):
-        given = [bias if with_bias else None]
-        gather.run(
-            gpu.link.open(5), Plan("all_gather_matmul", "g/a", "nvlink", BF16, uses=(ROWS,)), a.view(1, -1), [b], given
-        )
-        reduction.run(gpu.link.open(5), Plan("matmul_all_reduce", "g/b", "nvlink", BF16), [a], [b], given, [])
-        assert [config.bias for config, *_ in launches.calls[-2:]] == [with_bias, with_bias]
+    for given in (None, bias):
+        run(gpu, Site(5), Plan("all_gather_matmul", "g/a", "nvlink", BF16, uses=(ROWS,)), a.view(1, -1), [b], [given])
+        run(gpu, Site(5), Plan("matmul_all_reduce", "g/b", "nvlink", BF16), [a], [b], [given], [])
+        assert [launched.args[0].bias for launched in fused(gpu)[-2:]] == [given is not None] * 2
+
+
+def test_a_new_link_needs_a_new_recipe(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, site = Plan("matmul_all_reduce", "g/b", "nvlink", BF16), Site(5)
+    a, b = random(512, 64), random(64, 256)
+    run(gpu, site, plan, [a], [b], [None], [])
+    first = site.recipe
+    run(gpu, site, plan, [a], [b], [None], [])
+    assert site.recipe is first
+    other = Gpu(monkeypatch)  # as after a growth of the group's memory
+    monkeypatch.setattr(gemm_reduce, "kernel", other.driver.kernel)
+    run(other, site, plan, [a], [b], [None], [])
+    assert site.recipe is not first and len(fused(other)) == 1

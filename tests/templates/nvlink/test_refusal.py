@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
 from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink.operands import aligned_pointer, aligned_sizes, is_transposed, right_operand
+from tscompile.templates.nvlink.operands import aligned_pointer, aligned_sizes, is_transposed, pointer_of
 from tscompile.templates.nvlink.tiles import TILE_M
 
 BF16 = "bfloat16"
@@ -204,11 +204,14 @@ def test_how_a_right_operand_lies() -> None:
     assert not is_transposed(plain) and is_transposed(weight.t())
     assert not is_transposed(weight.t()[:, ::2]) and not is_transposed(plain[:, :8])
     # Without a copy where it lies as the kernel wants it, with one where not.
-    assert right_operand(plain, False).data_ptr() == plain.data_ptr()
-    assert right_operand(weight.t(), True).data_ptr() == weight.data_ptr()
+    alive: list[torch.Tensor] = []
+    assert pointer_of(plain, False, alive) == plain.data_ptr()
+    assert pointer_of(weight.t(), True, alive) == weight.data_ptr()
+    assert not alive
     for operand, transposed in ((weight.t(), False), (plain, True), (plain[:, 8:16], False)):
-        made = right_operand(operand, transposed)
-        assert made.is_contiguous()
+        address = pointer_of(operand, transposed, alive)
+        made = alive.pop()
+        assert made.is_contiguous() and made.data_ptr() == address
         assert torch.equal(made.t() if transposed else made, operand)
 
 

@@ -7,29 +7,24 @@ the gathered tensor, which is complete by then.
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...nvshmem import copies
-from ...nvshmem.copies import Step
+from ...nvshmem import stream
+from ...nvshmem.stream import Step, Values, steps_of
 from ...problem import FusionProblem, GatherUse, Plan
 from ..template import register_template, torch_dtype
-from .channel import ACK, SIDE, DeviceChannel, DeviceLink, fork, steps_of
+from .channel import MAIN, SIDE, Call, DeviceChannel, DeviceLink
 from .jit import kernel
-from .kernels.all_gather import all_gather_kernel
-from .kernels.gemm import MAX_OPERANDS, SMS, GemmConfig
-from .kernels.service import service_kernel
-from .operands import aligned_pointer, is_transposed, right_operand
+from .kernels.config import MAX_OPERANDS, SMS, GemmConfig
+from .operands import aligned_pointer, is_transposed, pointer_of
 from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
 
 _TILE_WIDTHS = (256, 240, 224)  # narrower ones lose more in the tensor cores than they win in waves
-_T = TypeVar("_T")
 
 
 def tile_width(rows: int, widths: Sequence[int]) -> int:
@@ -67,98 +62,16 @@ class NvlinkAllGatherGemm:
         others: Sequence[Tensor],
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        shard = aligned_pointer(shard.to(torch_dtype(plan.dtype)).contiguous())
-        recipe = _recipe(channel, plan, shard, others, biases)
-        pieces, width = recipe.pieces, recipe.width
-        channel.start()
-        recipe.push(channel, shard)
-        gathered = shard.new_empty((pieces, channel.size * width)) if plan.return_gathered else None
-        if recipe.local:
-            slot = channel.view((pieces, channel.size, width), shard.dtype)
-            slot[:, channel.rank].copy_(shard)
-        outputs: list[Tensor | None] = [None] * len(plan.uses)
-        for number, launch in enumerate(recipe.launches):
-            launch.run(channel, shard, others, biases, gathered if number == 0 else None, outputs)
-        if recipe.rest:
-            source = gathered if gathered is not None else channel.view((pieces, channel.size * width), shard.dtype)
-            for index in recipe.rest:
-                outputs[index] = _multiply(plan.uses[index], source, others[index], biases[index])
-            if channel.captured:
-                service_kernel("tsk_acknowledge")(channel.link.contexts[channel.slot], channel.epoch, channel.site, ACK)
-        channel.join()
-        results = [output for output in outputs if output is not None]
-        return results if gathered is None else [*results, gathered]
-
-
-class _Launch:
-    """One kernel: weights of one layout and one k, at most MAX_OPERANDS; prepared once for its shapes."""
-
-    def __init__(
-        self, link: DeviceLink, indices: list[int], shard: Tensor, others: Sequence[Tensor], has_bias: bool, last: bool
-    ) -> None:
-        pieces, width = shard.shape
-        first = others[indices[0]]
-        self.indices = indices
-        self.transposed = is_transposed(first)
-        self.has_bias = has_bias
-        self.k = first.shape[0]
-        inner = width // self.k
-        self.m = pieces * link.size * inner
-        self.widths = [others[index].shape[1] for index in indices]
-        self.pieces, self.shard_bytes = pieces, width * shard.element_size()
-        tile_n = tile_width(-(-self.m // TILE_M), self.widths)
-        made = gather_tiles(link.rank, link.size, pieces, inner, self.widths, tile_n)
-        self.spans = made.spans
-        self.table = torch.tensor(made.rows, dtype=torch.int32, device=link.device)
-        self.ack = ACK if last else -1
-        dtype = str(shard.dtype).removeprefix("torch.")
-        self.config = GemmConfig(dtype, self.transposed, len(indices), has_bias, tile_n)
-        self._kernels: dict[bool, Callable[..., None]] = {}
-
-    def _kernel(self, collects: bool) -> Callable[..., None]:
-        found = self._kernels.get(collects)
-        if found is None:
-            found = self._kernels[collects] = kernel(all_gather_kernel, self.config, collects)
-        return found
-
-    def run(
-        self,
-        channel: DeviceChannel,
-        shard: Tensor,
-        others: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        gathered: Tensor | None,
-        outputs: list[Tensor | None],
-    ) -> None:
-        """Launch it; it also fills `gathered`, if any."""
-        weights = [right_operand(others[index], self.transposed) for index in self.indices]
-        results = []
-        for index, width in zip(self.indices, self.widths, strict=True):
-            outputs[index] = result = shard.new_empty((self.m, width))
-            results.append(result.data_ptr())
-        rows = [biases[index] for index in self.indices] if self.has_bias else []
-        held = [row.to(shard.dtype) for row in rows if row is not None]
-        self._kernel(gathered is not None)(
-            shard.view(-1, self.k),
-            channel.view((self.m, self.k), shard.dtype),
-            *_padded(weights),
-            *_padded(results),
-            *(_padded([row.data_ptr() for row in held]) if held else (0, 0, 0)),
-            0 if gathered is None else gathered.data_ptr(),
-            self.table.data_ptr(),
-            len(self.table),
-            channel.context,
-            channel.counters,
-            self.pieces,
-            self.shard_bytes,
-            channel.epoch,
-            channel.site,
-            self.ack,
-        )
+        recipe: _Recipe = channel.site.recipe
+        if recipe is None or recipe.link is not channel.link:
+            recipe = channel.site.recipe = _Recipe(channel.link, plan, shard, others, biases)
+        if shard.dtype is not recipe.dtype or not shard.is_contiguous():
+            shard = shard.to(recipe.dtype).contiguous()
+        return recipe.run(channel, plan, aligned_pointer(shard), others, biases)
 
 
 class _Recipe:
-    """What the calls of one site with the same shapes share."""
+    """What the calls of one site with the same layout share."""
 
     def __init__(
         self,
@@ -168,6 +81,8 @@ class _Recipe:
         others: Sequence[Tensor],
         biases: Sequence[Tensor | None],
     ) -> None:
+        self.link = link
+        self.dtype = torch_dtype(plan.dtype)
         self.pieces, self.width = shard.shape
         groups: dict[tuple[bool, bool, int], list[int]] = {}
         self.rest: list[int] = []
@@ -182,68 +97,141 @@ class _Recipe:
             for i in range(0, len(group), MAX_OPERANDS)
         ]
         self.launches = [
-            _Launch(link, batch, shard, others, with_bias, number == len(batches) - 1 and not self.rest)
+            _Launch(
+                self,
+                [(index, others[index]) for index in batch],
+                with_bias,
+                collects=plan.return_gathered and number == 0,
+                last=number == len(batches) - 1 and not self.rest,
+            )
             for number, (batch, with_bias) in enumerate(batches)
         ]
         # The own shard is read where it lies, unless a tile has rows of others too, or a later matmul reads the slot.
-        self.local = any(launch.spans for launch in self.launches) or (bool(self.rest) and not plan.return_gathered)
-        self._steps: dict[int, ctypes.Array[Step]] = {}
+        self._local = any(launch.spans for launch in self.launches) or (bool(self.rest) and not plan.return_gathered)
+        self._calls: dict[int, Call] = {}
 
-    def push(self, channel: DeviceChannel, shard: Tensor) -> None:
-        """Copy the shard into the slot of every peer, each copy followed by its flag."""
-        steps = self._steps.get(channel.slot)
-        if steps is None:
-            steps = self._steps[channel.slot] = steps_of(*fork(), *_push(channel, shard))
-        source = shard.data_ptr()
-        for index in range(2, len(steps), 2):
-            steps[index].src = source
-            steps[index + 1].value = channel.epoch
-        channel.link.issue(steps)
+    def _call(self, channel: DeviceChannel) -> Call:
+        """The steps of a call in the channel's slot."""
+        known = channel.values()
+        values = [launch.values(known) for launch in self.launches]
+        local = [self._copy(channel, channel.rank, MAIN)] if self._local else []
+        launches = [launch.kernel.step(v, MAIN) for launch, v in zip(self.launches, values, strict=True)]
+        side = []
+        # The previous rank's copy first, so that at any time every rank sends to another one.
+        for distance in range(1, channel.size):
+            peer = (channel.rank - distance) % channel.size
+            side += [self._copy(channel, peer, SIDE), channel.signal_step(peer, channel.rank)]
+        if channel.captured:
+            channel.link.pinned.append(self)
+        return Call(channel, [*local, *launches], side, values)
+
+    def _copy(self, channel: DeviceChannel, owner: int, stream_number: int) -> Step:
+        """Step that copies the shard, whose address is patched in, to its place in the slot of `owner`."""
+        nbytes = self.width * self.dtype.itemsize
+        return Step(
+            kind=stream.COPY if self.pieces == 1 else stream.COPY_ROWS,
+            stream=stream_number,
+            dst=channel.data(owner, channel.rank * nbytes),
+            bytes=nbytes,
+            rows=self.pieces,
+            dst_pitch=channel.size * nbytes,
+            src_pitch=nbytes,
+        )
+
+    def run(
+        self,
+        channel: DeviceChannel,
+        plan: Plan,
+        shard: Tensor,
+        others: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        call = self._calls.get(channel.slot)
+        if call is None:
+            call = self._calls[channel.slot] = self._call(channel)
+        source, epoch = shard.data_ptr(), channel.epoch
+        for step in call.copies:
+            step.src = source
+        for step in call.flags:
+            step.value = epoch
+        outputs: list[Tensor | None] = [None] * len(plan.uses)
+        gathered = shard.new_empty((self.pieces, channel.size * self.width)) if plan.return_gathered else None
+        alive: list[Tensor] = []  # copies of operands, until the kernels are enqueued
+        for launch, values in zip(self.launches, call.values, strict=True):
+            values[launch.shard], values[launch.epoch] = source, epoch
+            if gathered is not None:
+                values[launch.gathered] = gathered.data_ptr()
+            for index, width, weight, result, bias in launch.operands:
+                values[weight] = pointer_of(others[index], launch.transposed, alive)
+                out = outputs[index] = shard.new_empty((launch.rows, width))
+                values[result] = out.data_ptr()
+                added = biases[index]
+                if added is not None:
+                    alive.append(added.to(self.dtype))
+                    values[bias] = pointer_of(alive[-1], False, alive)
+        channel.link.issue(call.steps)
+        if self.rest:
+            full = (self.pieces, channel.size * self.width)
+            source_tensor = gathered if gathered is not None else channel.view(full, self.dtype)
+            for index in self.rest:
+                outputs[index] = _multiply(plan.uses[index], source_tensor, others[index], biases[index])
+            if channel.captured:
+                self._acknowledge(channel)
+        found = [output for output in outputs if output is not None]
+        return found if gathered is None else [*found, gathered]
+
+    def _acknowledge(self, channel: DeviceChannel) -> None:
+        """Tell the peers that this captured call has read its slot."""
+        closer = channel.link.closer
+        values = closer.values(**channel.values())
+        channel.link.issue(steps_of(closer.step(values, MAIN)))
 
 
-def _recipe(
-    channel: DeviceChannel, plan: Plan, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> _Recipe:
-    cache = channel.link.tables
-    has_bias = tuple(bias is not None for bias in biases)  # a site's name does not say it
-    key = (plan.site, has_bias, shard.shape, *[(other.shape, other.stride()) for other in others])
-    found: _Recipe | None = cache.get(key)
-    if found is None:
-        found = cache[key] = _Recipe(channel.link, plan, shard, others, biases)
-    return found
+class _Launch:
+    """One kernel of a recipe: the matmuls of up to MAX_OPERANDS weights of the same layout."""
 
+    def __init__(
+        self, recipe: _Recipe, weights: list[tuple[int, Tensor]], with_bias: bool, *, collects: bool, last: bool
+    ) -> None:
+        link = recipe.link
+        first = weights[0][1]
+        self.transposed = is_transposed(first)
+        self._k = first.shape[0]
+        inner = recipe.width // self._k
+        self._shard_rows = recipe.pieces * inner
+        self.rows = self._shard_rows * link.size
+        widths = [weight.shape[1] for _, weight in weights]
+        tile_n = tile_width(-(-self.rows // TILE_M), widths)
+        made = gather_tiles(link.rank, link.size, recipe.pieces, inner, widths, tile_n)
+        self.spans = made.spans
+        self._table = torch.tensor(made.rows, dtype=torch.int32, device=link.device)
+        self._fixed = {
+            "table": self._table.data_ptr(),
+            "tiles": len(made.rows),
+            "MR": self._shard_rows,
+            "M": self.rows,
+            "K": self._k,
+            "pieces": recipe.pieces,
+            "shard_bytes": recipe.width * recipe.dtype.itemsize,
+            **{f"N{place}": width for place, width in enumerate(widths)},
+        }
+        if not last:
+            self._fixed["ack"] = -1
+        dtype = str(recipe.dtype).removeprefix("torch.")
+        self.kernel = kernel(
+            "all_gather", GemmConfig(dtype, self.transposed, len(weights), with_bias, tile_n), collects
+        )
+        place = self.kernel.place
+        self.shard, self.epoch, self.gathered = place("X"), place("epoch"), place("gathered")
+        # Of each weight: its index among the op's, its width, and the places of its address, its result's and its bias's.
+        self.operands = [
+            (index, width, place(f"B{number}"), place(f"C{number}"), place(f"V{number}"))
+            for number, ((index, _), width) in enumerate(zip(weights, widths, strict=True))
+        ]
 
-def _padded(operands: list[_T]) -> list[_T]:
-    """As many as a kernel takes; it does not look at the surplus."""
-    return [*operands, *[operands[0]] * (MAX_OPERANDS - len(operands))]
-
-
-def _push(channel: DeviceChannel, shard: Tensor) -> list[Step]:
-    """Copies of the shard into the slot of every peer, each followed by its flag: the previous rank's first, so that at any time
-    every rank sends to another one."""
-    pieces, width = shard.shape
-    nbytes = width * shard.element_size()
-    steps: list[Step] = []
-    for distance in range(1, channel.size):
-        peer = (channel.rank - distance) % channel.size
-        target = channel.data(peer, channel.rank * nbytes)
-        if pieces == 1:
-            steps.append(Step(kind=copies.COPY, stream=SIDE, dst=target, src=shard.data_ptr(), bytes=nbytes))
-        else:
-            steps.append(
-                Step(
-                    kind=copies.COPY_ROWS,
-                    stream=SIDE,
-                    dst=target,
-                    src=shard.data_ptr(),
-                    bytes=nbytes,
-                    rows=pieces,
-                    dst_pitch=channel.size * nbytes,
-                    src_pitch=nbytes,
-                )
-            )
-        steps.append(channel.signal_step(peer, channel.rank))
-    return steps
+    def values(self, known: dict[str, int]) -> Values:
+        """Values of launches in one slot, but for those that change from call to call."""
+        return self.kernel.values(**{**known, "A": known["slot"], **self._fixed})
 
 
 def _multiply(use: GatherUse, gathered: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from ...language import context
-from ...nvshmem import copies
-from ...nvshmem.copies import Step
+from ...nvshmem import stream
 from ...nvshmem.device import CONTROL_BYTES, SLOTS
+from ...nvshmem.stream import Step, Steps, Values, steps_of
+from .launch import Kernel
 
 FLAGS = 48 << 10  # of a slot, of 4 bytes each
 _WORDS = SLOTS * FLAGS * 4  # where the control block's other words start
@@ -41,6 +42,16 @@ class Record:
     seen: int
 
 
+class Site:
+    """What the calls of one site with the same layout share: the site's number for records, and what its template keeps."""
+
+    __slots__ = ("number", "recipe")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.recipe: Any = None
+
+
 class Memory(Protocol):
     """Symmetric memory of a group; nvshmem/device.py has the providers."""
 
@@ -60,20 +71,22 @@ class DeviceLink:
         memory: the group's region, of CONTROL_BYTES + SLOTS * slot_bytes on each rank, its control block zeroed on all ranks.
         slot_bytes: bytes of a slot.
         timeout_s: how long a kernel waits for a peer.
-        opener: kernel that opens a captured call (kernels/service.py).
+        opener, closer: kernels that open a captured call and acknowledge that it has read its slot (kernels/service.py).
     """
 
-    def __init__(self, memory: Memory, slot_bytes: int, timeout_s: float, opener: Callable[..., None]) -> None:
+    def __init__(self, memory: Memory, slot_bytes: int, timeout_s: float, opener: Kernel, closer: Kernel) -> None:
         self.memory = memory
         self.rank = memory.rank
         self.size = memory.size
         self.slot_bytes = slot_bytes
         self.timeout_s = timeout_s
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.engine = copies.load()
+        self._index = torch.cuda.current_device()
+        self.device = torch.device("cuda", self._index)
+        self.driver = stream.load()
+        self.opener, self.closer = opener, closer
         self.side = torch.cuda.Stream(priority=-1)
         self._alarm = torch.cuda.Stream(priority=-1)
-        self._events = (ctypes.c_void_p * 3)(*(self.engine.event() for _ in range(3)))
+        self._events = (ctypes.c_void_p * 3)(*(self.driver.event() for _ in range(3)))
         self._streams = (ctypes.c_void_p * 3)(0, self.side.cuda_stream, self._alarm.cuda_stream)
         with torch.inference_mode(False):
             self.record = torch.zeros(8, dtype=torch.int64).pin_memory()
@@ -84,9 +97,6 @@ class DeviceLink:
         self.context_addresses = [tensor.data_ptr() for tensor in self.contexts]
         self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
         self.landed_addresses = [tensor.data_ptr() for tensor in self.landed]
-        done = Step(kind=copies.RECORD, stream=MAIN, event=DONE)
-        join = [Step(kind=copies.RECORD, stream=SIDE, event=JOIN), Step(kind=copies.AWAIT, stream=MAIN, event=JOIN)]
-        self.done, self.join_captured, self.join_eager = steps_of(done), steps_of(*join), steps_of(*join, done)
         self._record = ctypes.c_int64.from_address(self.record.data_ptr())
         self._stuck_at = 0
         self._stuck_since = 0.0
@@ -94,8 +104,7 @@ class DeviceLink:
         self._captured = 0
         self._last_stream: int | None = None
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.tables: dict[tuple[Any, ...], Any] = {}
-        self.opener = opener
+        self.pinned: list[Any] = []  # recipes whose tables a captured graph reads
 
     def address(self, owner: int, offset: int) -> int:
         return self.memory.addresses[owner] + offset
@@ -121,19 +130,17 @@ class DeviceLink:
         )
         return words.to(self.device)
 
-    def open(self, site: int) -> DeviceChannel:
+    def open(self, site: Site) -> DeviceChannel:
         """The next call of the group on the current stream."""
-        stream = torch._C._cuda_getCurrentRawStream(
-            self.device.index
-        )  # torch.cuda.current_stream() takes ten times as long
-        self._streams[MAIN] = stream
+        current = torch._C._cuda_getCurrentRawStream(self._index)  # torch.cuda.current_stream() takes ten times as long
+        self._streams[MAIN] = current
         if torch._C._cuda_isCurrentStreamCapturing():
             self._captured += 1
             return DeviceChannel(self, 2 + (self._captured & 1), 0, site, True)
-        if self._last_stream != stream:
+        if self._last_stream != current:
             if self._last_stream is not None:  # calls of a group follow one another, also across streams
                 torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._last_stream))
-            self._last_stream = stream
+            self._last_stream = current
         self._eager += 1
         # Kernels take an int32 and compare modulo 2**32, so all 32 bits must count on.
         epoch = ((self._eager + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
@@ -144,8 +151,8 @@ class DeviceLink:
         """A CUDA graph holds addresses of this region."""
         return self._captured > 0
 
-    def issue(self, steps: ctypes.Array[Step]) -> None:
-        self.engine.issue(steps, self._streams, self._events)
+    def issue(self, steps: Steps) -> None:
+        self.driver.issue(steps, self._streams, self._events)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Give later waits of kernels another bound, in seconds."""
@@ -164,7 +171,7 @@ class DeviceLink:
 
     def is_idle(self) -> bool:
         """Nothing that this group has enqueued eagerly is still to run."""
-        return self._eager == 0 or self.engine.is_done(self._events[DONE])
+        return self._eager == 0 or self.driver.is_done(self._events[DONE])
 
     def is_stuck(self) -> bool:
         """The same call has been running for a while."""
@@ -177,7 +184,7 @@ class DeviceLink:
         """Set the abort word of every rank, by copy engine: the kernels that wait need no SM to hear of it."""
         word = self.rank + 1
         steps = [
-            Step(kind=copies.WRITE, stream=ALARM, dst=self.address(owner, _ABORT), value=word)
+            Step(kind=stream.WRITE, stream=ALARM, dst=self.address(owner, _ABORT), value=word)
             for owner in range(self.size)
         ]
         with torch.cuda.device(self.device):
@@ -194,11 +201,11 @@ class DeviceLink:
 
 
 class DeviceChannel:
-    """One call. `epoch` is what kernels add to the slot's epoch cell; `site` is a number for records."""
+    """One call. `epoch` is what kernels add to the slot's epoch cell."""
 
     __slots__ = ("captured", "epoch", "link", "site", "slot")
 
-    def __init__(self, link: DeviceLink, slot: int, epoch: int, site: int, captured: bool) -> None:
+    def __init__(self, link: DeviceLink, slot: int, epoch: int, site: Site, captured: bool) -> None:
         self.link = link
         self.slot = slot
         self.epoch = epoch
@@ -213,20 +220,17 @@ class DeviceChannel:
     def size(self) -> int:
         return self.link.size
 
-    @property
-    def context(self) -> int:
-        """Address of the context for kernels."""
-        return self.link.context_addresses[self.slot]
-
-    @property
-    def counters(self) -> int:
-        """Address of a kernel's claims."""
-        return self.link.counter_addresses[self.slot >> 1]
-
-    @property
-    def landed(self) -> int:
-        """Address of the epochs of tiles that landed."""
-        return self.link.landed_addresses[self.slot]
+    def values(self) -> dict[str, int]:
+        """What kernels are told of the group, the slot and the site; the epoch changes from call to call."""
+        return {
+            "context": self.link.context_addresses[self.slot],
+            "counters": self.link.counter_addresses[self.slot >> 1],
+            "landed": self.link.landed_addresses[self.slot],
+            "slot": self.data(self.rank),
+            "site": self.site.number,
+            "ack": ACK,
+            "epoch": 0,
+        }
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         return self.link.slot_view(self.slot, shape, dtype, offset)
@@ -240,28 +244,49 @@ class DeviceChannel:
         address = self.link.address(owner, (self.slot * FLAGS + flag) * 4)
         if self.captured:  # the value is read when the graph runs
             cell = self.link.address(self.rank, _CELLS + 4 * self.slot)
-            return Step(kind=copies.COPY, stream=SIDE, dst=address, src=cell, bytes=4)
-        return Step(kind=copies.WRITE, stream=SIDE, dst=address, value=self.epoch)
-
-    def start(self) -> None:
-        """First in a call: what a captured one needs before its kernels and copies."""
-        if self.captured:
-            self.link.opener(self.link.contexts[self.slot], self.epoch, self.site, ACK)
-
-    def join(self) -> None:
-        """Last in a call that uses the copy stream: the main stream goes on after it."""
-        self.link.issue(self.link.join_captured if self.captured else self.link.join_eager)
-
-    def finish(self) -> None:
-        """Last in a call that does not."""
-        if not self.captured:
-            self.link.issue(self.link.done)
+            return Step(kind=stream.COPY, stream=SIDE, dst=address, src=cell, bytes=4)
+        return Step(kind=stream.WRITE, stream=SIDE, dst=address)
 
 
-def fork() -> list[Step]:
-    """First steps of a sequence: the copy stream starts after what the main stream has now."""
-    return [Step(kind=copies.RECORD, stream=MAIN, event=FORK), Step(kind=copies.AWAIT, stream=SIDE, event=FORK)]
+class Call:
+    """The steps of a site's calls in one slot. Made once; what differs between calls is patched in before they are issued.
 
+    Args:
+        channel: the first of these calls.
+        main: steps of the main stream.
+        side: steps of the copy stream, copies and flags in turn; they start when the main stream gets there, and it waits for them
+            in the end.
+        values: those that LAUNCH steps point at.
 
-def steps_of(*steps: Step) -> ctypes.Array[Step]:
-    return (Step * len(steps))(*steps)
+    Attributes:
+        copies: steps that copy from the caller's memory. flags: steps that write an epoch; none in a captured call.
+    """
+
+    def __init__(
+        self, channel: DeviceChannel, main: Sequence[Step], side: Sequence[Step], values: list[Values]
+    ) -> None:
+        self.values = values
+        opening, closing = [], []
+        if channel.captured:
+            self._opening = channel.link.opener.values(**channel.values())
+            opening = [channel.link.opener.step(self._opening, MAIN)]
+        if side:
+            opening += [
+                Step(kind=stream.RECORD, stream=MAIN, event=FORK),
+                Step(kind=stream.AWAIT, stream=SIDE, event=FORK),
+            ]
+            closing = [
+                Step(kind=stream.RECORD, stream=SIDE, event=JOIN),
+                Step(kind=stream.AWAIT, stream=MAIN, event=JOIN),
+            ]
+        if not channel.captured:  # the watchdog's event belongs to no graph
+            closing.append(Step(kind=stream.RECORD, stream=MAIN, event=DONE))
+        # Sends before kernels that wait: with one hardware queue for all streams, they run in the order of their issue.
+        self.steps = steps_of(*opening, *side, *main, *closing)
+        first, last = len(opening), len(opening) + len(side)
+        sources = [
+            *range(first, last, 2),
+            *(n for n in range(last, last + len(main)) if main[n - last].kind != stream.LAUNCH),
+        ]
+        self.copies = [self.steps[number] for number in sources]
+        self.flags = [] if channel.captured else [self.steps[number] for number in range(first + 1, last, 2)]

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ...problem import FusionProblem, Gemm, Plan
 from ..template import register_template, torch_dtype
-from .channel import ACK, DATA_FLAGS, DeviceChannel, DeviceLink
+from .channel import DATA_FLAGS, MAIN, Call, DeviceChannel, DeviceLink
 from .jit import kernel
-from .kernels.gemm import MAX_OPERANDS, GemmConfig
-from .kernels.reduce import reduce_kernel
-from .operands import aligned_pointer, is_transposed, right_operand
+from .kernels.config import GemmConfig
+from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
 from .tiles import TILE_M, Reduction, all_reduce_tiles, scatter_tiles
 
@@ -28,7 +27,7 @@ _PARTS = 4  # of an all_reduce: more let sums leave earlier, but make more tiles
 
 
 class _Recipe:
-    """What the calls of one site with the same shapes share: layout, tables, kernel arguments that do not change."""
+    """What the calls of one site with the same layout share: tables, kernel, steps."""
 
     def __init__(
         self,
@@ -37,74 +36,82 @@ class _Recipe:
         lhs: Sequence[Tensor],
         rhs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
+        rows: int,
         made: Reduction,
     ) -> None:
-        self.dtype = torch_dtype(plan.dtype)
-        self.transposed = is_transposed(rhs[0])
+        self.link = link
+        self._dtype = torch_dtype(plan.dtype)
+        self._transposed = is_transposed(rhs[0])
         coefficients = plan.coefficients or (1.0,) * len(lhs)
-        factor = coefficients[0]
-        self.weights = [c / factor for c in coefficients]
-        self.factor = factor / (link.size if plan.reduce_op == "avg" else 1)
-        self.has_bias = any(bias is not None for bias in biases)
-        self.tiles = made.tiles
-        self.rows, self.pulls = (
+        self._weights = [c / coefficients[0] for c in coefficients]
+        self._has_bias = any(bias is not None for bias in biases)
+        self._tables = [
             torch.tensor(data, dtype=torch.int32, device=link.device).view(-1, 8) for data in (made.rows, made.pulls)
-        )
-        self.landing = link.size * made.tiles * _TILE
-        self.result_offset = (link.size - 1) * made.tiles * _TILE * _ITEM
-        config = GemmConfig(plan.dtype, self.transposed, len(lhs), self.has_bias, _TILE_N)
-        self.kernel = kernel(reduce_kernel, config, plan.kind == "matmul_all_reduce")
+        ]
+        table, pulls = self._tables
+        self._shape = (rows, rhs[0].shape[1])
+        self._landing = link.size * made.tiles * _TILE
+        self._fixed: dict[str, float] = {
+            "M": lhs[0].shape[0],
+            "N": rhs[0].shape[1],
+            **{f"K{number}": a.shape[1] for number, a in enumerate(lhs)},
+            "rows": rows,
+            "table": table.data_ptr(),
+            "entries": len(table),
+            "pulls": pulls.data_ptr(),
+            "pull_entries": len(pulls),
+            "tiles": made.tiles,
+            "scale": coefficients[0] / (link.size if plan.reduce_op == "avg" else 1),
+            "result_offset": (link.size - 1) * made.tiles * _TILE * _ITEM,
+        }
+        config = GemmConfig(plan.dtype, self._transposed, len(lhs), self._has_bias, _TILE_N)
+        self._kernel = kernel("reduce", config, plan.kind == "matmul_all_reduce")
+        place = self._kernel.place
+        self._operands = [(place(f"A{number}"), place(f"B{number}")) for number in range(len(lhs))]
+        self._at_bias, self._at_out, self._at_landing, self._at_epoch = map(place, ("V", "C", "landing", "epoch"))
+        self._calls: dict[int, Call] = {}
+
+    def _call(self, channel: DeviceChannel) -> Call:
+        """The steps of a call in the channel's slot."""
+        values = self._kernel.values(**{**channel.values(), **self._fixed})
+        if channel.captured:
+            channel.link.pinned.append(self)
+        return Call(channel, [self._kernel.step(values, MAIN)], [], [values])
 
     def run(
-        self,
-        channel: DeviceChannel,
-        lhs: Sequence[Tensor],
-        rhs: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        out: Tensor,
-    ) -> None:
-        channel.start()
-        pad = MAX_OPERANDS - len(lhs)
-        lefts = [self._left(a, weight) for a, weight in zip(lhs, self.weights, strict=True)]
-        rights = [right_operand(b.to(self.dtype), self.transposed) for b in rhs]
-        bias = self._bias(biases)
-        landing = out.new_empty(self.landing)
-        self.kernel(
-            *lefts,
-            *[lefts[0]] * pad,
-            *rights,
-            *[rights[0]] * pad,
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            out.shape[0],
-            channel.data(channel.rank),
-            landing.data_ptr(),
-            channel.landed,
-            self.rows.data_ptr(),
-            len(self.rows),
-            self.pulls.data_ptr(),
-            len(self.pulls),
-            channel.context,
-            channel.counters,
-            self.tiles,
-            self.factor,
-            self.result_offset,
-            channel.epoch,
-            channel.site,
-            ACK,
-        )
-        channel.finish()
+        self, channel: DeviceChannel, lhs: Sequence[Tensor], rhs: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Tensor:
+        call = self._calls.get(channel.slot)
+        if call is None:
+            call = self._calls[channel.slot] = self._call(channel)
+        (values,) = call.values
+        alive: list[Tensor] = []  # copies of operands, until the kernel is enqueued
+        for (left, right), a, b, weight in zip(self._operands, lhs, rhs, self._weights, strict=True):
+            if a.dtype is not self._dtype or weight != 1:
+                a = a.to(self._dtype) * weight
+                alive.append(a)
+            if b.dtype is not self._dtype:
+                b = b.to(self._dtype)
+                alive.append(b)
+            values[left] = pointer_of(a, False, alive)
+            values[right] = pointer_of(b, self._transposed, alive)
+        if self._has_bias:
+            bias = self._bias(biases)
+            alive.append(bias)
+            values[self._at_bias] = pointer_of(bias, False, alive)
+        out = lhs[0].new_empty(self._shape, dtype=self._dtype)
+        landing = out.new_empty(self._landing)
+        values[self._at_out], values[self._at_landing] = out.data_ptr(), landing.data_ptr()
+        values[self._at_epoch] = channel.epoch
+        channel.link.issue(call.steps)
+        return out
 
-    def _left(self, a: Tensor, weight: float) -> Tensor:
-        left = a.to(self.dtype).contiguous()
-        return aligned_pointer(left if weight == 1 else left * weight)
-
-    def _bias(self, biases: Sequence[Tensor | None]) -> Tensor | None:
+    def _bias(self, biases: Sequence[Tensor | None]) -> Tensor:
         """One row for all terms."""
-        if not self.has_bias:
-            return None
-        rows = [v.float() * weight for v, weight in zip(biases, self.weights, strict=True) if v is not None]
-        return sum(rows[1:], start=rows[0]).to(self.dtype)
+        if len(biases) == 1 and biases[0] is not None:
+            return biases[0].to(self._dtype)
+        rows = [v.float() * weight for v, weight in zip(biases, self._weights, strict=True) if v is not None]
+        return sum(rows[1:], start=rows[0]).to(self._dtype)
 
 
 def _sum(
@@ -113,21 +120,14 @@ def _sum(
     lhs: Sequence[Tensor],
     rhs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    outer: int,
     rows: int,
     make: Callable[[], Reduction],
 ) -> list[Tensor]:
-    """The op's output [rows, N]; `make` gives the tables where these shapes are new."""
-    cache = channel.link.tables
-    # A site's name says nothing of biases, and with symbolic sizes the same rows may come in other pieces.
-    has_bias = tuple(bias is not None for bias in biases)
-    key = (plan.site, outer, has_bias, lhs[0].shape, *[(b.shape, b.stride()) for b in rhs])
-    recipe: _Recipe | None = cache.get(key)
-    if recipe is None:
-        recipe = cache[key] = _Recipe(channel.link, plan, lhs, rhs, biases, make())
-    out = lhs[0].new_empty((rows, rhs[0].shape[1]), dtype=recipe.dtype)
-    recipe.run(channel, lhs, rhs, biases, out)
-    return [out]
+    """The op's output [rows, N]; `make` gives the tables where this layout is new."""
+    recipe: _Recipe = channel.site.recipe
+    if recipe is None or recipe.link is not channel.link:
+        recipe = channel.site.recipe = _Recipe(channel.link, plan, lhs, rhs, biases, rows, make())
+    return [recipe.run(channel, lhs, rhs, biases)]
 
 
 def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
@@ -190,7 +190,6 @@ class NvlinkGemmReduceScatter:
             lhs,
             rhs,
             biases,
-            outer,
             outer * inner,
             lambda: scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N),
         )
@@ -233,7 +232,6 @@ class NvlinkGemmAllReduce:
             lhs,
             rhs,
             biases,
-            1,
             m,
             lambda: all_reduce_tiles(channel.rank, channel.size, m, n, _TILE_N, _PARTS),
         )

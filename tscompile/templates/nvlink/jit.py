@@ -1,37 +1,111 @@
-"""Compiled kernels by configuration. One rank of a host compiles, the others load what it left in TileLang's cache."""
+"""Compiled kernels, by name and configuration: in the user's cache directory, made once per host, and ahead of need.
+
+What is cached is a cubin and its launch spec, so a process that finds both needs neither TileLang nor nvcc.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import json
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import lru_cache
 from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from ... import language
+from ...errors import TscompileError
+from ...language.launch import LaunchSpec, TensorMap
+from ...nvshmem import stream
 from ...nvshmem.native import cache_dir
 from ...observe import log
-from .kernels.gemm import GemmConfig, compile_kernel
+from .launch import Kernel
 
-Build = Callable[[GemmConfig, bool], Any]
+_WORKERS = 4  # compilations at a time and rank: nvcc takes seconds, lowering some tenths of one
+_SUFFIXES = (".py", ".h")
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """Digest of everything that a kernel is made of."""
+    digest = sha256(version("tilelang").encode())
+    folders = (Path(language.__file__).parent, Path(__file__).with_name("kernels"))
+    for path in sorted(path for folder in folders for path in folder.iterdir() if path.suffix in _SUFFIXES):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _build(name: str, args: tuple[Any, ...]) -> tuple[bytes, LaunchSpec]:
+    """Compile `<name>_kernel(*args)` of kernels/<name>.py."""
+    from ...language.compile import build_cubin
+    from .kernels.gemm import PASS_CONFIGS
+
+    module = importlib.import_module(f"{__package__}.kernels.{name}")
+    return build_cubin(getattr(module, f"{name}_kernel")(*args), pass_configs=PASS_CONFIGS)
+
+
+def artifact(name: str, *args: Any) -> tuple[bytes, LaunchSpec]:
+    """Cubin and launch spec of a kernel. One process of a host compiles it, the others wait and read what it left.
+
+    Raises:
+        ToolchainError: there is no nvcc, or it failed; the message has its output.
+        HeapError: no writable cache directory.
+    """
+    key = sha256(f"{_sources()} {name}{args}".encode()).hexdigest()[:32]
+    folder = cache_dir() / "kernels"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}-{key}"
+    with FileLock(f"{path}.lock"):
+        try:
+            return path.with_suffix(".cubin").read_bytes(), _parse(path.with_suffix(".json").read_text())
+        except FileNotFoundError:
+            log.debug("compiling %s%s", name, args)
+        cubin, spec = _build(name, args)
+        for suffix, content in ((".cubin", cubin), (".json", json.dumps(asdict(spec)).encode())):
+            scratch = path.with_suffix(f".{os.getpid()}")
+            scratch.write_bytes(content)
+            os.replace(scratch, path.with_suffix(suffix))
+        return cubin, spec
+
+
+def _parse(text: str) -> LaunchSpec:
+    raw = json.loads(text)
+    maps = {
+        name: TensorMap(**{**fields, "dims": tuple(fields["dims"]), "box": tuple(fields["box"])})
+        for name, fields in raw.pop("maps").items()
+    }
+    return LaunchSpec(**{**raw, "maps": maps, "parameters": tuple(raw["parameters"]), "floats": tuple(raw["floats"])})
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_WORKERS, thread_name_prefix="tscompile-nvcc")
 
 
 @lru_cache(maxsize=256)
-def kernel(build: Build, config: GemmConfig, flag: bool) -> Callable[..., None]:
-    """The compiled kernel of `build(config, flag)`, as a function of its arguments that launches on the current stream.
+def compile_ahead(name: str, *args: Any) -> Future[tuple[bytes, LaunchSpec]]:
+    """Have a kernel compiled in the background; the first launch waits for it if need be."""
+
+    def work() -> tuple[bytes, LaunchSpec]:
+        if not threading.main_thread().is_alive():
+            raise TscompileError("the program has ended")
+        return artifact(name, *args)
+
+    return _pool().submit(work)
+
+
+@lru_cache(maxsize=256)
+def kernel(name: str, *args: Any) -> Kernel:
+    """`<name>_kernel(*args)` of kernels/<name>.py, loaded into the current CUDA context.
 
     Raises:
-        RuntimeError: nvcc failed; the message has its output.
+        ToolchainError, HeapError: as `artifact`; or the driver does not load the kernel.
     """
-    name = f"{build.__name__}{config}{flag}"
-    with FileLock(str(cache_dir() / f"{sha256(name.encode()).hexdigest()[:16]}.lock")):
-        log.debug("compiling %s", name)
-        return entry(compile_kernel(build(config, flag)))
-
-
-def entry(compiled: Any) -> Callable[..., None]:
-    """The native function of a compiled kernel: what TileLang's own wrapper calls after it has looked for outputs to allocate."""
-    executable = compiled.adapter.get_exportable_executable()
-    module = executable.jit() if hasattr(executable, "jit") else executable
-    function: Callable[..., None] = module.main
-    return function
+    cubin, spec = compile_ahead(name, *args).result()
+    return Kernel(spec, stream.load().load_kernel(cubin, spec.kernel, spec.shared_bytes))

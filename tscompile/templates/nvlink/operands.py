@@ -12,10 +12,19 @@ def is_transposed(rhs: Tensor) -> bool:
     return rhs.stride(0) == 1 and rhs.stride(1) == rhs.shape[0]
 
 
-def right_operand(rhs: Tensor, transposed: bool) -> Tensor:
-    """The right operand [K, N] as a kernel takes it: [N, K] if `transposed`, else [K, N], contiguous and aligned, without a copy
-    where it lies so."""
-    return aligned_pointer((rhs.t() if transposed else rhs).contiguous())
+def pointer_of(tensor: Tensor, transposed: bool, alive: list[Tensor]) -> int:
+    """Address of the tensor, or of its transpose, as a kernel takes it: contiguous and aligned. A copy that this needs goes
+    to `alive`: it must live until the kernel is enqueued."""
+    address = tensor.data_ptr()
+    if transposed:
+        if tensor.stride(0) == 1 and tensor.stride(1) == tensor.shape[0] and address % 16 == 0:
+            return address
+        tensor = tensor.t()
+    elif tensor.is_contiguous() and address % 16 == 0:
+        return address
+    copy = aligned_pointer(tensor.contiguous())
+    alive.append(copy)
+    return copy.data_ptr()
 
 
 def aligned_sizes(*sizes: int) -> bool:

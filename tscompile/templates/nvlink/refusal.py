@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...problem import FusionProblem, GatherUse, Gemm, Plan
-from .kernels.gemm import DTYPE_CODES, MAX_OPERANDS
+from .kernels.config import DTYPE_CODES, MAX_OPERANDS
 from .operands import aligned_sizes
 
 MAX_RANKS = 8

@@ -4,18 +4,16 @@ from typing import Any
 
 import tilelang.language as T
 
+from .config import DTYPE_CODES, SMS, GemmConfig
 from .gemm import (
     COL,
-    DTYPE_CODES,
     GROUP,
     MASK,
     OUT_ROW,
     OWNER,
     ROW,
     ROWS,
-    SMS,
     THREADS,
-    GemmConfig,
     call,
     load_columns,
     load_rows,

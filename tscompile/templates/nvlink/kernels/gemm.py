@@ -7,64 +7,25 @@ compiled kernel serves every shape of its layout. The design and its measurement
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import tilelang
 import tilelang.language as T
 
 from ....language import prelude as language_prelude
 
-SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
 THREADS = 384
-MAX_OPERANDS = 3  # weights of one gather, or terms of one sum, that a kernel takes
 ROW, COL, ROWS, OWNER, INDEX, OUT_ROW, MASK, GROUP = range(8)  # words of a row in the tile table: tiles.py
-TARGET = {"kind": "cuda", "arch": "sm_90a"}
 PASS_CONFIGS = {
     # All synchronisation is explicit (warp-specialised by hand), and all tile copies are TMA, which checks bounds.
     "tl.disable_thread_storage_sync": True,
     "tl.disable_safe_memory_legalize": True,
 }
-DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of tile.h
-
-
-@dataclass(frozen=True)
-class GemmConfig:
-    """What a kernel is compiled for.
-
-    dtype: of operands and result; sums are float32.
-    transposed: the right operand lies as [N, K] (a Linear's weight used as `x @ W.T`), not as [K, N].
-    operands: weights of one gather, or terms of one sum (1 to MAX_OPERANDS).
-    bias: a bias row per result is added before rounding.
-    tile_n: columns of a tile; rows are 128 and the k step is 64.
-    stages: depth of the load pipeline.
-    """
-
-    dtype: str
-    transposed: bool
-    operands: int = 1
-    bias: bool = False
-    tile_n: int = 256
-    stages: int = 4
-
-    tile_m = 128
-    tile_k = 64
-
-    @property
-    def registers(self) -> int:
-        """Accumulator registers of a thread."""
-        return self.tile_m * self.tile_n // 256
 
 
 def prelude() -> str:
     """Text of the device functions; it stands in each kernel, so that TileLang's cache key sees it."""
     return (language_prelude("cuda") or "") + files(__package__).joinpath("tile.h").read_text()
-
-
-def compile_kernel(function: Any) -> Any:
-    """Compile a prim_func for Hopper. Needs nvcc, no GPU."""
-    return tilelang.compile(function, target=TARGET, pass_configs=PASS_CONFIGS)
 
 
 def call(name: str, *args: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 
 import tilelang.language as T
 
+from .config import DTYPE_CODES, SMS, GemmConfig
 from .gemm import (
     COL,
-    DTYPE_CODES,
     GROUP,
     INDEX,
     MASK,
@@ -20,9 +20,7 @@ from .gemm import (
     OWNER,
     ROW,
     ROWS,
-    SMS,
     THREADS,
-    GemmConfig,
     call,
     load_columns,
     load_rows,

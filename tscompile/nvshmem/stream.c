@@ -1,0 +1,180 @@
+/* Sequences of work for CUDA streams, issued in one native call: copies, flags, events and kernels. From Python each step would cost
+ * several microseconds.
+ *
+ * The CUDA driver is found at run time, so this builds without CUDA. stream.py mirrors the structs. */
+#include <dlfcn.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef int (*copy_fn)(uint64_t dst, uint64_t src, size_t bytes, void *stream);
+typedef int (*copy2d_fn)(const void *what, void *stream);
+typedef int (*value_fn)(void *stream, uint64_t address, uint32_t value, unsigned flags);
+typedef int (*record_fn)(void *event, void *stream);
+typedef int (*wait_fn)(void *stream, void *event, unsigned flags);
+typedef int (*create_fn)(void **event, unsigned flags);
+typedef int (*query_fn)(void *event);
+typedef int (*module_fn)(void **module, const void *image);
+typedef int (*function_fn)(void **function, void *module, const char *name);
+typedef int (*attribute_fn)(void *function, int attribute, int value);
+typedef int (*encode_fn)(void *map, int dtype, uint32_t rank, uint64_t address, const uint64_t *dims, const uint64_t *strides,
+                         const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill);
+typedef int (*launch_fn)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                         unsigned block_z, unsigned shared, void *stream, void **parameters, void **extra);
+
+static copy_fn copy_async;
+static copy2d_fn copy2d_async;
+static value_fn write_value;
+static record_fn event_record;
+static wait_fn stream_wait;
+static create_fn event_create;
+static query_fn event_query;
+static module_fn module_load;
+static function_fn module_function;
+static attribute_fn function_attribute;
+static encode_fn encode_map;
+static launch_fn launch_kernel;
+
+/* cuda.h's CUDA_MEMCPY2D */
+struct copy2d {
+    size_t src_x, src_y;
+    int src_type;
+    const void *src_host;
+    uint64_t src_device;
+    void *src_array;
+    size_t src_pitch, dst_x, dst_y;
+    int dst_type;
+    void *dst_host;
+    uint64_t dst_device;
+    void *dst_array;
+    size_t dst_pitch, width, height;
+};
+enum { MEMORY_DEVICE = 2, DISABLE_TIMING = 2, MAX_DYNAMIC_SHARED = 8 };
+enum { MAX_RANK = 5, MAX_MAPS = 12, MAX_PARAMETERS = 64, MAP_BYTES = 128, BAD_STEP = -1, BAD_KERNEL = -2 };
+
+/* A tensor map (cuTensorMapEncodeTiled) over a contiguous tensor: `tensor` and `dims` are indices of values, innermost first. */
+struct map {
+    int32_t dtype, rank, tensor, interleave, swizzle, promotion, fill;
+    uint32_t item_bytes;
+    int32_t dims[MAX_RANK];
+    uint32_t box[MAX_RANK];
+};
+
+/* A loaded kernel. A parameter is an index of a value, or -1 - i for map i. */
+struct kernel {
+    void *function;
+    uint32_t grid, threads, shared;
+    int32_t maps, parameters;
+    int32_t parameter[MAX_PARAMETERS];
+    struct map map[MAX_MAPS];
+};
+
+/* One step. `stream` and `event` index the tables passed along with the steps. */
+struct step {
+    int32_t kind, stream;
+    uint64_t dst, src, bytes, rows, dst_pitch, src_pitch;
+    uint32_t value, event;
+};
+enum { COPY, COPY_ROWS, WRITE, RECORD, AWAIT, LAUNCH };
+
+/* 0 if the driver is there and complete. */
+int tsc_stream_load(void) {
+    void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
+    if (!driver) return 1;
+    copy_async = (copy_fn)dlsym(driver, "cuMemcpyDtoDAsync_v2");
+    copy2d_async = (copy2d_fn)dlsym(driver, "cuMemcpy2DAsync_v2");
+    write_value = (value_fn)dlsym(driver, "cuStreamWriteValue32_v2");
+    event_record = (record_fn)dlsym(driver, "cuEventRecord");
+    stream_wait = (wait_fn)dlsym(driver, "cuStreamWaitEvent");
+    event_create = (create_fn)dlsym(driver, "cuEventCreate");
+    event_query = (query_fn)dlsym(driver, "cuEventQuery");
+    module_load = (module_fn)dlsym(driver, "cuModuleLoadData");
+    module_function = (function_fn)dlsym(driver, "cuModuleGetFunction");
+    function_attribute = (attribute_fn)dlsym(driver, "cuFuncSetAttribute");
+    encode_map = (encode_fn)dlsym(driver, "cuTensorMapEncodeTiled");
+    launch_kernel = (launch_fn)dlsym(driver, "cuLaunchKernel");
+    return !(copy_async && copy2d_async && write_value && event_record && stream_wait && event_create && event_query && module_load &&
+             module_function && function_attribute && encode_map && launch_kernel);
+}
+
+/* A new event without timing, 0 if there is no context or no memory. */
+void *tsc_event(void) {
+    void *event = 0;
+    return event_create(&event, DISABLE_TIMING) ? 0 : event;
+}
+/* 1 unless work that the event was recorded behind is still to run. */
+int tsc_event_done(void *event) { return event_query(event) != 600 /* CUDA_ERROR_NOT_READY */; }
+
+/* Load a cubin into the current context, for good, and find its kernel; returns 0 or the CUresult. */
+int tsc_load_kernel(const void *cubin, const char *name, uint32_t shared, void **function) {
+    void *module = 0;
+    int rc = module_load(&module, cubin);
+    if (!rc) rc = module_function(function, module, name);
+    if (!rc && shared) rc = function_attribute(*function, MAX_DYNAMIC_SHARED, (int)shared);
+    return rc;
+}
+
+static int launch(const struct kernel *k, uint64_t *values, void *stream) {
+    static const uint32_t dense[MAX_RANK] = {1, 1, 1, 1, 1};
+    _Alignas(64) char maps[MAX_MAPS][MAP_BYTES];
+    void *parameters[MAX_PARAMETERS];
+    if (k->maps > MAX_MAPS || k->parameters > MAX_PARAMETERS) return BAD_KERNEL;
+    for (int i = 0; i < k->maps; ++i) {
+        const struct map *m = k->map + i;
+        uint64_t dims[MAX_RANK], strides[MAX_RANK], bytes = m->item_bytes;
+        for (int d = 0; d < m->rank; ++d) {
+            dims[d] = values[m->dims[d]];
+            strides[d] = bytes *= dims[d];
+        }
+        int rc = encode_map(maps[i], m->dtype, (uint32_t)m->rank, values[m->tensor], dims, strides, m->box, dense, m->interleave,
+                            m->swizzle, m->promotion, m->fill);
+        if (rc) return rc;
+    }
+    for (int i = 0; i < k->parameters; ++i)
+        parameters[i] = k->parameter[i] < 0 ? (void *)maps[-1 - k->parameter[i]] : (void *)(values + k->parameter[i]);
+    return launch_kernel(k->function, k->grid, 1, 1, k->threads, 1, 1, k->shared, stream, parameters, 0);
+}
+
+/* Issue n steps in order; returns 0, or the CUresult of the step whose index is left in *failed. */
+int tsc_issue(const struct step *steps, int n, void *const *streams, void *const *events, int *failed) {
+    for (int i = 0; i < n; ++i) {
+        const struct step *s = steps + i;
+        void *stream = streams[s->stream];
+        int rc = 0;
+        switch (s->kind) {
+        case COPY:
+            rc = copy_async(s->dst, s->src, s->bytes, stream);
+            break;
+        case COPY_ROWS: {
+            struct copy2d c = {0};
+            c.src_type = c.dst_type = MEMORY_DEVICE;
+            c.src_device = s->src;
+            c.dst_device = s->dst;
+            c.src_pitch = s->src_pitch;
+            c.dst_pitch = s->dst_pitch;
+            c.width = s->bytes;
+            c.height = s->rows;
+            rc = copy2d_async(&c, stream);
+            break;
+        }
+        case WRITE:
+            rc = write_value(stream, s->dst, s->value, 0);
+            break;
+        case RECORD:
+            rc = event_record(events[s->event], stream);
+            break;
+        case AWAIT:
+            rc = stream_wait(stream, events[s->event], 0);
+            break;
+        case LAUNCH:
+            rc = launch((const struct kernel *)s->src, (uint64_t *)s->dst, stream);
+            break;
+        default:
+            rc = BAD_STEP;
+        }
+        if (rc) {
+            *failed = i;
+            return rc;
+        }
+    }
+    return 0;
+}

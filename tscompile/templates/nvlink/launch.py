@@ -1,0 +1,69 @@
+"""A loaded kernel, and the values that a launch of it takes: set once for all calls of the same shapes, then patched in place."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+from ...language.launch import LaunchSpec
+from ...nvshmem.stream import LAUNCH, MAX_MAPS, MAX_PARAMETERS, MAX_RANK, NativeKernel, Step, Values
+
+
+class Kernel:
+    """A kernel of the current CUDA context.
+
+    Its values are the parameters that are numbers or addresses, and the addresses and sizes that its tensor maps are made of.
+
+    Raises:
+        ValueError: the kernel has more parameters or tensor maps than a launch can pass.
+    """
+
+    def __init__(self, spec: LaunchSpec, function: int) -> None:
+        self.spec = spec
+        names = [name for name in spec.parameters if name not in spec.maps]
+        for tensor in spec.maps.values():
+            names += [tensor.tensor, *tensor.dims]
+        self._places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        if len(spec.parameters) > MAX_PARAMETERS or len(spec.maps) > MAX_MAPS:
+            raise ValueError(f"{spec.kernel} has {len(spec.parameters)} parameters and {len(spec.maps)} tensor maps")
+        self._native = NativeKernel(
+            function=function,
+            grid=spec.grid,
+            threads=spec.threads,
+            shared=spec.shared_bytes,
+            maps=len(spec.maps),
+            parameters=len(spec.parameters),
+        )
+        numbers = {name: number for number, name in enumerate(spec.maps)}
+        for place, name in enumerate(spec.parameters):
+            self._native.parameter[place] = -1 - numbers[name] if name in numbers else self._places[name]
+        for number, tensor in enumerate(spec.maps.values()):
+            native = self._native.map[number]
+            for field in ("dtype", "item_bytes", "interleave", "swizzle", "promotion", "fill"):
+                setattr(native, field, getattr(tensor, field))
+            native.rank, native.tensor = len(tensor.dims), self._places[tensor.tensor]
+            padding = MAX_RANK - native.rank
+            native.dims[:] = [*(self._places[name] for name in tensor.dims), *[0] * padding]
+            native.box[:] = [*tensor.box, *[1] * padding]
+
+    def place(self, name: str) -> int:
+        """Index of a value; of a spare one if this kernel has no use for it."""
+        return self._places.get(name, len(self._places))
+
+    def values(self, **known: float) -> Values:
+        """Values for launches of this kernel; those not `known` are 0, and what it has no use for is left out."""
+        values = (ctypes.c_uint64 * (len(self._places) + 1))()
+        for name, value in known.items():
+            number = _bits(float(value)) if name in self.spec.floats else int(value)
+            values[self.place(name)] = number
+        return values
+
+    def step(self, values: Values, stream: int) -> Step:
+        """Step that launches it with what `values` hold then; `values` and the kernel must live as long as the step."""
+        native = ctypes.addressof(self._native)
+        return Step(kind=LAUNCH, stream=stream, src=native, dst=ctypes.addressof(values))
+
+
+def _bits(value: float) -> int:
+    """The 32 bits of a float32."""
+    return int.from_bytes(struct.pack("<f", value), "little")
