@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
-from datetime import timedelta
 
 import pytest
 import torch
@@ -18,6 +16,8 @@ from tscompile.nvshmem.p2p import SymmMemProvider
 from tscompile.nvshmem.provider import NvshmemProvider
 from tscompile.nvshmem.region import Provider
 from tscompile.nvshmem.world import current_world
+
+from .conftest import World
 
 WORLD = int(os.environ.get("WORLD_SIZE", "0"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -34,13 +34,8 @@ _turn = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def device() -> Iterator[torch.device]:
-    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(own)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-    yield own
-    dist.barrier()
-    dist.destroy_process_group()
+def device(world: World) -> torch.device:
+    return world.device
 
 
 def swap(ranks: tuple[int, ...], value: object) -> list:

@@ -20,6 +20,7 @@ from ..template import register_template, torch_dtype
 from .channel import MAIN, SIDE, Call, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.config import MAX_OPERANDS, SMS, GemmConfig
+from .lasting import lasting_tables
 from .operands import aligned_pointer, is_transposed, pointer_of
 from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
@@ -204,7 +205,7 @@ class _Launch:
         tile_n = tile_width(-(-self.rows // TILE_M), widths)
         made = gather_tiles(link.rank, link.size, recipe.pieces, inner, widths, tile_n)
         self.spans = made.spans
-        self._table = torch.tensor(made.rows, dtype=torch.int32, device=link.device)
+        (self._table,) = lasting_tables([made.rows], link.device)
         self._fixed = {
             "table": self._table.data_ptr(),
             "tiles": len(made.rows),

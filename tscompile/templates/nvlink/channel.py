@@ -18,6 +18,7 @@ from ...language import context
 from ...nvshmem import stream
 from ...nvshmem.device import CONTROL_BYTES, SLOTS
 from ...nvshmem.stream import Step, Steps, Values, steps_of
+from .lasting import lasting
 from .launch import Kernel
 
 FLAGS = 48 << 10  # of a slot, of 4 bytes each
@@ -88,12 +89,11 @@ class DeviceLink:
         self._alarm = torch.cuda.Stream(priority=-1)
         self._events = (ctypes.c_void_p * 3)(*(self.driver.event() for _ in range(3)))
         self._streams = (ctypes.c_void_p * 3)(0, self.side.cuda_stream, self._alarm.cuda_stream)
-        with torch.inference_mode(False):
-            self.record = torch.zeros(8, dtype=torch.int64).pin_memory()
-            # Claims of a kernel, for eager and for captured calls; epochs of tiles that landed, for each slot.
-            self.counters = [torch.zeros(16, dtype=torch.int32, device=self.device) for _ in range(2)]
-            self.landed = [torch.zeros(DATA_FLAGS, dtype=torch.int32, device=self.device) for _ in range(SLOTS)]
-            self.contexts = [self._context(slot) for slot in range(SLOTS)]
+        self.record = lasting(lambda: torch.zeros(8, dtype=torch.int64).pin_memory(), self.device)
+        # Claims of a kernel, for eager and for captured calls; epochs of tiles that landed, for each slot.
+        self.counters = [self._words(16, torch.int32) for _ in range(2)]
+        self.landed = [self._words(DATA_FLAGS, torch.int32) for _ in range(SLOTS)]
+        self.contexts = [self._context(slot) for slot in range(SLOTS)]
         self.context_addresses = [tensor.data_ptr() for tensor in self.contexts]
         self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
         self.landed_addresses = [tensor.data_ptr() for tensor in self.landed]
@@ -128,7 +128,10 @@ class DeviceLink:
             flags=[base + slot * FLAGS * 4 for base in bases],
             control=bases,
         )
-        return words.to(self.device)
+        return lasting(lambda: words.to(self.device), self.device)
+
+    def _words(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        return lasting(lambda: torch.zeros(count, dtype=dtype, device=self.device), self.device)
 
     def open(self, site: Site) -> DeviceChannel:
         """The next call of the group on the current stream."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from ...problem import FusionProblem, Gemm, Plan
@@ -16,6 +15,7 @@ from ..template import register_template, torch_dtype
 from .channel import DATA_FLAGS, MAIN, Call, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.config import GemmConfig
+from .lasting import lasting_tables
 from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
 from .tiles import TILE_M, Reduction, all_reduce_tiles, scatter_tiles
@@ -45,9 +45,7 @@ class _Recipe:
         coefficients = plan.coefficients or (1.0,) * len(lhs)
         self._weights = [c / coefficients[0] for c in coefficients]
         self._has_bias = any(bias is not None for bias in biases)
-        self._tables = [
-            torch.tensor(data, dtype=torch.int32, device=link.device).view(-1, 8) for data in (made.rows, made.pulls)
-        ]
+        self._tables = lasting_tables([made.rows, made.pulls], link.device)
         table, pulls = self._tables
         self._shape = (rows, rhs[0].shape[1])
         self._landing = link.size * made.tiles * _TILE
