@@ -12,11 +12,11 @@ import tvm
 import tscompile.language as tl
 from tests.language.ptx import before, read_non_coherently
 from tscompile.templates.nvlink import gemm_reduce
-from tscompile.templates.nvlink.all_gather_gemm import _TILE_WIDTHS, tile_width
 from tscompile.templates.nvlink.kernels.all_gather import all_gather_kernel
 from tscompile.templates.nvlink.kernels.gemm import DTYPE_CODES, MAX_OPERANDS, PASS_CONFIGS, THREADS, GemmConfig
 from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
 from tscompile.templates.nvlink.kernels.service import service_program
+from tscompile.templates.nvlink.widths import TILE_WIDTHS, tile_width
 
 REGISTERS = 65536 // THREADS // 8 * 8  # that a thread can have with one CTA per SM
 SHARED_BYTES = 227 << 10
@@ -76,7 +76,7 @@ def test_the_configurations_cover_what_templates_ask_for() -> None:
             assert {getattr(config, flags) for config, _ in forms} == {False, True}
         assert {flag for _, flag in forms} == {False, True}
     widths = {tile_width(rows, [n]) for rows in range(1, 200) for n in range(8, 3000, 8)}
-    assert {config.tile_n for config, _ in GATHERS} == {128, *_TILE_WIDTHS} == widths
+    assert {config.tile_n for config, _ in GATHERS} == {128, *TILE_WIDTHS} == widths
 
 
 @every

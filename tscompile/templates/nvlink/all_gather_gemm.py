@@ -1,14 +1,13 @@
 """all_gather_matmul over NVLink: the copy engine pushes the shard to the peers while a GEMM takes the shards in order of arrival.
 
 The kernel's loading warp waits for a shard's flag where it first needs it. Tiles of the own shard come first and are read where
-the shard lies. Matmuls that the kernel does not serve (the rank dimension summed over, other layouts) follow on
-the gathered tensor, which is complete by then.
+the shard lies. A gather that this kernel serves no matmul of takes that of gather_blocks.py. Matmuls that neither serves, or that
+have the rank dimension summed over while others do not, follow on the gathered tensor, which is complete by then.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -20,28 +19,17 @@ from ...nvshmem.copies import Step
 from ...problem import FusionProblem, GatherUse, Plan
 from ..template import register_template, torch_dtype
 from .channel import ACK, SIDE, DeviceChannel, DeviceLink, fork, steps_of
+from .gather_blocks import BlocksLaunch, block_launches, blocks_of
 from .jit import kernel
 from .kernels.all_gather import all_gather_kernel
-from .kernels.gemm import MAX_OPERANDS, SMS, GemmConfig
+from .kernels.gemm import MAX_OPERANDS, GemmConfig
 from .kernels.service import service_kernel
 from .operands import aligned_pointer, is_transposed, right_operand
 from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
+from .widths import tile_width
 
-_TILE_WIDTHS = (256, 240, 224)  # narrower ones lose more in the tensor cores than they win in waves
 _T = TypeVar("_T")
-
-
-def tile_width(rows: int, widths: Sequence[int]) -> int:
-    """Columns of a tile for `rows` tile rows over weights of these widths: fewest wave-columns, then the widest."""
-    if max(widths) <= 128:
-        return 128
-
-    def cost(tile: int) -> tuple[int, int]:
-        waves = math.ceil(rows * sum(math.ceil(width / tile) for width in widths) / SMS)
-        return waves * tile, -tile
-
-    return min(_TILE_WIDTHS, key=cost)
 
 
 @register_template("all_gather_matmul", "nvlink")
@@ -55,7 +43,8 @@ class NvlinkAllGatherGemm:
         self, plan: Plan, size: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
         for use, other in zip(plan.uses, others, strict=True):
-            if serves_use(use, plan.dtype, int(other.shape[0]), int(other.shape[1])):
+            k, n = (int(s) for s in other.shape)
+            if serves_use(use, plan.dtype, k, n) or blocks_of(use, plan.dtype, size, shard.shape, other) is not None:
                 return int(shard.numel()) * size * torch_dtype(plan.dtype).itemsize
         return -1
 
@@ -181,10 +170,13 @@ class _Recipe:
             for (_, with_bias, _), group in groups.items()
             for i in range(0, len(group), MAX_OPERANDS)
         ]
-        self.launches = [
+        self.launches: list[_Launch | BlocksLaunch] = [
             _Launch(link, batch, shard, others, with_bias, number == len(batches) - 1 and not self.rest)
             for number, (batch, with_bias) in enumerate(batches)
         ]
+        if not self.launches:
+            launches, self.rest = block_launches(link, plan, shard, others, biases)
+            self.launches += launches
         # The own shard is read where it lies, unless a tile has rows of others too, or a later matmul reads the slot.
         self.local = any(launch.spans for launch in self.launches) or (bool(self.rest) and not plan.return_gathered)
         self._steps: dict[int, ctypes.Array[Step]] = {}
