@@ -29,13 +29,7 @@ def nvlink_refusal(problem: FusionProblem) -> str | None:
 
 def serves_use(use: GatherUse, wire: str, k: int, n: int) -> bool:
     """True if the kernel for gathered rows on the left runs this use: in the dtype that travels, sizes that TMA addresses."""
-    return (
-        use.side == "lhs"
-        and not use.transposed
-        and use.rank_axis == "rows"
-        and use.dtype == wire
-        and aligned_sizes(k, n)
-    )
+    return use.reads_rows and use.dtype == wire and aligned_sizes(k, n)
 
 
 def may_serve_blocks(use: GatherUse, wire: str, gemm: Gemm) -> bool:

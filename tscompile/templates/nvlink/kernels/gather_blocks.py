@@ -62,6 +62,8 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
         T.dynamic("width"),
     )
     k_blocks, k_inner, free = T.dynamic("k_blocks"), T.dynamic("k_inner"), T.dynamic("free")
+    span = width if contracts else blocks * inner  # of the gathered operand in the result
+    N = free if config.gathered_left else span
     gathered_first, local_first = config.k_first
     gathered_size, local_size = config.tiles
     text = prelude()
@@ -102,8 +104,6 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
             block = T.alloc_var("int32")
             place = T.alloc_var("int32")
             steps = T.ceildiv(k_inner, bK)
-            span = width if contracts else blocks * inner  # of the gathered operand in the result
-            N = free if config.gathered_left else span
             it = 0
             turn = 0
             ready = 0
