@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -135,6 +136,12 @@ def emulate(config: BlocksConfig, arguments: dict[str, Any]) -> None:
     result.copy_(played.out)
 
 
+@lru_cache
+def parameters_of(config: BlocksConfig) -> list[Any]:
+    function = gather_blocks_kernel(config, True)
+    return [function.buffer_map.get(parameter, parameter) for parameter in function.params]
+
+
 class Played:
     """Stands for `jit.kernel`."""
 
@@ -143,8 +150,7 @@ class Played:
 
     def __call__(self, build: Any, config: BlocksConfig, flag: bool) -> Any:
         assert build is gather_blocks_kernel
-        function = build(config, flag)
-        parameters = [function.buffer_map.get(parameter, parameter) for parameter in function.params]
+        parameters = parameters_of(config)
 
         def launch(*args: Any) -> None:
             arguments = {parameter.name: value for parameter, value in zip(parameters, args, strict=True)}

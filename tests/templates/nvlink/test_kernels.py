@@ -179,7 +179,7 @@ def test_a_gather_in_blocks_waits_before_it_loads(config: BlocksConfig, collects
     assert artifact.source.count("tsk_wait_ranks") == loader.count("tsk_wait_ranks") == 1
     first = r"if \(j == 0\)", "tsk_pass"
     before(loader, "for .*j = 0", "for .*k = 0", r"if \(k == 0\)", *first, "tsk_wait_ranks", r"tma_load\(X_desc")
-    before(loader, "tsk_wait_ranks", r"if \(own != 0\)", "else", r"tma_load\(A_desc", r"tma_load\(B_desc", "arrive")
+    before(loader, "tsk_wait_ranks", r"if \(own\w* != 0\)", "else", r"tma_load\(A_desc", r"tma_load\(B_desc", "arrive")
     assert loader.index("tma_load") > loader.index("tsk_wait_ranks")
     before(artifact.ptx, r"ld\.acquire\.sys\.global\.u32", r"fence\.proxy\.async;", r"cp\.async\.bulk\.tensor\.3d")
     # Operands that lie along m or n are read as such: no copy, no transposition.
@@ -198,6 +198,9 @@ def test_a_gather_in_blocks_waits_before_it_loads(config: BlocksConfig, collects
 def test_a_box_of_a_gather_in_blocks_is_of_one_block(config: BlocksConfig, collects: bool) -> None:
     """What the tensor maps are made of: sizes from the fastest axis on, the block last and alone in its box, so it bounds the rest."""
     host = host_of(gather_blocks_kernel(config, collects))
+    names = "own_blocks|blocks|inner|width|k_blocks|k_inner|free"
+    read = dict(re.findall(rf'\b({names})(?:: T\.int32)? = T\.Cast\("int32", gather_blocks_gemm_(\w)_shape', host))
+    assert read == dict(zip(names.split("|"), "XAXXBBB", strict=True))
     gathered, local = config.k_first
     for name, along_k, k_first, count, inner, width in (
         ("X", config.contracts, gathered, "own_blocks", "inner", "width"),

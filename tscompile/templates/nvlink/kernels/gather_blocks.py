@@ -39,6 +39,31 @@ def blocked(k_first: bool, along_k: bool, blocks: Any, inner: Any, width: Any) -
     return (blocks, inner, width) if k_first == along_k else (width, blocks, inner)
 
 
+@T.macro
+def load_stage(
+    X: Any,
+    A: Any,
+    B: Any,
+    own: Any,
+    block: Any,
+    place: Any,
+    at: Any,
+    local_at: Any,
+    k: Any,
+    Gs: Any,
+    Ls: Any,
+    full: Any,
+    stage: Any,
+    config: Any,
+) -> None:
+    """Load a stage of the gathered operand, from the own shard X or from the slot A, and one of the local operand B."""
+    if own != 0:
+        load_block(X, block, at, k, Gs, full, stage, config.k_first[0], config.contracts, config.tiles[0], config)
+    else:
+        load_block(A, block, at, k, Gs, full, stage, config.k_first[0], config.contracts, config.tiles[0], config)
+    load_block(B, place, local_at, k, Ls, full, stage, config.k_first[1], True, config.tiles[1], config)
+
+
 def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
     """prim_func of C = L @ R (+ V), L or R gathered.
 
@@ -65,7 +90,6 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
     span = width if contracts else blocks * inner  # of the gathered operand in the result
     N = free if config.gathered_left else span
     gathered_first, local_first = config.k_first
-    gathered_size, local_size = config.tiles
     text = prelude()
 
     @T.prim_func
@@ -124,69 +148,9 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
                                     call("tsk_pass", turn, tile)
                                 ready = value("tsk_wait_ranks", context, word(table, at, MASK), ready, epoch, site)
                             if config.gathered_left:
-                                if own != 0:
-                                    load_block(
-                                        X,
-                                        block,
-                                        row,
-                                        k * bK,
-                                        As,
-                                        full,
-                                        it % S,
-                                        gathered_first,
-                                        contracts,
-                                        gathered_size,
-                                        config,
-                                    )
-                                else:
-                                    load_block(
-                                        A,
-                                        block,
-                                        row,
-                                        k * bK,
-                                        As,
-                                        full,
-                                        it % S,
-                                        gathered_first,
-                                        contracts,
-                                        gathered_size,
-                                        config,
-                                    )
-                                load_block(
-                                    B, place, col, k * bK, Bs, full, it % S, local_first, True, local_size, config
-                                )
+                                load_stage(X, A, B, own, block, place, row, col, k * bK, As, Bs, full, it % S, config)
                             else:
-                                if own != 0:
-                                    load_block(
-                                        X,
-                                        block,
-                                        col,
-                                        k * bK,
-                                        Bs,
-                                        full,
-                                        it % S,
-                                        gathered_first,
-                                        contracts,
-                                        gathered_size,
-                                        config,
-                                    )
-                                else:
-                                    load_block(
-                                        A,
-                                        block,
-                                        col,
-                                        k * bK,
-                                        Bs,
-                                        full,
-                                        it % S,
-                                        gathered_first,
-                                        contracts,
-                                        gathered_size,
-                                        config,
-                                    )
-                                load_block(
-                                    B, place, row, k * bK, As, full, it % S, local_first, True, local_size, config
-                                )
+                                load_stage(X, A, B, own, block, place, col, row, k * bK, Bs, As, full, it % S, config)
                             if T.shuffle_elect(32):
                                 T.barrier_arrive(full[it % S])
                             it = it + 1
