@@ -163,6 +163,35 @@ def all_gather_linear(
     return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
 
 
+def all_gather_matmul(
+    shard: Tensor,
+    uses: Sequence[GatherUse],
+    others: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    gathered: bool = False,
+    group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
+) -> BoundOp:
+    """All ranks' `shard [P, Q]`, read by any mix of matmuls; each of `others` is the other operand of one.
+
+    The results of a call are one matrix per use, then the gathered tensor as `[P, R * Q]` if asked for.
+    """
+    group = group or dist.group.WORLD
+    assert group is not None
+    elements = shard.numel() * group.size()
+    args = (shard, list(others), list(biases or [None] * len(others)))
+    dtype = str(shard.dtype).removeprefix("torch.")
+    plan = Plan("all_gather_matmul", "", "", dtype, uses=tuple(uses), return_gathered=gathered)
+    gemms = []
+    for use, other in zip(uses, others, strict=True):
+        k, free = other.shape if use.side == "lhs" else reversed(other.shape)
+        m, n = (elements // k, free) if use.side == "lhs" else (free, elements // k)
+        gemms.append(Gemm(m, n, k))
+    problem = _problem(plan.kind, shard, gemms, elements, group, return_gathered=gathered)
+    return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
+
+
 def reduce_linear(
     kind: str,
     x: Tensor,

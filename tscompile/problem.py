@@ -41,6 +41,11 @@ class GatherUse:
         operand_axis = self.rank_axis if not self.transposed else ("cols" if self.rank_axis == "rows" else "rows")
         return operand_axis == ("cols" if self.side == "lhs" else "rows")
 
+    @property
+    def reads_rows(self) -> bool:
+        """True if the left operand is the gathered matrix as it lies, the rank dimension in its rows."""
+        return self.side == "lhs" and not self.transposed and self.rank_axis == "rows"
+
 
 @dataclass(frozen=True)
 class Plan:

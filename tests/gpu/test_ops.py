@@ -6,16 +6,19 @@ import pytest
 import torch
 
 from benchmarks.direct import NotFusedError
+from tests import direct_gathers
+from tests.direct_gathers import LEFT_SUM, RIGHT, RIGHT_SUM, Gather, LiveGather
 from tests.direct_ops import LiveOp, Shape, sweep
 from tests.fused_programs import GATHER, REDUCE, SCATTER
 from tests.gpu.conftest import World
 
 NAMES = [str(shape) for shape in sweep(4, tiny=False)]
+GATHERS = [str(shape) for shape in direct_gathers.sweep(tiny=False)]
 
 
-def one(world: World, shape: Shape, dtype: torch.dtype) -> None:
+def one(world: World, shape: Shape | Gather, dtype: torch.dtype) -> None:
     try:
-        op = LiveOp(shape, dtype, world.device)
+        op = (LiveGather if isinstance(shape, Gather) else LiveOp)(shape, dtype, world.device)  # type: ignore[operator]
     except NotFusedError as kept:
         pytest.skip(f"not fused: {kept}")
     for _ in range(2):
@@ -28,6 +31,23 @@ def test_results_and_bits(world: World, index: int) -> None:
     if index >= len(shapes):
         pytest.skip("tiny sizes are fewer")
     one(world, shapes[index], torch.bfloat16)
+
+
+@pytest.mark.parametrize("index", range(len(GATHERS)), ids=GATHERS)
+def test_gathers_that_are_read_otherwise(world: World, index: int) -> None:
+    """Ranks that are summed over, and gathered tensors on the right."""
+    one(world, direct_gathers.sweep(tiny=not world.cuda)[index], torch.bfloat16)
+
+
+def test_gathers_that_are_read_otherwise_in_float16(world: World) -> None:
+    for shape in direct_gathers.sweep(tiny=not world.cuda)[::5]:
+        one(world, shape, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use", [LEFT_SUM, RIGHT_SUM, RIGHT], ids=str)
+def test_large_gathers_that_are_read_otherwise(world: World, use: direct_gathers.Use) -> None:
+    one(world, Gather((use,), 1, 8192 // world.size, 4096, 2752), torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", [GATHER, SCATTER, REDUCE])

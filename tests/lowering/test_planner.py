@@ -116,6 +116,40 @@ def test_large_gpu_sites_are_fused(kind: str, ranks: int, n: int, k: int) -> Non
     assert decision.predicted_fused_us < decision.predicted_original_us * cost_model.MUST_GAIN
 
 
+GRADIENT = GatherUse("lhs", True, "rows", "bfloat16")
+RIGHT = GatherUse("rhs", True, "rows", "bfloat16")
+ROWS = GatherUse("lhs", False, "rows", "bfloat16")
+
+
+def gathered(m: int, n: int, k: int, ranks: int, *uses: GatherUse) -> tuple[FusionProblem, Plan]:
+    """A gather [m, k] with matmuls of m * n * k each, in the sizes that each use has."""
+    sizes = {ROWS: Gemm(m, n, k), GRADIENT: Gemm(k, n, m), RIGHT: Gemm(n, m, k)}
+    base = gpu_problem("all_gather_matmul", m, n, k, ranks)
+    changed = replace(base, gemms=tuple(sizes[use] for use in uses), gemm_dtypes=("bfloat16",) * len(uses))
+    return changed, replace(gpu_plan("all_gather_matmul"), uses=uses)
+
+
+@pytest.mark.parametrize("uses", [(GRADIENT,), (RIGHT,), (GRADIENT, RIGHT), (GRADIENT, GRADIENT), (ROWS, GRADIENT)])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(("n", "k"), [(3584, 4096), (2048, 8192)])
+def test_large_gathers_are_fused_however_they_are_read(uses: tuple[GatherUse, ...], ranks: int, n: int, k: int) -> None:
+    decision = planner.plan(*gathered(8192, n, k, ranks, *uses), Options())
+    assert isinstance(decision, Fuse) and decision.executor == "nvlink"
+
+
+def test_a_sum_over_ranks_hides_less() -> None:
+    """Every tile needs every shard; and a matmul that has the ranks in its result hides the transport of both."""
+    fused = {}
+    for uses in [(ROWS,), (RIGHT,), (GRADIENT,), (GRADIENT, GRADIENT), (GRADIENT, RIGHT), (GRADIENT, ROWS)]:
+        problem, plan = gathered(8192, 4096, 4096, 4, *uses)
+        fused[uses] = cost_model.predict(problem, plan.uses).fused_us
+    assert fused[(ROWS,)] == fused[(RIGHT,)] < fused[(GRADIENT,)]
+    assert fused[(GRADIENT, ROWS)] == fused[(GRADIENT, RIGHT)] < fused[(GRADIENT, GRADIENT)]
+    small = gathered(8192, 512, 512, 4, GRADIENT)
+    assert isinstance(planner.plan(*small, Options()), Keep)
+    assert isinstance(planner.plan(*small, Options(fuse="always")), Fuse)
+
+
 @pytest.mark.parametrize(
     ("kind", "m", "n", "k"),
     [

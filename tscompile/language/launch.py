@@ -14,14 +14,16 @@ from ..errors import TscompileError
 
 @dataclass(frozen=True)
 class TensorMap:
-    """Arguments of cuTensorMapEncodeTiled for a contiguous tensor. Enumerations are those of cuda.h.
+    """Arguments of cuTensorMapEncodeTiled. Enumerations are those of cuda.h.
 
     tensor: parameter whose address it is. dims: names of its sizes, innermost first. item_bytes: of an element.
+    strides: for each size but the first, the sizes whose product is its stride in elements.
     box: elements of a tile, innermost first.
     """
 
     tensor: str
     dims: tuple[str, ...]
+    strides: tuple[tuple[str, ...], ...]
     item_bytes: int
     box: tuple[int, ...]
     dtype: int
@@ -111,14 +113,12 @@ def _tensor_map(args: list[Any]) -> tuple[str, TensorMap]:
     interleave, swizzle, promotion, fill = map(int, last)
     assert all(int(step) == 1 for step in steps), "a tensor map with gaps"
     item = int(strides[0])
-    values = {_name(dim): prime for dim, prime in zip(dims, (101, 103, 107, 109, 113), strict=False)}
-    expected = item
-    for dim, stride in zip(dims, strides, strict=True):
-        assert _evaluate(stride, values) == expected, f"{tensor} is not contiguous"
-        expected *= values[_name(dim)]
+    products = [_product(stride) for stride in strides[1:]]
+    assert all(number == item for number, _ in products), f"strides of {tensor} that are no products of sizes"
     return _name(descriptor), TensorMap(
         tensor=_name(tensor),
         dims=tuple(_name(dim) for dim in dims),
+        strides=tuple(names for _, names in products),
         item_bytes=item,
         box=tuple(int(size) for size in box),
         dtype=int(dtype),
@@ -129,11 +129,12 @@ def _tensor_map(args: list[Any]) -> tuple[str, TensorMap]:
     )
 
 
-def _evaluate(expression: Any, values: dict[str, int]) -> int:
-    """Value of a product of sizes and numbers."""
+def _product(expression: Any) -> tuple[int, tuple[str, ...]]:
+    """The number and the names that an expression multiplies."""
     kind = type(expression).__name__
     if kind == "Cast":
-        return _evaluate(expression.value, values)
+        return _product(expression.value)
     if kind == "Mul":
-        return _evaluate(expression.a, values) * _evaluate(expression.b, values)
-    return values[_name(expression)] if kind == "Var" else int(expression)
+        (a, left), (b, right) = _product(expression.a), _product(expression.b)
+        return a * b, left + right
+    return (1, (_name(expression),)) if kind == "Var" else (int(expression), ())

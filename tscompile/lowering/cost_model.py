@@ -6,9 +6,10 @@ Every constant has its unit and where it was measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..problem import FusionProblem, Gemm
+from ..problem import FusionProblem, GatherUse, Gemm
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
 _MIB = float(1 << 20)
@@ -54,9 +55,14 @@ def must_gain(problem: FusionProblem) -> float:
     return MUST_GAIN_GPU if problem.device == "cuda" else MUST_GAIN
 
 
-def predict(problem: FusionProblem) -> Prediction:
-    """Both times of a site, in us; the planner's only source of them."""
-    return _predict_gpu(problem) if problem.device == "cuda" else _predict_cpu(problem)
+def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Prediction:
+    """Both times of a site, in us; the planner's only source of them.
+
+    Args:
+        problem: the site.
+        uses: how the matmuls of a gather read it, one each; without them, as rows of their left operands.
+    """
+    return _predict_gpu(problem, uses) if problem.device == "cuda" else _predict_cpu(problem)
 
 
 def _predict_cpu(problem: FusionProblem) -> Prediction:
@@ -102,26 +108,47 @@ class _Gemm:
         return -(-self.tiles // SMS)
 
 
-def _gemm(problem: FusionProblem) -> _Gemm:
-    """All matmuls of a site as one kernel: weights of a gather share waves, terms of a sum share tiles."""
-    k = max(gemm.k for gemm in problem.gemms)
-    tiles = sum(_tiles(gemm) for gemm in problem.gemms)
-    if problem.kind != "all_gather_matmul":
-        k, tiles = sum(gemm.k for gemm in problem.gemms), tiles // len(problem.gemms)
+def _gemm(gemms: Sequence[Gemm], sums: bool = False) -> _Gemm:
+    """Matmuls in one kernel: weights of a gather share waves, terms of a sum share tiles."""
+    k = max(gemm.k for gemm in gemms)
+    tiles = sum(_tiles(gemm) for gemm in gemms)
+    if sums:
+        k, tiles = sum(gemm.k for gemm in gemms), tiles // len(gemms)
     wave_us = k * TILE_US_PER_K
     return _Gemm(LAUNCH_US + -(-tiles // SMS) * wave_us, tiles, wave_us)
 
 
-def _predict_gpu(problem: FusionProblem) -> Prediction:
+def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: float) -> float:
+    """Of all matmuls of a gather. The first kernel hides the transport: that of the uses that read rows, else of one that has the ranks
+    in its result, else of one that sums over them. The other matmuls come after it."""
+    rows: list[Gemm] = []
+    others: list[tuple[bool, Gemm]] = []
+    reads: Sequence[GatherUse | None] = uses or [None] * len(problem.gemms)
+    for gemm, use in zip(problem.gemms, reads, strict=True):
+        if use is None or use.reads_rows:
+            rows.append(gemm)
+        else:
+            others.append((use.contracts_ranks, gemm))
+    others.sort(key=lambda other: other[0])
+    after = [_gemm([gemm]) for _, gemm in others]
+    first = _gemm(rows) if rows else after.pop(0)
+    if rows or not others[0][0]:
+        tail = (
+            -(-first.tiles // problem.group_size // SMS) * first.wave_us
+        )  # tiles that wait for the shard that comes last
+    else:  # every tile needs it: the last part of the first wave, and all other waves
+        tail = (first.waves - 1 + 1 / problem.group_size) * first.wave_us
+    return max(first.us, transport + tail) + GATHER_TAIL_US + sum(gemm.us for gemm in after)
+
+
+def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
     ranks = problem.group_size
-    gemm = _gemm(problem)
     total = problem.comm_bytes / _MIB
     received = total * (ranks - 1) / ranks
     original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + NCCL[problem.kind].us(received * 4 / 3)
     if problem.kind == "all_gather_matmul":
-        transport = PASS.us(received)
-        last = -(-gemm.tiles // ranks // SMS) * gemm.wave_us  # tiles that wait for the shard that comes last
-        return Prediction(max(gemm.us, transport + last) + GATHER_TAIL_US, original)
+        return Prediction(_gather_us(problem, uses, PASS.us(received)), original)
+    gemm = _gemm(problem.gemms, sums=True)
     if problem.kind == "matmul_reduce_scatter":
         transport = PASS.us(received)
         return Prediction(

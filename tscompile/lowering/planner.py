@@ -43,7 +43,7 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     refusal = template.supports(problem, plan)
     if refusal is not None:
         return Keep("unsupported", refusal)
-    prediction = cost_model.predict(problem)
+    prediction = cost_model.predict(problem, plan.uses)
     if options.fuse == "auto" and prediction.fused_us >= prediction.original_us * cost_model.must_gain(problem):
         return Keep(
             "no-gain",

@@ -51,11 +51,13 @@ struct copy2d {
 enum { MEMORY_DEVICE = 2, DISABLE_TIMING = 2, MAX_DYNAMIC_SHARED = 8 };
 enum { MAX_RANK = 5, MAX_MAPS = 12, MAX_PARAMETERS = 64, MAP_BYTES = 128, BAD_STEP = -1, BAD_KERNEL = -2 };
 
-/* A tensor map (cuTensorMapEncodeTiled) over a contiguous tensor: `tensor` and `dims` are indices of values, innermost first. */
+/* Arguments of cuTensorMapEncodeTiled: `tensor` and `dims` are indices of values, innermost first; the stride of size d + 1 is the
+ * product of the values at `strides[d]`, of which -1 ends the list, times the bytes of an item. */
 struct map {
     int32_t dtype, rank, tensor, interleave, swizzle, promotion, fill;
     uint32_t item_bytes;
     int32_t dims[MAX_RANK];
+    int32_t strides[MAX_RANK][MAX_RANK];
     uint32_t box[MAX_RANK];
 };
 
@@ -120,10 +122,11 @@ static int launch(const struct kernel *k, uint64_t *values, void *stream) {
     if (k->maps > MAX_MAPS || k->parameters > MAX_PARAMETERS) return BAD_KERNEL;
     for (int i = 0; i < k->maps; ++i) {
         const struct map *m = k->map + i;
-        uint64_t dims[MAX_RANK], strides[MAX_RANK], bytes = m->item_bytes;
+        uint64_t dims[MAX_RANK], strides[MAX_RANK];
         for (int d = 0; d < m->rank; ++d) {
             dims[d] = values[m->dims[d]];
-            strides[d] = bytes *= dims[d];
+            strides[d] = m->item_bytes;
+            for (int f = 0; f < MAX_RANK && m->strides[d][f] >= 0; ++f) strides[d] *= values[m->strides[d][f]];
         }
         int rc = encode_map(maps[i], m->dtype, (uint32_t)m->rank, values[m->tensor], dims, strides, m->box, dense, m->interleave,
                             m->swizzle, m->promotion, m->fill);

@@ -38,12 +38,13 @@ class Step(ctypes.Structure):
 
 
 class NativeMap(ctypes.Structure):
-    """A tensor map over a contiguous tensor, as cuTensorMapEncodeTiled takes it; `tensor` and `dims` are indices of values."""
+    """Arguments of cuTensorMapEncodeTiled; `tensor`, `dims` and the factors of `strides` are indices of values, -1 ends a list."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_int32) for name in ("dtype", "rank", "tensor", "interleave", "swizzle", "promotion", "fill")),
         ("item_bytes", ctypes.c_uint32),
         ("dims", ctypes.c_int32 * MAX_RANK),
+        ("strides", (ctypes.c_int32 * MAX_RANK) * MAX_RANK),
         ("box", ctypes.c_uint32 * MAX_RANK),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -66,12 +66,14 @@ class Launched:
 
 
 class FakeDriver:
-    """Keeps what was issued: steps as dicts, and kernels with their values."""
+    """Keeps what was issued: steps as dicts, and kernels with their values. Copies of the main stream are done."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: FakeMemory) -> None:
+        self._memory = memory
         self.issued: list[dict[str, int]] = []
         self.launched: list[Launched] = []
         self.done = True
+        self.on_launch: Callable[[Launched], None] = lambda launched: None
         self._events = 0
         self._kernels: dict[int, tuple[str, tuple[Any, ...], Kernel]] = {}
 
@@ -96,12 +98,22 @@ class FakeDriver:
         names = [name for name, _ in stream.Step._fields_]
         self.issued += [{name: int(getattr(step, name)) for name in names} for step in steps]
         for step in steps:
+            if step.kind in (stream.COPY, stream.COPY_ROWS) and step.stream == channel.MAIN:
+                self._copy(step)
             if step.kind == stream.LAUNCH:
                 assert step.stream == channel.MAIN
                 name, args, kernel = self._kernels[step.src]
                 places = kernel._places
                 values = (ctypes.c_int64 * len(places)).from_address(step.dst)
                 self.launched.append(Launched(name, args, {key: values[place] for key, place in places.items()}))
+                self.on_launch(self.launched[-1])
+
+    def _copy(self, step: stream.Step) -> None:
+        """Into the own slot."""
+        offset = step.dst - self._memory.bases[self._memory.rank]
+        for row in range(max(step.rows, 1)):
+            target = self._memory.bytes.data_ptr() + offset + row * step.dst_pitch
+            ctypes.memmove(target, step.src + row * step.src_pitch, step.bytes)
 
 
 class FakeTorch:
@@ -133,7 +145,8 @@ class Gpu:
     """The fakes of one link."""
 
     def __init__(self, patch: pytest.MonkeyPatch, rank: int = 1, size: int = 4, timeout_s: float = 5.0) -> None:
-        self.torch, self.driver, self.memory = FakeTorch(), FakeDriver(), FakeMemory(rank, size)
+        self.torch, self.memory = FakeTorch(), FakeMemory(rank, size)
+        self.driver = FakeDriver(self.memory)
         patch.setattr(channel, "torch", self.torch)
         patch.setattr(channel.stream, "load", lambda: self.driver)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

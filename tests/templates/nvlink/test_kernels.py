@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from functools import lru_cache
 
@@ -12,12 +13,13 @@ import tvm
 import tscompile.language as tl
 from tests.language.ptx import before, read_non_coherently
 from tscompile.templates.nvlink import gemm_reduce
-from tscompile.templates.nvlink.all_gather_gemm import _TILE_WIDTHS, tile_width
 from tscompile.templates.nvlink.kernels.all_gather import all_gather_kernel
-from tscompile.templates.nvlink.kernels.config import DTYPE_CODES, MAX_OPERANDS, GemmConfig
+from tscompile.templates.nvlink.kernels.config import DTYPE_CODES, MAX_OPERANDS, BlocksConfig, GemmConfig
+from tscompile.templates.nvlink.kernels.gather_blocks import gather_blocks_kernel
 from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS, THREADS
 from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
 from tscompile.templates.nvlink.kernels.service import service_kernel
+from tscompile.templates.nvlink.widths import SWIZZLED_WIDTHS, TILE_WIDTHS, tile_width
 
 REGISTERS = 65536 // THREADS // 8 * 8  # that a thread can have with one CTA per SM
 SHARED_BYTES = 227 << 10
@@ -38,20 +40,39 @@ REDUCES = [
     (GemmConfig("bfloat16", False, 3, True, gemm_reduce._TILE_N), False),
     (GemmConfig("bfloat16", True, 3, False, gemm_reduce._TILE_N), True),
 ]
+# Half of all forms, such that every pair of side, layouts and what becomes of the ranks occurs.
+BLOCKS = [
+    (BlocksConfig(dtype, transposed, 1, bias, tile_n, 4, left_transposed, gathered_left, contracts), collects)
+    for dtype, transposed, left_transposed, gathered_left, contracts, tile_n, bias, collects in [
+        ("bfloat16", False, True, True, True, 256, False, True),
+        ("bfloat16", False, True, False, False, 256, True, True),
+        ("float16", False, False, False, True, 256, True, True),
+        ("bfloat16", False, False, True, False, 128, False, False),
+        ("bfloat16", True, False, True, True, 256, True, False),
+        ("bfloat16", True, False, False, False, 240, True, False),
+        ("float16", True, True, False, True, 224, False, False),
+        ("float16", True, True, True, False, 256, True, True),
+    ]
+]
 # Known: one register is stored and loaded again, in an all_reduce of three terms without bias (nvcc 13.0). Nothing else may spill.
 SPILLS = {(reduce_kernel, 3, False, True): 8}
 ALL = [(all_gather_kernel, *form) for form in GATHERS] + [(reduce_kernel, *form) for form in REDUCES]
+ALL += [(gather_blocks_kernel, *form) for form in BLOCKS]
 
 
 def name_of(value: object) -> str:
     if isinstance(value, GemmConfig):
         layout = "nk" if value.transposed else "kn"
+        if isinstance(value, BlocksConfig):
+            layout += "-km" if value.left_transposed else "-mk"
+            layout += ("-left" if value.gathered_left else "-right") + ("-sum" if value.contracts else "")
         return f"{value.dtype}-{layout}-{value.operands}-{'bias' if value.bias else 'plain'}-{value.tile_n}"
     return value.__name__ if callable(value) else str(value)
 
 
 every = pytest.mark.parametrize(("build", "config", "flag"), ALL, ids=name_of)
 gathers = pytest.mark.parametrize(("config", "collects"), GATHERS, ids=name_of)
+blocks = pytest.mark.parametrize(("config", "collects"), BLOCKS, ids=name_of)
 reduces = pytest.mark.parametrize(("config", "all_reduce"), REDUCES, ids=name_of)
 
 
@@ -77,7 +98,13 @@ def test_the_configurations_cover_what_templates_ask_for() -> None:
             assert {getattr(config, flags) for config, _ in forms} == {False, True}
         assert {flag for _, flag in forms} == {False, True}
     widths = {tile_width(rows, [n]) for rows in range(1, 200) for n in range(8, 3000, 8)}
-    assert {config.tile_n for config, _ in GATHERS} == {128, *_TILE_WIDTHS} == widths
+    assert {config.tile_n for config, _ in GATHERS} == {128, *TILE_WIDTHS} == widths
+    widths = {tile_width(rows, [n], SWIZZLED_WIDTHS) for rows in range(1, 200) for n in range(8, 3000, 8)}
+    assert widths == {128, *SWIZZLED_WIDTHS} == {config.tile_n for config, _ in BLOCKS if not config.transposed}
+    assert {config.tile_n for config, _ in BLOCKS} == {128, *TILE_WIDTHS}
+    flags = ("transposed", "left_transposed", "gathered_left", "contracts")
+    for one, other in itertools.combinations(flags, 2):
+        assert len({(getattr(config, one), getattr(config, other)) for config, _ in BLOCKS}) == 4
 
 
 @every
@@ -106,12 +133,13 @@ def test_only_the_tile_table_is_read_by_the_read_only_path(build, config: GemmCo
 def test_only_the_loading_warp_loads_and_claims(build, config: GemmConfig, flag: bool) -> None:
     artifact = compiled(build, config, flag)
     loader, multiplier, idle = branches(artifact.source)
-    lefts = 2 if build is all_gather_kernel else config.operands
+    lefts = config.operands if build is reduce_kernel else 2
     assert len(set(re.findall(r"tl::tma_load\((\w+)_desc", loader))) == lefts + config.operands
     for others in (multiplier, idle):
         assert "tma_load" not in others and "tsk_claim" not in others
     assert "wgmma" in multiplier and "wgmma" not in loader + idle
-    assert artifact.ptx.count("cp.async.bulk.tensor.2d.") >= loader.count("tl::tma_load(")  # nvcc unrolls loops
+    dims = 3 if build is gather_blocks_kernel else 2
+    assert artifact.ptx.count(f"cp.async.bulk.tensor.{dims}d.") >= loader.count("tl::tma_load(")  # nvcc unrolls loops
     # 256 threads of two warpgroups free a stage; a tile is passed on before its first stage is loaded.
     assert f"empty[{config.stages - 1}].init(256)" in artifact.source
     before(loader, "tsk_claim", r"empty\[.*\]\.wait", "tsk_pass", "tma_load", r"full\[.*\]\.arrive", "tsk_claim")
@@ -136,6 +164,54 @@ def test_a_gather_waits_before_it_loads(config: GemmConfig, collects: bool) -> N
     assert (multiplier.count("tsk_join"), idle.count("tsk_join")) == (int(collects), int(collects))
     before(multiplier, "tsk_last", "tsk_aborted", "tsk_fill_nan", "tsk_finish")
     assert multiplier.count("tsk_fill_nan") == config.operands + collects
+
+
+@blocks
+def test_a_gather_in_blocks_waits_before_it_loads(config: BlocksConfig, collects: bool) -> None:
+    artifact = compiled(gather_blocks_kernel, config, collects)
+    loader, multiplier, idle = branches(artifact.source)
+    assert artifact.source.count("tsk_wait_ranks") == loader.count("tsk_wait_ranks") == 1
+    first = r"if \(j == 0\)", "tsk_pass"
+    before(loader, "for .*j = 0", "for .*k = 0", r"if \(k == 0\)", *first, "tsk_wait_ranks", r"tma_load\(X_desc")
+    before(loader, "tsk_wait_ranks", r"if \(own\w* != 0\)", "else", r"tma_load\(A_desc", r"tma_load\(B_desc", "arrive")
+    assert loader.index("tma_load") > loader.index("tsk_wait_ranks")
+    before(artifact.ptx, r"ld\.acquire\.sys\.global\.u32", r"fence\.proxy\.async;", r"cp\.async\.bulk\.tensor\.3d")
+    # Operands that lie along m or n are read as such: no copy, no transposition.
+    layouts = f"{str(config.left_transposed).lower()}, {str(not config.transposed).lower()}, 1, 1>"
+    assert f"64, {config.tile_n}, 16, {layouts}" in multiplier
+    assert multiplier.count("TSK_STORE_BLOCK") == 1 and multiplier.count("TSK_BIAS") == config.bias
+    assert ("tsk_collect_shards" in idle) == collects
+    assert (multiplier.count("tsk_join"), idle.count("tsk_join")) == (int(collects), int(collects))
+    before(multiplier, "tsk_last", "tsk_aborted", "tsk_fill_nan", "tsk_finish")
+    assert multiplier.count("tsk_fill_nan") == 1 + collects
+    # Only a sum takes its blocks from rows behind those of the tiles.
+    assert ("at = (tiles + j)" in loader) == config.contracts
+
+
+@blocks
+def test_a_box_of_a_gather_in_blocks_is_of_one_block(config: BlocksConfig, collects: bool) -> None:
+    """What the tensor maps are made of: sizes from the fastest axis on, the block last and alone in its box, so it bounds the rest."""
+    host = host_of(gather_blocks_kernel(config, collects))
+    names = "own_blocks|blocks|inner|width|k_blocks|k_inner|free"
+    read = dict(re.findall(rf'\b({names})(?:: T\.int32)? = T\.Cast\("int32", gather_blocks_gemm_(\w)_shape', host))
+    assert read == dict(zip(names.split("|"), "XAXXBBB", strict=True))
+    gathered, local = config.k_first
+    for name, along_k, k_first, count, inner, width in (
+        ("X", config.contracts, gathered, "own_blocks", "inner", "width"),
+        ("A", config.contracts, gathered, "blocks", "inner", "width"),
+        ("B", True, local, "k_blocks", "k_inner", "free"),
+    ):
+        sizes, boxes = tensor_map(host, name)
+        assert sizes == ([width, inner, count] if k_first == along_k else [inner, width, count])
+        assert boxes[2] == "1"
+
+
+def tensor_map(host: str, name: str) -> tuple[list[str], list[str]]:
+    """Sizes of a map of three dimensions and of its box, the fastest first."""
+    found = re.search(rf'call_packed\("__tvm_tensormap_create_tiled", {name}_desc, \d+, 3, {name}, (.*)\)', host)
+    assert found
+    fields = re.split(r", (?![^(]*\))", found[1])
+    return fields[:3], fields[6:9]
 
 
 @reduces
@@ -217,12 +293,16 @@ def test_service_kernels(name: str) -> None:
     assert bool(re.search(r"st\.volatile(\.global)?\.u32", artifact.ptx)) == (name == "tsk_open")
 
 
+def host_of(function) -> str:
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
+    with tvm.transform.PassContext(opt_level=3, config=PASS_CONFIGS), target:
+        return str(tilelang.lower(function, target=target).host_mod.script())
+
+
 @pytest.mark.parametrize("build", [all_gather_kernel, reduce_kernel])
 def test_the_host_reads_each_size_from_its_own_parameter(build) -> None:
     """TileLang reads one shape for all parameters that a loop has bound to one name (tests/language/test_upstream.py)."""
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
-    with tvm.transform.PassContext(opt_level=3, config=PASS_CONFIGS), target:
-        host = tilelang.lower(build(GemmConfig("bfloat16", True, 3, True), True), target=target).host_mod.script()
+    host = host_of(build(GemmConfig("bfloat16", True, 3, True), True))
     read = dict(re.findall(r"\b(M|MR|K\d?|N\d?)(?:: T\.int32)? = T\.Cast\(\"int32\", (\w+)\[\d\]\)", host))
     names = ("M", "MR", "K", "N0", "N1", "N2") if build is all_gather_kernel else ("M", "N", "K0", "K1", "K2")
     assert set(read) == set(names)

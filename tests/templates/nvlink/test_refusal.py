@@ -89,19 +89,39 @@ def check(found: str | None, reason: str | None) -> None:
     ("uses", "reason"),
     [
         ((ROWS,), None),
-        ((GRADIENT, ROWS), None),  # one that is served carries the others
-        ((GRADIENT,), "weight gradient"),
-        ((GRADIENT, GatherUse("rhs", False, "rows", BF16)), "weight gradient"),
-        ((GatherUse("lhs", False, "cols", BF16),), "weight gradient"),
-        ((GatherUse("lhs", False, "rows", "float16"),), "no matmul takes gathered rows"),
-        ((GatherUse("rhs", False, "cols", BF16),), "no matmul takes gathered rows"),
-        ((GatherUse("lhs", True, "cols", BF16),), "no matmul takes gathered rows"),
-        ((GatherUse("lhs", True, "cols", BF16), GRADIENT), "no matmul takes gathered rows"),
+        ((GRADIENT, ROWS), None),
+        ((GRADIENT,), None),
+        ((GRADIENT, GatherUse("rhs", False, "rows", BF16)), None),
+        ((GatherUse("lhs", False, "cols", BF16),), None),
+        ((GatherUse("lhs", True, "cols", BF16),), None),
+        ((GatherUse("rhs", False, "cols", BF16),), None),
+        ((GatherUse("rhs", True, "rows", BF16),), None),
+        ((GatherUse("lhs", False, "rows", "float16"),), "no matmul is in the dtype that travels"),
+        ((GatherUse("lhs", True, "rows", "float16"), GatherUse("lhs", True, "cols", "float16")), "in the dtype"),
+        ((GatherUse("lhs", False, "rows", "float16"), GRADIENT), None),  # one that is served carries the others
     ],
 )
 def test_uses_of_a_gather(uses: tuple[GatherUse, ...], reason: str | None) -> None:
     asked = problem("all_gather_matmul", gemms=(Gemm(1024, 512, 256),) * len(uses))
     check(template("all_gather_matmul").supports(asked, plan("all_gather_matmul", uses=uses)), reason)
+
+
+@pytest.mark.parametrize(
+    ("use", "gemm", "reason"),
+    [
+        (GRADIENT, Gemm(256, 512, 1001), None),  # rows of both operands may be any number
+        (GRADIENT, Gemm(252, 512, 1024), "16 bytes"),  # gathered rows of 252
+        (GRADIENT, Gemm(256, 508, 1024), "16 bytes"),  # rows of the result
+        (GatherUse("rhs", False, "rows", BF16), Gemm(252, 512, 1024), None),  # the local operand may lie along k
+        (GatherUse("rhs", False, "rows", BF16), Gemm(252, 512, 1001), "16 bytes"),
+        (GatherUse("rhs", True, "rows", BF16), Gemm(252, 512, 256), None),
+        (GatherUse("rhs", True, "rows", BF16), Gemm(256, 508, 256), "16 bytes"),
+        (GatherUse("rhs", True, "rows", BF16), Gemm(256, 512, 252), "16 bytes"),
+    ],
+)
+def test_sizes_of_a_gathers_other_uses(use: GatherUse, gemm: Gemm, reason: str | None) -> None:
+    asked = problem("all_gather_matmul", gemms=(gemm,))
+    check(template("all_gather_matmul").supports(asked, plan("all_gather_matmul", uses=(use,))), reason)
 
 
 @pytest.mark.parametrize("kind", REDUCTIONS)
@@ -141,7 +161,8 @@ def fakes(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
         ((ROWS,), (256, 512), 4 * 64 * 256 * 2),
         ((GRADIENT, ROWS), (256, 512), 4 * 64 * 256 * 2),
         ((ROWS,), (256, 510), -1),
-        ((GRADIENT,), (256, 512), -1),
+        ((GRADIENT,), (256, 512), 4 * 64 * 256 * 2),
+        ((GRADIENT,), (256, 510), -1),
     ],
 )
 def test_a_slot_of_a_gather(uses: tuple[GatherUse, ...], other: tuple[int, int], expected: int) -> None:

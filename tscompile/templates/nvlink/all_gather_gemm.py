@@ -1,13 +1,12 @@
 """all_gather_matmul over NVLink: the copy engine pushes the shard to the peers while a GEMM takes the shards in order of arrival.
 
 The kernel's loading warp waits for a shard's flag where it first needs it. Tiles of the own shard come first and are read where
-the shard lies. Matmuls that the kernel does not serve (the rank dimension summed over, other layouts) follow on
-the gathered tensor, which is complete by then.
+the shard lies. A gather that this kernel serves no matmul of takes that of gather_blocks.py. Matmuls that neither serves, or that
+have the rank dimension summed over while others do not, follow on the gathered tensor, which is complete by then.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,26 +17,14 @@ from ...nvshmem.stream import Step, Values, steps_of
 from ...problem import FusionProblem, GatherUse, Plan
 from ..template import register_template, torch_dtype
 from .channel import MAIN, SIDE, Call, DeviceChannel, DeviceLink
+from .gather_blocks import BlocksLaunch, block_launches, blocks_of
 from .jit import kernel
-from .kernels.config import MAX_OPERANDS, SMS, GemmConfig
+from .kernels.config import MAX_OPERANDS, GemmConfig
 from .lasting import lasting_tables
 from .operands import aligned_pointer, is_transposed, pointer_of
 from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
-
-_TILE_WIDTHS = (256, 240, 224)  # narrower ones lose more in the tensor cores than they win in waves
-
-
-def tile_width(rows: int, widths: Sequence[int]) -> int:
-    """Columns of a tile for `rows` tile rows over weights of these widths: fewest wave-columns, then the widest."""
-    if max(widths) <= 128:
-        return 128
-
-    def cost(tile: int) -> tuple[int, int]:
-        waves = math.ceil(rows * sum(math.ceil(width / tile) for width in widths) / SMS)
-        return waves * tile, -tile
-
-    return min(_TILE_WIDTHS, key=cost)
+from .widths import tile_width
 
 
 @register_template("all_gather_matmul", "nvlink")
@@ -51,7 +38,8 @@ class NvlinkAllGatherGemm:
         self, plan: Plan, size: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
         for use, other in zip(plan.uses, others, strict=True):
-            if serves_use(use, plan.dtype, int(other.shape[0]), int(other.shape[1])):
+            k, n = (int(s) for s in other.shape)
+            if serves_use(use, plan.dtype, k, n) or blocks_of(use, plan.dtype, size, shard.shape, other) is not None:
                 return int(shard.numel()) * size * torch_dtype(plan.dtype).itemsize
         return -1
 
@@ -97,7 +85,7 @@ class _Recipe:
             for (_, with_bias, _), group in groups.items()
             for i in range(0, len(group), MAX_OPERANDS)
         ]
-        self.launches = [
+        self.launches: list[_Launch | BlocksLaunch] = [
             _Launch(
                 self,
                 [(index, others[index]) for index in batch],
@@ -107,6 +95,9 @@ class _Recipe:
             )
             for number, (batch, with_bias) in enumerate(batches)
         ]
+        if not self.launches:
+            launches, self.rest = block_launches(link, plan, shard, others, biases)
+            self.launches += launches
         # The own shard is read where it lies, unless a tile has rows of others too, or a later matmul reads the slot.
         self._local = any(launch.spans for launch in self.launches) or (bool(self.rest) and not plan.return_gathered)
         self._calls: dict[int, Call] = {}

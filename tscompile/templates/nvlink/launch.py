@@ -22,7 +22,7 @@ class Kernel:
         self.spec = spec
         names = [name for name in spec.parameters if name not in spec.maps]
         for tensor in spec.maps.values():
-            names += [tensor.tensor, *tensor.dims]
+            names += [tensor.tensor, *tensor.dims, *(name for stride in tensor.strides for name in stride)]
         self._places = {name: place for place, name in enumerate(dict.fromkeys(names))}
         if len(spec.parameters) > MAX_PARAMETERS or len(spec.maps) > MAX_MAPS:
             raise ValueError(f"{spec.kernel} has {len(spec.parameters)} parameters and {len(spec.maps)} tensor maps")
@@ -44,6 +44,9 @@ class Kernel:
             native.rank, native.tensor = len(tensor.dims), self._places[tensor.tensor]
             padding = MAX_RANK - native.rank
             native.dims[:] = [*(self._places[name] for name in tensor.dims), *[0] * padding]
+            for axis in range(MAX_RANK):
+                factors = [self._places[name] for name in tensor.strides[axis]] if axis < native.rank - 1 else []
+                native.strides[axis][:] = [*factors, *[-1] * (MAX_RANK - len(factors))]
             native.box[:] = [*tensor.box, *[1] * padding]
 
     def place(self, name: str) -> int:

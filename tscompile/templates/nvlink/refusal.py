@@ -28,26 +28,28 @@ def nvlink_refusal(problem: FusionProblem) -> str | None:
 
 
 def serves_use(use: GatherUse, wire: str, k: int, n: int) -> bool:
-    """True if the gather's kernel runs this use: gathered rows on the left, in the dtype that travels, sizes that TMA addresses."""
-    return (
-        use.side == "lhs"
-        and not use.transposed
-        and use.rank_axis == "rows"
-        and use.dtype == wire
-        and aligned_sizes(k, n)
-    )
+    """True if the kernel for gathered rows on the left runs this use: in the dtype that travels, sizes that TMA addresses."""
+    return use.reads_rows and use.dtype == wire and aligned_sizes(k, n)
+
+
+def may_serve_blocks(use: GatherUse, wire: str, gemm: Gemm) -> bool:
+    """True if the kernel for the other uses may run this one; gather_blocks.py says it for sure once the shard's shape is known."""
+    gathered, free = (gemm.m, gemm.n) if use.side == "lhs" else (gemm.n, gemm.m)
+    columns = gemm.k if (use.side == "lhs") != use.transposed else gathered
+    return use.dtype == wire and aligned_sizes(columns, gemm.n) and (aligned_sizes(gemm.k) or aligned_sizes(free))
 
 
 def gather_refusal(problem: FusionProblem, plan: Plan) -> str | None:
-    """Why the gather's kernel cannot serve a problem."""
+    """Why the gather's kernels cannot serve a problem."""
     general = nvlink_refusal(problem)
     if general is not None:
         return general
-    if any(serves_use(use, plan.dtype, g.k, g.n) for use, g in zip(plan.uses, problem.gemms, strict=True)):
-        return None
-    if all(use.contracts_ranks for use in plan.uses):
-        return "the gathered dimension is summed over (a weight gradient): no kernel for that alone yet"
-    return "no matmul takes gathered rows as its left operand with rows that are multiples of 16 bytes"
+    if all(use.dtype != plan.dtype for use in plan.uses):
+        return "no matmul is in the dtype that travels"
+    for use, gemm in zip(plan.uses, problem.gemms, strict=True):
+        if serves_use(use, plan.dtype, gemm.k, gemm.n) or may_serve_blocks(use, plan.dtype, gemm):
+            return None
+    return "no matmul has operands and a result whose rows are multiples of 16 bytes"
 
 
 def sum_refusal(problem: FusionProblem, plan: Plan) -> str | None:

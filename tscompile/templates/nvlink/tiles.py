@@ -5,6 +5,10 @@ ROW, COL: first row and column of the tile in the operands. ROWS: how many of it
 rank's own matter (its rows lie in its own shard; it sums the tile). INDEX: place of a travelling tile. OUT_ROW: first row in the
 output. MASK: ranks whose data the tile needs, or the peer that it goes to. GROUP: number of the weight, or a flag.
 
+Where the gathered operand is a row of blocks (gather_blocks.py), INDEX is the block in the own shard or in the slot, or where the
+tile's walk over the blocks begins; OUT_ROW is the tile's first row or column in the output on the gathered side, and GROUP the
+number of its columns that are stored.
+
 A list of pulls has rows of eight numbers too: kind (0: a partial tile lands, 1: a sum goes to the output), peer, its flag at this
 rank, number of the tile in the peer's slot, then the tile's number in the landing zone, or row, column and rows in the output.
 """
@@ -79,6 +83,56 @@ def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequenc
         group, col = columns[c]
         rows.append((start, col, min(TILE_M, total - start), 0, 0, start, mask, group))
     return Gather(rows, spans)
+
+
+def block_tiles(
+    rank: int, ranks: int, pieces: int, inner: int, free: int, gathered_left: bool, tile_n: int
+) -> list[Row]:
+    """Tiles of a result whose rows (if `gathered_left`, else columns) are gathered in blocks of `inner`, and `free` the other way.
+
+    A tile has rows or columns of one block. Blocks come in the order of their arrival.
+    """
+    size = TILE_M if gathered_left else tile_n
+    rows: list[Row] = []
+    for step in range(ranks):
+        source = (rank + step) % ranks
+        starts = [(piece, at) for piece in range(pieces) for at in range(0, inner, size)]
+        if gathered_left:
+            walk = _walk(_bands(len(starts)), -(-free // tile_n))
+        else:
+            walk = _walk(_bands(-(-free // TILE_M)), len(starts))
+        for t, c in walk:
+            piece, at = starts[t if gathered_left else c]
+            whole = piece * ranks + source
+            row, col = (at, c * tile_n) if gathered_left else (t * TILE_M, at)
+            height, width = (inner - row, free - col) if gathered_left else (free - row, inner - col)
+            own, block, mask = (1, piece, 0) if step == 0 else (0, whole, 1 << source)
+            rows.append((row, col, min(TILE_M, height), own, block, whole * inner + at, mask, min(tile_n, width)))
+    return rows
+
+
+def contraction_tiles(rank: int, ranks: int, pieces: int, m: int, n: int, tile_n: int) -> list[Row]:
+    """Table of a result [m, n] that sums over the gathered blocks: its tiles, then `ranks` walks over all blocks.
+
+    Walk s adds the blocks of rank s first, then those of the next ranks. Tiles are dealt out to the walks alike on all ranks, so a
+    sum has the same order, and the same bits, wherever it is computed; but each rank takes the tiles first whose walk begins with
+    its own blocks. INDEX of a tile is the first row of its walk. A row of a walk has OWNER, INDEX and MASK of a tile that
+    needs the block, and the block's number among all as OUT_ROW.
+    """
+    walk = _walk(_bands(-(-m // TILE_M)), -(-n // tile_n))
+    order = sorted(range(len(walk)), key=lambda i: ((i * ranks // len(walk) - rank) % ranks, i))
+    rows: list[Row] = []
+    for i in order:
+        row, col = walk[i][0] * TILE_M, walk[i][1] * tile_n
+        first = len(walk) + i * ranks // len(walk) * ranks * pieces
+        rows.append((row, col, min(TILE_M, m - row), 0, first, row, 0, min(tile_n, n - col)))
+    for start in range(ranks):
+        for source in ((start + step) % ranks for step in range(ranks)):
+            for piece in range(pieces):
+                whole = piece * ranks + source
+                own, block, mask = (1, piece, 0) if source == rank else (0, whole, 1 << source)
+                rows.append((0, 0, 0, own, block, whole, mask, 0))
+    return rows
 
 
 LAND, RESULT = 0, 1

@@ -30,8 +30,34 @@ class GemmConfig:
 
     tile_m = 128
     tile_k = 64
+    left_transposed = False  # the left operand lies as [M, K]
 
     @property
     def registers(self) -> int:
         """Accumulator registers of a thread."""
         return self.tile_m * self.tile_n // 256
+
+
+@dataclass(frozen=True)
+class BlocksConfig(GemmConfig):
+    """What the kernel is compiled for, beside a GEMM's own.
+
+    left_transposed: the left operand lies as [K, M], not as [M, K].
+    gathered_left: the left operand is the gathered one.
+    contracts: the blocks lie along k, and their products are added up; otherwise they lie along the gathered operand's other axis.
+    """
+
+    left_transposed: bool = False
+    gathered_left: bool = True
+    contracts: bool = True
+
+    @property
+    def k_first(self) -> tuple[bool, bool]:
+        """Whether k is the slower of the two axes of the gathered and of the local operand."""
+        left, right = self.left_transposed, not self.transposed
+        return (left, right) if self.gathered_left else (right, left)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Rows or columns that a tile takes from the gathered and from the local operand."""
+        return (self.tile_m, self.tile_n) if self.gathered_left else (self.tile_n, self.tile_m)

@@ -83,6 +83,55 @@ def load_columns(B: Any, col: Any, k: Any, Bs: Any, full: Any, stage: Any, confi
 
 
 @T.macro
+def load_block(
+    A: Any,
+    block: Any,
+    at: Any,
+    k: Any,
+    As: Any,
+    full: Any,
+    stage: Any,
+    k_first: Any,
+    along_k: Any,
+    size: Any,
+    config: Any,
+) -> None:
+    """Load rows or columns [at, at + size), steps [k, k + tile_k) of an operand that consists of blocks into a stage.
+
+    A is [blocks, k, rows] (k_first) or [rows, blocks, k] if the blocks lie along k: then `k` counts from the start of the block.
+    Otherwise it is [k, blocks, rows] (k_first) or [blocks, rows, k], and `at` does. What lies beyond the block is loaded as zeros.
+    """
+    if k_first and along_k:
+        T.tma_copy(
+            A[block, k : k + config.tile_k, at : at + size],
+            As[stage, :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+    elif k_first:
+        T.tma_copy(
+            A[k : k + config.tile_k, block, at : at + size],
+            As[stage, :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+    elif along_k:
+        T.tma_copy(
+            A[at : at + size, block, k : k + config.tile_k],
+            As[stage, :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+    else:
+        T.tma_copy(
+            A[block, at : at + size, k : k + config.tile_k],
+            As[stage, :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+
+
+@T.macro
 def multiply(As: Any, Bs: Any, Cl: Any, full: Any, empty: Any, first: Any, steps: Any, config: Any) -> None:
     """Cl = the product of `steps` stages from stage number `first` on; one wgmma group stays in flight."""
     T.clear(Cl)
@@ -92,6 +141,7 @@ def multiply(As: Any, Bs: Any, Cl: Any, full: Any, empty: Any, first: Any, steps
             As[(first + k) % config.stages, :, :],
             Bs[(first + k) % config.stages, :, :],
             Cl,
+            transpose_A=config.left_transposed,
             transpose_B=config.transposed,
             policy=T.GemmWarpPolicy.FullRow,
         )

@@ -139,9 +139,9 @@ template <int NF> TSL void tsk_scale(float *acc, float factor) {
   for (int i = 0; i < NF; ++i) acc[i] *= factor;
 }
 
-// Store the tile to a row-major matrix [.., n] at (row, col), as far as `rows` and the columns below n go; n is a multiple of 8 and
-// the base 16-byte aligned. If COPY, the whole tile goes to `copy` as well, row-major and contiguous.
-template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress out, int row, int col, int rows, int n, TskAddress copy) {
+// Store the tile to a row-major matrix [.., n] at (row, col), as far as `rows` and the columns below `end` go; both n and `end` are
+// multiples of 8 and the base 16-byte aligned. If COPY, the whole tile goes to `copy` as well, row-major and contiguous.
+template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress out, int row, int col, int rows, int end, int n, TskAddress copy) {
   const int t = TSK_THREAD, w = t >> 5, l = t & 31, q = l & 3, first = w * 16 + (l >> 2);
   #pragma unroll
   for (int jb = 0; jb < NF / 16; ++jb) {
@@ -153,7 +153,7 @@ template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress ou
       tsk_quad_transpose(a, q);
       const int c = col + jb * 32 + q * 8, r = first + h * 8;
       uint4 v; v.x = a[0]; v.y = a[1]; v.z = a[2]; v.w = a[3];
-      if (c < n && r < rows) tsl_st_v4((char *)out.p + ((uint64_t)(row + r) * n + c) * 2, v);
+      if (c < end && r < rows) tsl_st_v4((char *)out.p + ((uint64_t)(row + r) * n + c) * 2, v);
       if (COPY) tsl_st_v4((char *)copy.p + (r * (NF * 2) + jb * 32 + q * 8) * 2, v);
     }
   }
@@ -164,7 +164,7 @@ template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress ou
       for (int h = 0; h < 2; ++h) {
         const int c = col + j * 8 + q * 2, r = first + h * 8;
         const uint32_t x = tsk_pack<DT>(acc[j * 4 + h * 2], acc[j * 4 + h * 2 + 1]);
-        if (c < n && r < rows) *(uint32_t *)((char *)out.p + ((uint64_t)(row + r) * n + c) * 2) = x;
+        if (c < end && r < rows) *(uint32_t *)((char *)out.p + ((uint64_t)(row + r) * n + c) * 2) = x;
         if (COPY) *(uint32_t *)((char *)copy.p + (r * (NF * 2) + j * 8 + q * 2) * 2) = x;
       }
   }
@@ -403,8 +403,9 @@ TSL void tsk_acknowledge(TskAddress context, int epoch, int, int ack_flag) {
 
 #define TSK_BIAS(NF, DT, ...) tsk_bias<NF, DT>(Cl, __VA_ARGS__)
 #define TSK_SCALE(NF, ...) tsk_scale<NF>(Cl, __VA_ARGS__)
-#define TSK_STORE(NF, DT, ...) tsk_rows<NF, DT, false>(Cl, __VA_ARGS__, nullptr)
-#define TSK_STORE_TWICE(NF, DT, ...) tsk_rows<NF, DT, true>(Cl, __VA_ARGS__)
+#define TSK_STORE(NF, DT, OUT, ROW, COL, ROWS, N) tsk_rows<NF, DT, false>(Cl, OUT, ROW, COL, ROWS, N, N, nullptr)
+#define TSK_STORE_BLOCK(NF, DT, ...) tsk_rows<NF, DT, false>(Cl, __VA_ARGS__, nullptr)
+#define TSK_STORE_TWICE(NF, DT, OUT, ROW, COL, ROWS, N, COPY) tsk_rows<NF, DT, true>(Cl, OUT, ROW, COL, ROWS, N, N, COPY)
 #define TSK_PULL(NF, ...) tsk_pull<NF>(__VA_ARGS__)
 #define TSK_STAGE(NF, DT, ...) tsk_stage<NF, DT>(Cl, __VA_ARGS__)
 #define TSK_ADD_PARTS(NF, DT, ...) tsk_add_parts<NF, DT>(Cl, __VA_ARGS__)

@@ -1,0 +1,170 @@
+"""One use of a gathered tensor whose ranks are summed over, or that stands on the right: its sizes, and its launch.
+
+The gathered operand is a row of blocks along one of the axes of G2 (problem.py), one per piece and rank: [blocks, inner, width] if the
+rank dimension lies in the rows of G2, [width, blocks, inner] if in its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...nvshmem.stream import Values
+from ...problem import GatherUse, Plan
+from .channel import DeviceLink
+from .jit import kernel
+from .kernels.config import BlocksConfig
+from .lasting import lasting_tables
+from .operands import aligned_sizes
+from .tiles import TILE_M, block_tiles, contraction_tiles
+from .widths import SWIZZLED_WIDTHS, TILE_WIDTHS, tile_width
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes and layouts of a use.
+
+    pieces, inner, width: the gathered operand has `pieces` blocks per rank, of `inner` rows or columns, `width` across.
+    free: size of the local operand beside k.
+    k_first, local_k_first: k is the slower axis of the gathered operand, and of the local one as the kernel takes it.
+    """
+
+    pieces: int
+    inner: int
+    width: int
+    free: int
+    k_first: bool
+    local_k_first: bool
+
+
+def blocks_of(use: GatherUse, wire: str, ranks: int, shard: Sequence[int], other: Tensor) -> Blocks | None:
+    """Sizes of a use of shards [P, Q], None if the kernel cannot serve it: TMA cannot address an operand, or a row of the result
+    that a rank contributes to is not aligned, or the matmul has another dtype than what travels."""
+    if use.dtype != wire:
+        return None
+    p, q = shard
+    local = _from_k(use, other)
+    k, free = local.shape
+    if min(p, q, k, free) < 1:
+        return None
+    contracts, in_rows = use.contracts_ranks, use.rank_axis == "rows"
+    if in_rows:
+        pieces, inner = p, k // (p * ranks) if contracts else q // k
+        width = q // inner
+    else:
+        pieces, inner = k // (q * ranks) if contracts else p // k, q
+        width = p // pieces
+    columns = free if use.side == "lhs" else width if contracts else inner
+    if not aligned_sizes(width if in_rows else inner, columns):
+        return None
+    k_first, k_last = aligned_sizes(free), aligned_sizes(inner if contracts else k)
+    if not (k_first or k_last):
+        return None
+    return Blocks(pieces, inner, width, free, in_rows == contracts, k_first and not (k_last and local.stride(0) == 1))
+
+
+def _from_k(use: GatherUse, other: Tensor) -> Tensor:
+    """The local operand as [k, free]."""
+    return other if use.side == "lhs" else other.t()
+
+
+def block_launches(
+    link: DeviceLink, plan: Plan, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[list[BlocksLaunch], list[int]]:
+    """Launches for the uses of a plan that the kernel serves, in their order, and the indices of the others."""
+    found, rest = [], []
+    for index, (use, other) in enumerate(zip(plan.uses, others, strict=True)):
+        sizes = blocks_of(use, plan.dtype, link.size, shard.shape, other)
+        if sizes is None:
+            rest.append(index)
+        else:
+            found.append((index, sizes))
+    # A sum needs all shards for its first tile, so what is no sum hides more of the transport.
+    found.sort(key=lambda item: plan.uses[item[0]].contracts_ranks)
+    launches = [
+        BlocksLaunch(
+            link,
+            index,
+            plan.uses[index],
+            sizes,
+            shard,
+            bias=biases[index] is not None,
+            collects=plan.return_gathered and number == 0,
+            last=number == len(found) - 1 and not rest,
+        )
+        for number, (index, sizes) in enumerate(found)
+    ]
+    return launches, rest
+
+
+class BlocksLaunch:
+    """One kernel for one use; prepared once for its layout."""
+
+    spans = False  # tiles and steps are of one rank, so the own shard is read where it lies
+
+    def __init__(
+        self,
+        link: DeviceLink,
+        index: int,
+        use: GatherUse,
+        sizes: Blocks,
+        shard: Tensor,
+        *,
+        bias: bool,
+        collects: bool,
+        last: bool,
+    ) -> None:
+        left, contracts = use.side == "lhs", use.contracts_ranks
+        count = sizes.pieces * link.size
+        span = sizes.width if contracts else count * sizes.inner
+        self.rows, columns = (span, sizes.free) if left else (sizes.free, span)
+        left_first, right_first = (sizes.k_first, sizes.local_k_first)[:: 1 if left else -1]
+        rows, widths = -(-self.rows // TILE_M), [columns]
+        if not contracts:
+            rows, widths = (count * -(-sizes.inner // TILE_M), widths) if left else (rows, [sizes.inner] * count)
+        tile_n = tile_width(rows, widths, SWIZZLED_WIDTHS if right_first else TILE_WIDTHS)
+        place = (link.rank, link.size, sizes.pieces)
+        if contracts:
+            table = contraction_tiles(*place, self.rows, columns, tile_n)
+            tiles = len(table) - link.size * count
+        else:
+            table = block_tiles(*place, sizes.inner, sizes.free, left, tile_n)
+            tiles = len(table)
+        (self._table,) = lasting_tables([table], link.device)
+        local_sizes = (count, sizes.inner) if contracts else (1, sizes.width)
+        self._fixed = {
+            "table": self._table.data_ptr(),
+            "tiles": tiles,
+            "own_blocks": sizes.pieces,
+            "blocks": count,
+            "inner": sizes.inner,
+            "width": sizes.width,
+            "k_blocks": local_sizes[0],
+            "k_inner": local_sizes[1],
+            "free": sizes.free,
+            "pieces": shard.shape[0],
+            "shard_bytes": shard.shape[1] * shard.element_size(),
+        }
+        if not last:
+            self._fixed["ack"] = -1
+        config = BlocksConfig(
+            str(shard.dtype).removeprefix("torch."),
+            not right_first,
+            bias=bias,
+            tile_n=tile_n,
+            left_transposed=left_first,
+            gathered_left=left,
+            contracts=contracts,
+        )
+        self.kernel = kernel("gather_blocks", config, collects)
+        place_of = self.kernel.place
+        self.shard, self.epoch, self.gathered = place_of("X"), place_of("epoch"), place_of("gathered")
+        # As the kernel takes it, the local operand is [k, free] or [free, k]; on the left it comes as [free, k].
+        self.transposed = sizes.local_k_first != left
+        self.operands = [(index, columns, place_of("B"), place_of("C"), place_of("V"))]
+
+    def values(self, known: dict[str, int]) -> Values:
+        """Values of launches in one slot, but for those that change from call to call."""
+        return self.kernel.values(**{**known, "A": known["slot"], **self._fixed})
