@@ -151,12 +151,14 @@ def test_what_a_sum_launches(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, kind: st
     assert torch.equal(given["A0"], lhs[0]) and torch.equal(given["A1"], lhs[1] * -0.5)
     assert given["rows"] == len(out) and given["C"] == out.data_ptr()
     tiles = given["tiles"]
-    assert tiles == (2 * 2 if kind == "matmul_reduce_scatter" else 2)
-    assert given["result_offset"] == 3 * tiles * 128 * 256 * 2
+    assert tiles == (2 * 3 if kind == "matmul_reduce_scatter" else 3) and config.tile_n == 128
+    assert (given["pull_entries"], given["result_entries"]) == (3 * tiles, 3 * tiles if all_reduce else 0)
+    assert given["pulls"] != given["results"]
+    assert given["result_offset"] == 3 * tiles * 128 * 128 * 2
     assert (given["epoch"], given["site"], given["ack"]) == (1, 5, ACK)
     assert given["slot"] == gpu.memory.bases[1] + CONTROL_BYTES + SLOT_BYTES
     need = template.scratch_bytes(plan, 4, lhs, rhs, biases, [], *outer)
-    assert need == (3 + all_reduce) * tiles * 128 * 256 * 2
+    assert need == (3 + all_reduce) * tiles * 128 * 128 * 2
 
 
 def test_the_kernels_parameters_are_those_that_launches_are_checked_against() -> None:

@@ -1,7 +1,7 @@
 """matmul_reduce_scatter and matmul_all_reduce over NVLink: one GEMM over all terms that sums in its epilogue.
 
 Tiles that peers sum come first; the peers pull them while the rest is computed. Tiles that this rank sums come last (for an all_reduce
-in parts, one part later than the peers') and add what has landed to their accumulators.
+in parts, some parts later than the peers') and add what has landed to their accumulators.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from ..template import register_template, torch_dtype
 from .channel import ACK, DATA_FLAGS, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.gemm import MAX_OPERANDS, GemmConfig
-from .kernels.reduce import reduce_kernel
+from .kernels.reduce import STAGES, reduce_kernel
 from .operands import aligned_pointer, is_transposed, right_operand
 from .refusal import sum_refusal, terms_refusal
 from .tiles import TILE_M, Reduction, all_reduce_tiles, scatter_tiles
+from .widths import Tiling, sum_tiling
 
-_TILE_N = 256
 _ITEM = 2  # bytes of an element
-_TILE = TILE_M * _TILE_N  # elements
-_PARTS = 4  # of an all_reduce: more let sums leave earlier, but make more tiles wait for their landing
+# Of an all_reduce: tiles of all ranks together in a part, and how many parts later than the peers' tiles the own ones come. 192 tiles
+# are a wave of the SMs and the time in which it lands; smaller parts let sums leave earlier, but read the operands more often.
+_PART, _LAG = 64, 3
 
 
 class _Recipe:
@@ -38,6 +39,7 @@ class _Recipe:
         rhs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         made: Reduction,
+        width: int,
     ) -> None:
         self.dtype = torch_dtype(plan.dtype)
         self.transposed = is_transposed(rhs[0])
@@ -47,12 +49,13 @@ class _Recipe:
         self.factor = factor / (link.size if plan.reduce_op == "avg" else 1)
         self.has_bias = any(bias is not None for bias in biases)
         self.tiles = made.tiles
-        self.rows, self.pulls = (
-            torch.tensor(data, dtype=torch.int32, device=link.device).view(-1, 8) for data in (made.rows, made.pulls)
+        self.rows, self.pulls, self.results = (
+            torch.tensor(data, dtype=torch.int32, device=link.device).view(-1, 8)
+            for data in (made.rows, made.pulls, made.results)
         )
-        self.landing = link.size * made.tiles * _TILE
-        self.result_offset = (link.size - 1) * made.tiles * _TILE * _ITEM
-        config = GemmConfig(plan.dtype, self.transposed, len(lhs), self.has_bias, _TILE_N)
+        self.landing = link.size * made.tiles * TILE_M * width
+        self.result_offset = (link.size - 1) * made.tiles * TILE_M * width * _ITEM
+        config = GemmConfig(plan.dtype, self.transposed, len(lhs), self.has_bias, width, STAGES[width])
         self.kernel = kernel(reduce_kernel, config, plan.kind == "matmul_all_reduce")
 
     def run(
@@ -84,6 +87,8 @@ class _Recipe:
             len(self.rows),
             self.pulls.data_ptr(),
             len(self.pulls),
+            self.results.data_ptr(),
+            len(self.results),
             channel.context,
             channel.counters,
             self.tiles,
@@ -115,16 +120,17 @@ def _sum(
     biases: Sequence[Tensor | None],
     outer: int,
     rows: int,
-    make: Callable[[], Reduction],
+    make: Callable[[int], Reduction],
 ) -> list[Tensor]:
-    """The op's output [rows, N]; `make` gives the tables where these shapes are new."""
+    """The op's output [rows, N]; `make` gives the tables for a tile width where these shapes are new."""
     cache = channel.link.tables
     # A site's name says nothing of biases, and with symbolic sizes the same rows may come in other pieces.
     has_bias = tuple(bias is not None for bias in biases)
     key = (plan.site, outer, has_bias, lhs[0].shape, *[(b.shape, b.stride()) for b in rhs])
     recipe: _Recipe | None = cache.get(key)
     if recipe is None:
-        recipe = cache[key] = _Recipe(channel.link, plan, lhs, rhs, biases, make())
+        width = _tiling(lhs, rhs, channel.size, outer, plan.kind == "matmul_all_reduce").width
+        recipe = cache[key] = _Recipe(channel.link, plan, lhs, rhs, biases, make(width), width)
     out = lhs[0].new_empty((rows, rhs[0].shape[1]), dtype=recipe.dtype)
     recipe.run(channel, lhs, rhs, biases, out)
     return [out]
@@ -134,20 +140,18 @@ def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
     return tuple(Gemm(a.shape[0], b.shape[1], a.shape[1]) for a, b in zip(lhs, rhs, strict=True))
 
 
-def slot_tiles(tiles: int, size: int, all_reduce: bool) -> int:
-    """Tiles of a slot: partial ones for every peer, and for an all_reduce the sums."""
-    return (size - 1 + all_reduce) * tiles
+def _tiling(lhs: Sequence[Tensor], rhs: Sequence[Tensor], size: int, outer: int, all_reduce: bool) -> Tiling:
+    pieces = 1 if all_reduce else size * outer
+    k = sum(int(a.shape[1]) for a in lhs)
+    return sum_tiling(int(lhs[0].shape[0]), int(rhs[0].shape[1]), k, size, pieces, all_reduce)
 
 
-def _tiles_of(rows: int, n: int) -> int:
-    return -(-rows // TILE_M) * -(-n // _TILE_N)
-
-
-def _scratch(tiles: int, size: int, all_reduce: bool) -> int:
-    """Bytes of a slot; negative if there are more tiles than flags."""
+def _scratch(tiling: Tiling, size: int, all_reduce: bool) -> int:
+    """Bytes of a slot: partial tiles for every peer, and for an all_reduce the sums; negative if there are more tiles than flags."""
+    tiles = -(-tiling.tiles // size)
     if 2 * size * tiles > DATA_FLAGS:
         return -1
-    return slot_tiles(tiles, size, all_reduce) * _TILE * _ITEM
+    return (size - 1 + all_reduce) * tiles * TILE_M * tiling.width * _ITEM
 
 
 @register_template("matmul_reduce_scatter", "nvlink")
@@ -169,8 +173,7 @@ class NvlinkGemmReduceScatter:
     ) -> int:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
-        inner = int(lhs[0].shape[0]) // (size * outer)
-        return _scratch(outer * _tiles_of(inner, int(rhs[0].shape[1])), size, False)
+        return _scratch(_tiling(lhs, rhs, size, outer, False), size, False)
 
     def run(
         self,
@@ -192,7 +195,7 @@ class NvlinkGemmReduceScatter:
             biases,
             outer,
             outer * inner,
-            lambda: scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N),
+            lambda width: scatter_tiles(channel.rank, channel.size, outer, inner, n, width),
         )
 
 
@@ -214,8 +217,7 @@ class NvlinkGemmAllReduce:
     ) -> int:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
-        m, n = int(lhs[0].shape[0]), int(rhs[0].shape[1])
-        return _scratch(-(-_tiles_of(m, n) // size), size, True)
+        return _scratch(_tiling(lhs, rhs, size, 1, True), size, True)
 
     def run(
         self,
@@ -235,5 +237,5 @@ class NvlinkGemmAllReduce:
             biases,
             1,
             m,
-            lambda: all_reduce_tiles(channel.rank, channel.size, m, n, _TILE_N, _PARTS),
+            lambda width: all_reduce_tiles(channel.rank, channel.size, m, n, width, _PART, _LAG),
         )

@@ -1,0 +1,49 @@
+"""How wide the tiles of a sum are. A pure function of sizes: all ranks choose alike, and the cost model predicts the same kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tiles import TILE_M
+
+SMS = 132  # as in kernels/gemm.py, which needs TileLang
+# Time of a tile of 128 rows on one SM per unit of k, all SMs busy, by its columns, us.
+# [measured 2026-11-20, H200, bfloat16: a GEMM [8192, 7168, 4096] takes 0.70 ms; those narrower by their ratio to 256 in GEMMs
+# [2048, 4096, 7168] and [512, 8192, 7168]: 0.58 for 128; that of 192 lies between]
+TILE_US_PER_K = {256: 0.0122, 192: 0.0098, 128: 0.0071}
+WIDEST = max(TILE_US_PER_K)
+PULL_US_PER_MIB = 3.1  # of what one rank receives over NVLink; measured as above
+_MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """tiles: of a sum, of all ranks together. width: columns of a tile."""
+
+    tiles: int
+    width: int
+
+
+def sum_tiling(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool) -> Tiling:
+    """The tiling of a sum [m, n] of 2-byte elements.
+
+    Narrow tiles cost more per column, but keep more SMs busy in a small sum, and leave less behind the last wave, whose tiles travel
+    when nothing is left to compute.
+
+    Args:
+        k: of all terms together.
+        pieces: runs of rows in which tiles start anew; a scattered result has some for each rank.
+    """
+    tile_rows = pieces * -(-m // (pieces * TILE_M))
+    received = m * n * 2 / (1 << 20) * (ranks - 1) / ranks * (2 if all_reduce else 1)
+    transport = received * PULL_US_PER_MIB
+
+    def tiling(width: int) -> Tiling:
+        return Tiling(tile_rows * -(-n // width), width)
+
+    def us(choice: Tiling) -> tuple[float, int]:
+        waves = max(1, -(-choice.tiles // SMS))
+        return max(waves * k * TILE_US_PER_K[choice.width] + transport / waves, transport), -choice.width
+
+    narrower = (tiling(width) for width in TILE_US_PER_K if width < WIDEST)
+    return min((tiling(WIDEST), *(choice for choice in narrower if choice.tiles <= _MOST_TILES)), key=us)
