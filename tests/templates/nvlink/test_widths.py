@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.direct_ops import sweep
+from tests.fused_programs import REDUCE, SCATTER
 from tscompile.templates.nvlink import gemm_reduce, widths
 from tscompile.templates.nvlink.kernels import gemm
-from tscompile.templates.nvlink.widths import sum_tiling
+from tscompile.templates.nvlink.widths import TILE_US_PER_K, sum_tiling
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,15 @@ def test_any_sum_has_tiles(m: int, n8: int, k8: int, ranks: int, outer: int, all
 
 def test_sms_are_those_of_the_kernels() -> None:
     assert widths.SMS == gemm.SMS
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("kind", [SCATTER, REDUCE])
+def test_the_sweep_on_gpus_has_tiles_of_all_widths(kind: str, ranks: int) -> None:
+    pieces = ranks if kind == SCATTER else 1
+    found = {
+        (sum_tiling(shape.m, shape.n[0], shape.k, ranks, pieces, kind == REDUCE).width, shape.plain_layout)
+        for shape in sweep(ranks, tiny=False)
+        if shape.kind == kind
+    }
+    assert found == {(width, plain) for width in TILE_US_PER_K for plain in (False, True)}
