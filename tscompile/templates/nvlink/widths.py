@@ -8,8 +8,8 @@ from .tiles import TILE_M
 
 SMS = 132  # as in kernels/gemm.py, which needs TileLang
 # Time of a tile of 128 rows on one SM per unit of k, all SMs busy, by its columns, us.
-# [measured 2026-11-20, H200, bfloat16: a GEMM [8192, 7168, 4096] takes 0.70 ms; those narrower by their ratio to 256 in GEMMs
-# [2048, 4096, 7168] and [512, 8192, 7168]: 0.58 for 128; that of 192 lies between]
+# [measured 2026-11-20, H200, bfloat16. 256: a GEMM [8192, 7168, 4096] takes 0.70 ms. 128: 0.58 of it, by GEMMs [2048, 4096, 7168] and
+# [512, 8192, 7168]. 192: not measured; 0.80 by what an SM reads per product, which makes those of 128 slow, too]
 TILE_US_PER_K = {256: 0.0122, 192: 0.0098, 128: 0.0071}
 WIDEST = max(TILE_US_PER_K)
 PULL_US_PER_MIB = 3.1  # of what one rank receives over NVLink; measured as above
