@@ -184,4 +184,9 @@ def sweep(ranks: int, tiny: bool) -> list[Shape]:
         Shape(REDUCE, odd, (n,), k),
         Shape(REDUCE, m * ranks, (n - 8,), k - 8),
     ]
+    if not tiny:  # tiles of 256, 192 and 128 columns on GPUs, in both layouts
+        sums = ((4096, 4096, False), (4032, 4088, True), (512, 5120, False), (512, 5120, True), (256, 1024, True))
+        shapes += [
+            Shape(kind, rows, (n,), 4096, plain_layout=plain) for kind in (SCATTER, REDUCE) for rows, n, plain in sums
+        ]
     return shapes

@@ -47,7 +47,9 @@ class CudaArtifact:
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
-        raise toolchain.ToolchainError(f"{' '.join(command)} failed: {(done.stderr or done.stdout)[-3000:]}")
+        said = done.stderr or done.stdout
+        errors = "\n".join(line for line in said.splitlines() if "error" in line)  # among warnings without end
+        raise toolchain.ToolchainError(f"{' '.join(command)} failed: {errors or said[-3000:]}")
     return done.stdout + done.stderr
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..problem import FusionProblem, GatherUse, Gemm
+from ..templates.nvlink import widths
+from ..templates.nvlink.widths import PULL_US_PER_MIB, SMS
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
 _MIB = float(1 << 20)
@@ -76,9 +78,8 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 
 # [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: M from 512 to 8192,
 # N from 2560 to 8192, K from 2560 to 8192; the formulas meet the measured times within 8 %]
-SMS = 132
-TILE = (128, 256)  # rows and columns that one SM computes at a time
-TILE_US_PER_K = 0.0122  # of one tile per unit of k, all SMs busy; a GEMM [8192, 7168, 4096] takes 0.70 ms
+TILE = (128, 256)  # rows and columns that one SM computes at a time; those of a sum may have fewer
+TILE_US_PER_K = widths.TILE_US_PER_K[256]
 LAUNCH_US = 6.0
 ORIGINAL_US = 10.0  # between the two ops of the original sequence
 NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
@@ -87,7 +88,7 @@ NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
     "matmul_all_reduce": Link(32.0, 4.8),
     "matmul_all_gather": Link(30.0, 2.85),
 }
-PASS = Link(10.0, 3.1)  # one pass over NVLink, by copy engine or by pulls, per MiB that one rank receives
+PASS = Link(10.0, PULL_US_PER_MIB)  # one pass over NVLink, by copy engine or by pulls, per MiB that one rank receives
 GATHER_TAIL_US = 10.0
 SCATTER_TAIL_US = 15.0
 SUM_SHARE = 0.33  # of the shorter of GEMM and transport, which an all_reduce does not hide
@@ -97,9 +98,8 @@ MUST_GAIN_GPU = 0.95  # a fused op costs the host some tens of us more than NCCL
 
 @dataclass(frozen=True)
 class _Gemm:
-    """us: of the matmul; waves: of tiles over the SMs; the last one costs as much as a full one."""
+    """All matmuls of a site as one kernel. waves: of tiles over the SMs; the last one costs as much as a full one."""
 
-    us: float
     tiles: int
     wave_us: float
 
@@ -107,15 +107,22 @@ class _Gemm:
     def waves(self) -> int:
         return -(-self.tiles // SMS)
 
+    @property
+    def us(self) -> float:
+        return LAUNCH_US + self.waves * self.wave_us
 
-def _gemm(gemms: Sequence[Gemm], sums: bool = False) -> _Gemm:
-    """Matmuls in one kernel: weights of a gather share waves, terms of a sum share tiles."""
-    k = max(gemm.k for gemm in gemms)
-    tiles = sum(_tiles(gemm) for gemm in gemms)
-    if sums:
-        k, tiles = sum(gemm.k for gemm in gemms), tiles // len(gemms)
-    wave_us = k * TILE_US_PER_K
-    return _Gemm(LAUNCH_US + -(-tiles // SMS) * wave_us, tiles, wave_us)
+
+def _gather_gemm(gemms: Sequence[Gemm]) -> _Gemm:
+    """Weights of a gather in one kernel: they share waves."""
+    return _Gemm(sum(_tiles(gemm) for gemm in gemms), max(gemm.k for gemm in gemms) * TILE_US_PER_K)
+
+
+def _sum_gemm(problem: FusionProblem) -> _Gemm:
+    """Terms of a sum share tiles."""
+    m, n, k = problem.gemms[0].m, problem.gemms[0].n, sum(gemm.k for gemm in problem.gemms)
+    all_reduce = problem.kind == "matmul_all_reduce"
+    tiling = widths.sum_tiling(m, n, k, problem.group_size, 1 if all_reduce else problem.group_size, all_reduce)
+    return _Gemm(tiling.tiles, k * widths.TILE_US_PER_K[tiling.width])
 
 
 def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: float) -> float:
@@ -130,8 +137,8 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: flo
         else:
             others.append((use.contracts_ranks, gemm))
     others.sort(key=lambda other: other[0])
-    after = [_gemm([gemm]) for _, gemm in others]
-    first = _gemm(rows) if rows else after.pop(0)
+    after = [_gather_gemm([gemm]) for _, gemm in others]
+    first = _gather_gemm(rows) if rows else after.pop(0)
     if rows or not others[0][0]:
         tail = (
             -(-first.tiles // problem.group_size // SMS) * first.wave_us
@@ -148,7 +155,7 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
     original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + NCCL[problem.kind].us(received * 4 / 3)
     if problem.kind == "all_gather_matmul":
         return Prediction(_gather_us(problem, uses, PASS.us(received)), original)
-    gemm = _gemm(problem.gemms, sums=True)
+    gemm = _sum_gemm(problem)
     if problem.kind == "matmul_reduce_scatter":
         transport = PASS.us(received)
         return Prediction(

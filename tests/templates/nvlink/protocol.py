@@ -1,8 +1,8 @@
 """What kernels do with the tables of tiles.py, in plain Python: all ranks of a group under a random scheduler, on tensors of the CPU.
 
-A CTA is a worker, which claims rows of the table, and a puller, which claims rows of the list of pulls. A worker claims ahead, as the
-loading warp does, and computes in the order of its claims. Whatever it may do next is left to a random number generator, so a run that
-ends says that no order of events can hold it up for ever; one that cannot go on raises Stuck.
+A CTA is a worker, which claims rows of the table, and two pullers, which claim rows of the lists of pulls. A worker claims ahead, as
+the loading warp does, and computes in the order of its claims. Whatever it may do next is left to a random number generator, so a run
+that ends says that no order of events can hold it up for ever; one that cannot go on raises Stuck.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from tscompile.templates.nvlink import tiles
-from tscompile.templates.nvlink.tiles import LAND, RESULT, Gather, Reduction, Row
+from tscompile.templates.nvlink.tiles import Gather, Reduction, Row
 
 NEVER = -(10**6)  # what memory holds that nobody has written: a sum that took it in is far from the right one
 
@@ -59,6 +59,26 @@ class Actor:
             self._held.popleft()
             return True
         return False
+
+
+class Puller(Actor):
+    """Does the rows of one list, and when none is left those of a second one."""
+
+    def __init__(
+        self, first: Claims, perform: Callable[[Row], bool], then: Claims, perform_then: Callable[[Row], bool]
+    ) -> None:
+        super().__init__(first, 1, perform)
+        self._then: tuple[Claims, Callable[[Row], bool]] | None = (then, perform_then)
+
+    @property
+    def done(self) -> bool:
+        return super().done and self._then is None
+
+    def step(self) -> bool:
+        if super().done and self._then is not None:
+            self._claims, self._perform = self._then
+            self._then, self._drained = None, False
+        return super().step()
 
 
 def run_all(actors: Sequence[Actor], seed: int, after: Callable[[], None] = lambda: None) -> None:
@@ -128,25 +148,27 @@ class Reducer:
         assert index not in self.sums and 0 <= index < count
         self.sums[index] = tile
         for other in range(size):
-            if (
-                other != self.rank
-                and self.table.rows
-                and any(pull[0] == RESULT for pull in self.world[other].table.pulls)
-            ):
+            if other != self.rank and self.world[other].table.results:
                 self.signal(other, flag)
         return True
 
     def pull(self, entry: Row) -> bool:
-        """As the pulling warp does."""
-        kind, peer, flag, source, to, col, stored, _ = entry
+        """As a pulling warp does with a partial tile."""
+        peer, flag, source, to, *_ = entry
         assert peer != self.rank
         if flag not in self.flags:
             return False
-        if kind == LAND:
-            assert to not in self.landing and 0 <= to < len(self.world) * self.table.tiles
-            self.landing[to] = self.world[peer].slot[source]
-        else:
-            self.store(self.world[peer].sums[source], to, col, stored)
+        assert to not in self.landing and 0 <= to < len(self.world) * self.table.tiles
+        self.landing[to] = self.world[peer].slot[source]
+        return True
+
+    def pull_sum(self, entry: Row) -> bool:
+        """The same with a sum."""
+        peer, flag, source, to, col, stored, *_ = entry
+        assert peer != self.rank
+        if flag not in self.flags:
+            return False
+        self.store(self.world[peer].sums[source], to, col, stored)
         return True
 
 
@@ -161,9 +183,12 @@ def reduce_all(
     actors: list[Actor] = []
     of_rank: list[list[Actor]] = []
     for rank in world:
-        claims, pulls = Claims(rank.table.rows), Claims(rank.table.pulls)
-        mine = [Actor(claims, dice.randint(1, 4), rank.compute) for _ in range(workers[rank.rank])]
-        mine += [Actor(pulls, 1, rank.pull) for _ in range(workers[rank.rank])]
+        claims, pulls, results = (Claims(rows) for rows in (rank.table.rows, rank.table.pulls, rank.table.results))
+        mine = []
+        for _ in range(workers[rank.rank]):
+            mine.append(Actor(claims, dice.randint(1, 4), rank.compute))
+            second = Actor(results, 1, rank.pull_sum) if rank.table.results else Actor(pulls, 1, rank.pull)
+            mine += [Puller(pulls, rank.pull, results, rank.pull_sum), second]
         actors += mine
         of_rank.append(mine)
 

@@ -20,7 +20,6 @@ ROWS = GatherUse("lhs", False, "rows", BF16)
 GRADIENT = GatherUse("lhs", True, "rows", BF16)
 REDUCTIONS = ("matmul_reduce_scatter", "matmul_all_reduce")
 KINDS = ("all_gather_matmul", *REDUCTIONS)
-TILE_BYTES = TILE_M * 256 * 2
 
 
 def template(kind: str) -> Any:
@@ -174,29 +173,37 @@ def test_a_slot_of_a_gather(uses: tuple[GatherUse, ...], other: tuple[int, int],
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "outer", "size", "tiles"),
+    ("m", "n", "outer", "size", "tiles", "width"),
     [
-        (4 * 256, 512, 1, 4, 4),
-        (4 * 257, 520, 1, 4, 9),  # ragged
-        (4 * 256, 512, 4, 4, 8),  # pieces of 64 rows take a tile row each
-        (2 * 128, 256, 1, 2, 1),
+        (4 * 256, 512, 1, 4, 8, 128),
+        (4 * 257, 520, 1, 4, 15, 128),  # ragged
+        (4 * 256, 512, 4, 4, 16, 128),  # pieces of 64 rows take a tile row each
+        (2 * 128, 256, 1, 2, 2, 128),
+        (4 * 2048, 4096, 1, 4, 256, 256),
     ],
 )
-def test_a_slot_of_a_reduce_scatter(m: int, n: int, outer: int, size: int, tiles: int) -> None:
+def test_a_slot_of_a_reduce_scatter(m: int, n: int, outer: int, size: int, tiles: int, width: int) -> None:
     a, b = fakes((m, 256), (256, n))
     need = template("matmul_reduce_scatter").scratch_bytes(
         plan("matmul_reduce_scatter"), size, [a], [b], [None], [], outer
     )
-    assert need == (size - 1) * tiles * TILE_BYTES  # a partial tile for each tile of each peer
+    assert need == (size - 1) * tiles * TILE_M * width * 2  # a partial tile for each tile of each peer
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "size", "tiles"), [(1024, 512, 4, 4), (1000, 520, 4, 6), (8, 8, 8, 1), (1024, 512, 3, 6)]
+    ("m", "n", "size", "tiles", "width"),
+    [
+        (1024, 512, 4, 8, 128),
+        (1000, 520, 4, 10, 128),
+        (8, 8, 8, 1, 128),
+        (1024, 512, 3, 11, 128),
+        (8192, 4096, 4, 256, 256),
+    ],
 )
-def test_a_slot_of_an_all_reduce(m: int, n: int, size: int, tiles: int) -> None:
+def test_a_slot_of_an_all_reduce(m: int, n: int, size: int, tiles: int, width: int) -> None:
     a, b = fakes((m, 256), (256, n))
     need = template("matmul_all_reduce").scratch_bytes(plan("matmul_all_reduce"), size, [a], [b], [None], [])
-    assert need == size * tiles * TILE_BYTES  # and the sums of the own ones
+    assert need == size * tiles * TILE_M * width * 2  # and the sums of the own ones
 
 
 @pytest.mark.parametrize("kind", REDUCTIONS)

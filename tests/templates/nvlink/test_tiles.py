@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tscompile.templates.nvlink import gemm_reduce, tiles
 from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS
-from tscompile.templates.nvlink.tiles import LAND, RESULT, Reduction, all_reduce_tiles, gather_tiles, scatter_tiles
+from tscompile.templates.nvlink.tiles import Reduction, all_reduce_tiles, gather_tiles, scatter_tiles
+from tscompile.templates.nvlink.widths import TILE_US_PER_K, Tiling
 
 from .protocol import Actor, Claims, Gatherer, Stuck, reduce_all, run_all, tile_count
 
@@ -32,6 +33,7 @@ def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_M", 4)
         patch.setattr(tiles, "_BAND", 3)
+        patch.setattr(tiles, "_SHARED_BAND", 2)
         yield
 
 
@@ -102,14 +104,15 @@ def scatters(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
 
 
 @st.composite
-def all_reduces(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
-    """ranks, m, n, tile_n, parts"""
+def all_reduces(draw: st.DrawFn) -> tuple[int, int, int, int, int, int]:
+    """ranks, m, n, tile_n, part, lag"""
     return (
         draw(RANKS),
         draw(st.integers(1, 50)),
         draw(st.integers(1, 20)),
         draw(st.integers(3, 9)),
-        draw(st.integers(1, 6)),
+        draw(st.integers(1, 40)),
+        draw(st.integers(0, 4)),
     )
 
 
@@ -134,10 +137,10 @@ def test_a_reduce_scatter(sizes: tuple[int, int, int, int, int], workers: list[i
 
 @QUICK
 @given(all_reduces(), st.lists(st.integers(1, 5), min_size=8, max_size=8), SEEDS)
-def test_an_all_reduce(sizes: tuple[int, int, int, int, int], workers: list[int], seed: int) -> None:
+def test_an_all_reduce(sizes: tuple[int, int, int, int, int, int], workers: list[int], seed: int) -> None:
     """The same; what a rank does not sum itself comes from the sums that the others leave."""
-    ranks, m, n, tile_n, parts = sizes
-    tables = [all_reduce_tiles(rank, ranks, m, n, tile_n, parts) for rank in range(ranks)]
+    ranks, m, n, tile_n, _, _ = sizes
+    tables = [all_reduce_tiles(rank, *sizes) for rank in range(ranks)]
     products = products_of(ranks, m, n, seed)
     world = reduce_all(tables, products, m, tile_n, workers, seed)
     for reducer in world:
@@ -149,16 +152,33 @@ def own_first(table: Reduction) -> Reduction:
     return replace(table, rows=sorted(table.rows, key=lambda row: not row[3]))
 
 
-def result_first(table: Reduction) -> Reduction:
-    return replace(table, pulls=sorted(table.pulls, key=lambda pull: pull[0] != RESULT))
+def last_part_first(table: Reduction) -> Reduction:
+    return replace(table, pulls=table.pulls[::-1])
 
 
-@pytest.mark.parametrize("wrong", [own_first, result_first])
+@pytest.mark.parametrize("wrong", [own_first, last_part_first])
 def test_an_order_that_deadlocks_is_seen(wrong) -> None:
-    """What the tests above are for: with the own tiles or the sums first, every worker or puller waits for a peer that waits too."""
-    tables = [wrong(all_reduce_tiles(rank, 2, 16, 8, 4, 1)) for rank in range(2)]
+    """What the tests above are for: with own tiles or the last part first, every worker or puller waits for a peer that waits."""
+    tables = [wrong(all_reduce_tiles(rank, 2, 16, 8, 4, 2, 1)) for rank in range(2)]
     with pytest.raises(Stuck):
         reduce_all(tables, products_of(2, 16, 8, 0), 16, 4, [1, 1], 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sums_may_be_pulled_in_any_order(seed: int) -> None:
+    """Nothing waits for the pull of a sum, so its list cannot hold up the others."""
+    tables = [all_reduce_tiles(rank, 3, 30, 20, 4, 6, 1) for rank in range(3)]
+    for table in tables:
+        random.Random(seed).shuffle(table.results)
+    reduce_all(tables, products_of(3, 30, 20, 0), 30, 4, [1, 2, 1], seed)
+
+
+def test_own_tiles_come_some_parts_behind_those_of_the_peers() -> None:
+    made = all_reduce_tiles(0, 2, 4 * 12, 8, 8, 4, 2)  # six tiles of each rank, two in a part
+    assert [(row[3], row[4]) for row in made.rows] == [
+        (own, index) for own, first in ((0, 0), (0, 2), (0, 4), (1, 0), (1, 2), (1, 4)) for index in (first, first + 1)
+    ]
+    assert [pull[2] for pull in made.pulls] == [pull[2] for pull in made.results] == list(range(6))
 
 
 def check_fit(tables: list[Reduction], limit: int) -> None:
@@ -180,9 +200,8 @@ def check_fit(tables: list[Reduction], limit: int) -> None:
                 sends[rank, peer, flag] = (index, row)
         assert used <= set(range((ranks - 1) * count))
     for rank, table in enumerate(tables):
-        landings = [pull for pull in table.pulls if pull[0] == LAND]
-        assert len(landings) == sum(to == rank for _, to, _ in sends)
-        for _, peer, flag, source, to, *_ in landings:
+        assert len(table.pulls) == sum(to == rank for _, to, _ in sends)
+        for peer, flag, source, to, *_ in table.pulls:
             index, _ = sends[peer, rank, flag]
             assert source == index
             own_index = to - peer * count  # where the own tile looks: landing [ranks, tiles]
@@ -190,29 +209,32 @@ def check_fit(tables: list[Reduction], limit: int) -> None:
             mine = next(row for row in table.rows if row[3] and row[4] == own_index)
             theirs = next(row for row in tables[peer].rows if not row[3] and row[6] == rank and row[7] == flag)
             assert mine[:3] == theirs[:3]  # the same tile of the product
-        results = [pull for pull in table.pulls if pull[0] == RESULT]
-        assert len({(pull[1], pull[2]) for pull in results}) == len(results)
-        for _, owner, flag, source, row, col, stored, _ in results:
+        assert len({pull[:2] for pull in table.results}) == len(table.results)
+        for owner, flag, source, row, col, stored, *_ in table.results:
             assert owner != rank and sums[owner, flag] == (source, row, col, stored)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8])
+@pytest.mark.parametrize("width", TILE_US_PER_K)
 @pytest.mark.parametrize(("m", "n"), [(8192, 4096), (1000, 1304), (130, 8), (8, 8), (128 * 40, 264)])
-def test_tables_of_real_sizes_fit_together(monkeypatch: pytest.MonkeyPatch, ranks: int, m: int, n: int) -> None:
+def test_tables_of_real_sizes_fit_together(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, m: int, n: int, width: int
+) -> None:
     monkeypatch.setattr(tiles, "TILE_M", 128)
     monkeypatch.setattr(tiles, "_BAND", 8)
-    width = gemm_reduce._TILE_N
+    monkeypatch.setattr(tiles, "_SHARED_BAND", 4)
     for outer in (1, 3):
         inner = max(1, m // ranks // outer)
         count = outer * tile_count(inner, n, width)
-        assert gemm_reduce._scratch(count, ranks, False) == (ranks - 1) * count * 128 * 256 * 2
+        assert gemm_reduce._scratch(Tiling(ranks * count, width), ranks, False) == (ranks - 1) * count * 128 * width * 2
         made = [scatter_tiles(rank, ranks, outer, inner, n, width) for rank in range(ranks)]
         assert made[0].tiles == count
         check_fit(made, min(2 * ranks * count, DATA_FLAGS))
-        assert not any(pull[0] == RESULT for table in made for pull in table.pulls)
+        assert not any(table.results for table in made)
     share = -(-tile_count(m, n, width) // ranks)
-    assert gemm_reduce._scratch(share, ranks, True) == ranks * share * 128 * 256 * 2
-    made = [all_reduce_tiles(rank, ranks, m, n, width, gemm_reduce._PARTS) for rank in range(ranks)]
+    tiling = Tiling(tile_count(m, n, width), width)
+    assert gemm_reduce._scratch(tiling, ranks, True) == ranks * share * 128 * width * 2
+    made = [all_reduce_tiles(rank, ranks, m, n, width, gemm_reduce._PART, gemm_reduce._LAG) for rank in range(ranks)]
     assert made[0].tiles == share
     check_fit(made, min(2 * ranks * share, DATA_FLAGS))
 
@@ -220,13 +242,13 @@ def test_tables_of_real_sizes_fit_together(monkeypatch: pytest.MonkeyPatch, rank
 @QUICK
 @given(scatters(), all_reduces())
 def test_tables_of_all_ranks_fit_together(
-    scatter: tuple[int, int, int, int, int], reduce: tuple[int, int, int, int, int]
+    scatter: tuple[int, int, int, int, int], reduce: tuple[int, int, int, int, int, int]
 ) -> None:
     ranks, outer, inner, n, tile_n = scatter
     check_fit(
         [scatter_tiles(rank, *scatter) for rank in range(ranks)], 2 * ranks * outer * tile_count(inner, n, tile_n)
     )
-    ranks, m, n, tile_n, _ = reduce
+    ranks, m, n, tile_n, _, _ = reduce
     check_fit(
         [all_reduce_tiles(rank, *reduce) for rank in range(ranks)], 2 * ranks * -(-tile_count(m, n, tile_n) // ranks)
     )
@@ -234,6 +256,6 @@ def test_tables_of_all_ranks_fit_together(
 
 def test_flags_of_data_lie_below_those_of_acknowledgements() -> None:
     largest = DATA_FLAGS // 16  # tiles of each of 8 ranks
-    assert gemm_reduce._scratch(largest, 8, True) > 0
-    assert gemm_reduce._scratch(largest + 1, 8, True) < 0
+    assert gemm_reduce._scratch(Tiling(8 * largest, 256), 8, True) > 0
+    assert gemm_reduce._scratch(Tiling(8 * largest + 1, 256), 8, True) < 0
     assert DATA_FLAGS <= ACK

@@ -14,16 +14,17 @@ from ...problem import FusionProblem, Gemm, Plan
 from ..template import register_template, torch_dtype
 from .channel import DATA_FLAGS, MAIN, Call, DeviceChannel, DeviceLink
 from .jit import kernel
-from .kernels.config import GemmConfig
+from .kernels.config import STAGES, GemmConfig
 from .lasting import lasting_tables
 from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
 from .tiles import TILE_M, Reduction, all_reduce_tiles, scatter_tiles
+from .widths import Tiling, sum_tiling
 
-_TILE_N = 256
 _ITEM = 2  # bytes of an element
-_TILE = TILE_M * _TILE_N  # elements
-_PARTS = 4  # of an all_reduce: more let sums leave earlier, but make more tiles wait for their landing
+# Of an all_reduce: tiles of all ranks together in a part, and how many parts later than the peers' tiles the own ones come. 192 tiles
+# are a wave of the SMs and the time in which it lands; smaller parts let sums leave earlier, but read the operands more often.
+_PART, _LAG = 64, 3
 
 
 class _Recipe:
@@ -38,6 +39,7 @@ class _Recipe:
         biases: Sequence[Tensor | None],
         rows: int,
         made: Reduction,
+        width: int,
     ) -> None:
         self.link = link
         self._dtype = torch_dtype(plan.dtype)
@@ -45,10 +47,10 @@ class _Recipe:
         coefficients = plan.coefficients or (1.0,) * len(lhs)
         self._weights = [c / coefficients[0] for c in coefficients]
         self._has_bias = any(bias is not None for bias in biases)
-        self._tables = lasting_tables([made.rows, made.pulls], link.device)
-        table, pulls = self._tables
+        self._tables = lasting_tables([made.rows, made.pulls, made.results], link.device)
+        table, pulls, results = self._tables
         self._shape = (rows, rhs[0].shape[1])
-        self._landing = link.size * made.tiles * _TILE
+        self._landing = link.size * made.tiles * TILE_M * width
         self._fixed: dict[str, float] = {
             "M": lhs[0].shape[0],
             "N": rhs[0].shape[1],
@@ -58,11 +60,13 @@ class _Recipe:
             "entries": len(table),
             "pulls": pulls.data_ptr(),
             "pull_entries": len(pulls),
+            "results": results.data_ptr(),
+            "result_entries": len(results),
             "tiles": made.tiles,
             "scale": coefficients[0] / (link.size if plan.reduce_op == "avg" else 1),
-            "result_offset": (link.size - 1) * made.tiles * _TILE * _ITEM,
+            "result_offset": (link.size - 1) * made.tiles * TILE_M * width * _ITEM,
         }
-        config = GemmConfig(plan.dtype, self._transposed, len(lhs), self._has_bias, _TILE_N)
+        config = GemmConfig(plan.dtype, self._transposed, len(lhs), self._has_bias, width, STAGES[width])
         self._kernel = kernel("reduce", config, plan.kind == "matmul_all_reduce")
         place = self._kernel.place
         self._operands = [(place(f"A{number}"), place(f"B{number}")) for number in range(len(lhs))]
@@ -118,13 +122,15 @@ def _sum(
     lhs: Sequence[Tensor],
     rhs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    outer: int,
     rows: int,
-    make: Callable[[], Reduction],
+    make: Callable[[int], Reduction],
 ) -> list[Tensor]:
-    """The op's output [rows, N]; `make` gives the tables where this layout is new."""
+    """The op's output [rows, N]; `make` gives the tables for a tile width where this layout is new."""
     recipe: _Recipe = channel.site.recipe
     if recipe is None or recipe.link is not channel.link:
-        recipe = channel.site.recipe = _Recipe(channel.link, plan, lhs, rhs, biases, rows, make())
+        width = _tiling(lhs, rhs, channel.size, outer, plan.kind == "matmul_all_reduce").width
+        recipe = channel.site.recipe = _Recipe(channel.link, plan, lhs, rhs, biases, rows, make(width), width)
     return [recipe.run(channel, lhs, rhs, biases)]
 
 
@@ -132,20 +138,18 @@ def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
     return tuple(Gemm(a.shape[0], b.shape[1], a.shape[1]) for a, b in zip(lhs, rhs, strict=True))
 
 
-def slot_tiles(tiles: int, size: int, all_reduce: bool) -> int:
-    """Tiles of a slot: partial ones for every peer, and for an all_reduce the sums."""
-    return (size - 1 + all_reduce) * tiles
+def _tiling(lhs: Sequence[Tensor], rhs: Sequence[Tensor], size: int, outer: int, all_reduce: bool) -> Tiling:
+    pieces = 1 if all_reduce else size * outer
+    k = sum(int(a.shape[1]) for a in lhs)
+    return sum_tiling(int(lhs[0].shape[0]), int(rhs[0].shape[1]), k, size, pieces, all_reduce)
 
 
-def _tiles_of(rows: int, n: int) -> int:
-    return -(-rows // TILE_M) * -(-n // _TILE_N)
-
-
-def _scratch(tiles: int, size: int, all_reduce: bool) -> int:
-    """Bytes of a slot; negative if there are more tiles than flags."""
+def _scratch(tiling: Tiling, size: int, all_reduce: bool) -> int:
+    """Bytes of a slot: partial tiles for every peer, and for an all_reduce the sums; negative if there are more tiles than flags."""
+    tiles = -(-tiling.tiles // size)
     if 2 * size * tiles > DATA_FLAGS:
         return -1
-    return slot_tiles(tiles, size, all_reduce) * _TILE * _ITEM
+    return (size - 1 + all_reduce) * tiles * TILE_M * tiling.width * _ITEM
 
 
 @register_template("matmul_reduce_scatter", "nvlink")
@@ -167,8 +171,7 @@ class NvlinkGemmReduceScatter:
     ) -> int:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
-        inner = int(lhs[0].shape[0]) // (size * outer)
-        return _scratch(outer * _tiles_of(inner, int(rhs[0].shape[1])), size, False)
+        return _scratch(_tiling(lhs, rhs, size, outer, False), size, False)
 
     def run(
         self,
@@ -188,8 +191,9 @@ class NvlinkGemmReduceScatter:
             lhs,
             rhs,
             biases,
+            outer,
             outer * inner,
-            lambda: scatter_tiles(channel.rank, channel.size, outer, inner, n, _TILE_N),
+            lambda width: scatter_tiles(channel.rank, channel.size, outer, inner, n, width),
         )
 
 
@@ -211,8 +215,7 @@ class NvlinkGemmAllReduce:
     ) -> int:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
-        m, n = int(lhs[0].shape[0]), int(rhs[0].shape[1])
-        return _scratch(-(-_tiles_of(m, n) // size), size, True)
+        return _scratch(_tiling(lhs, rhs, size, 1, True), size, True)
 
     def run(
         self,
@@ -230,6 +233,7 @@ class NvlinkGemmAllReduce:
             lhs,
             rhs,
             biases,
+            1,
             m,
-            lambda: all_reduce_tiles(channel.rank, channel.size, m, n, _TILE_N, _PARTS),
+            lambda width: all_reduce_tiles(channel.rank, channel.size, m, n, width, _PART, _LAG),
         )

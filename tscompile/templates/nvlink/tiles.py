@@ -9,8 +9,8 @@ Where the gathered operand is a row of blocks (gather_blocks.py), INDEX is the b
 tile's walk over the blocks begins; OUT_ROW is the tile's first row or column in the output on the gathered side, and GROUP the
 number of its columns that are stored.
 
-A list of pulls has rows of eight numbers too: kind (0: a partial tile lands, 1: a sum goes to the output), peer, its flag at this
-rank, number of the tile in the peer's slot, then the tile's number in the landing zone, or row, column and rows in the output.
+A list of pulls has rows of eight numbers too: peer, its flag at this rank, number of the tile in the peer's slot, then the number of a
+partial tile in the landing zone, or row, column and rows of a sum in the output; the rest is 0.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 TILE_M = 128
 _BAND = 8  # tile rows that are walked together along the columns, so that their operands stay in L2
+_SHARED_BAND = 4  # of an all_reduce, whose tables walk a band of each rank at the same time
 _MAX_WASTE = 1.1  # rows computed over rows needed, above which tiles may span the shards of several ranks
 
 Row = tuple[int, int, int, int, int, int, int, int]
@@ -41,8 +42,8 @@ def _walk(bands: Sequence[tuple[int, ...]], columns: int) -> list[tuple[int, int
     return [(row, column) for band in bands for column in range(columns) for row in band]
 
 
-def _bands(count: int) -> list[tuple[int, ...]]:
-    return [tuple(range(first, min(first + _BAND, count))) for first in range(0, count, _BAND)]
+def _bands(count: int, height: int) -> list[tuple[int, ...]]:
+    return [tuple(range(first, min(first + height, count))) for first in range(0, count, height)]
 
 
 def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequence[int], tile_n: int) -> Gather:
@@ -57,7 +58,7 @@ def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequenc
         for step in range(ranks):
             source = (rank + step) % ranks
             blocks = [(piece, i) for piece in range(pieces) for i in range(tile_rows)]
-            for t, c in _walk(_bands(len(blocks)), len(columns)):
+            for t, c in _walk(_bands(len(blocks), _BAND), len(columns)):
                 piece, i = blocks[t]
                 group, col = columns[c]
                 start = (piece * ranks + source) * inner + i * TILE_M
@@ -78,7 +79,7 @@ def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequenc
         starts.append((last, start, mask))
     starts.sort()
     rows = []
-    for t, c in _walk(_bands(len(starts)), len(columns)):
+    for t, c in _walk(_bands(len(starts), _BAND), len(columns)):
         _, start, mask = starts[t]
         group, col = columns[c]
         rows.append((start, col, min(TILE_M, total - start), 0, 0, start, mask, group))
@@ -98,9 +99,9 @@ def block_tiles(
         source = (rank + step) % ranks
         starts = [(piece, at) for piece in range(pieces) for at in range(0, inner, size)]
         if gathered_left:
-            walk = _walk(_bands(len(starts)), -(-free // tile_n))
+            walk = _walk(_bands(len(starts), _BAND), -(-free // tile_n))
         else:
-            walk = _walk(_bands(-(-free // TILE_M)), len(starts))
+            walk = _walk(_bands(-(-free // TILE_M), _BAND), len(starts))
         for t, c in walk:
             piece, at = starts[t if gathered_left else c]
             whole = piece * ranks + source
@@ -119,7 +120,7 @@ def contraction_tiles(rank: int, ranks: int, pieces: int, m: int, n: int, tile_n
     its own blocks. INDEX of a tile is the first row of its walk. A row of a walk has OWNER, INDEX and MASK of a tile that
     needs the block, and the block's number among all as OUT_ROW.
     """
-    walk = _walk(_bands(-(-m // TILE_M)), -(-n // tile_n))
+    walk = _walk(_bands(-(-m // TILE_M), _BAND), -(-n // tile_n))
     order = sorted(range(len(walk)), key=lambda i: ((i * ranks // len(walk) - rank) % ranks, i))
     rows: list[Row] = []
     for i in order:
@@ -135,44 +136,43 @@ def contraction_tiles(rank: int, ranks: int, pieces: int, m: int, n: int, tile_n
     return rows
 
 
-LAND, RESULT = 0, 1
-
-
 @dataclass(frozen=True)
 class Reduction:
     """Tiles of matmul_reduce_scatter and matmul_all_reduce.
 
-    rows: the table. pulls: the list of pulls. tiles: tiles that a rank sums (the largest number of any rank).
+    rows: the table. pulls: partial tiles that this rank sums, from the peers. results: sums of the peers, for an all_reduce.
+    tiles: tiles that a rank sums (the largest number of any rank).
     """
 
     rows: list[Row]
     pulls: list[Row]
+    results: list[Row]
     tiles: int
 
     @property
     def flags(self) -> int:
-        """Flags that the list of pulls uses."""
-        return 1 + max((pull[2] for pull in self.pulls), default=0)
+        """Flags that the lists of pulls use."""
+        return 1 + max((pull[1] for pull in (*self.pulls, *self.results)), default=0)
 
 
 # (row, column, stored rows, output row) of a tile
 _Place = tuple[int, int, int, int]
 
 
-def _reduction(rank: int, places: list[list[_Place]], parts: int, gathers: bool) -> Reduction:
+def _reduction(rank: int, places: list[list[_Place]], part: int, lag: int, gathers: bool) -> Reduction:
     """Table and pulls, from each owner's tiles in the order of their computation.
 
-    The peers' tiles come first, the next rank's before all; with several parts the own tiles of a part come one part after those of
-    the peers, so that sums leave early.
+    Tiles go in parts of `part` of each owner. In a part the peers' tiles come first, the next rank's before all; the own tiles of
+    a part come `lag` parts after those of the peers, so that sums leave early, but do not wait for their landing.
 
     Flags of a rank: `source * tiles + index` for partial tiles, behind them `owner * tiles + index` for sums.
     """
     ranks = len(places)
     tiles = max(1, *(len(owned) for owned in places))
-    size = -(-tiles // parts)
-    bounds = [(first, min(first + size, tiles)) for first in range(0, tiles, size)]
+    bounds = [(first, min(first + part, tiles)) for first in range(0, tiles, part)]
     rows: list[Row] = []
     pulls: list[Row] = []
+    results: list[Row] = []
     sums = ranks * tiles  # first flag of the sums
 
     def compute(first: int, stop: int, step: int) -> None:
@@ -188,7 +188,7 @@ def _reduction(rank: int, places: list[list[_Place]], parts: int, gathers: bool)
             source = (rank - step) % ranks
             for index in range(first, min(stop, len(places[rank]))):
                 flag = source * tiles + index
-                pulls.append((LAND, source, flag, (step - 1) * tiles + index, flag, 0, 0, 0))
+                pulls.append((source, flag, (step - 1) * tiles + index, flag, 0, 0, 0, 0))
 
     def collect(first: int, stop: int) -> None:
         for index in range(first, stop):
@@ -196,28 +196,26 @@ def _reduction(rank: int, places: list[list[_Place]], parts: int, gathers: bool)
                 owner = (rank + step) % ranks
                 if index < len(places[owner]):
                     row, col, stored, _ = places[owner][index]
-                    pulls.append((RESULT, owner, sums + owner * tiles + index, index, row, col, stored, 0))
+                    results.append((owner, sums + owner * tiles + index, index, row, col, stored, 0, 0))
 
     for number, (first, stop) in enumerate(bounds):
         for step in range(1, ranks):
             compute(first, stop, step)
         land(first, stop)
-        if number:
-            compute(*bounds[number - 1], 0)
-        if gathers and number > 1:
-            collect(*bounds[number - 2])
-    compute(*bounds[-1], 0)
-    if gathers:
-        for bound in bounds[-2:]:
-            collect(*bound)
-    return Reduction(rows, pulls, tiles)
+        if number >= lag:
+            compute(*bounds[number - lag], 0)
+        if gathers:
+            collect(first, stop)
+    for bound in bounds[max(0, len(bounds) - lag) :]:
+        compute(*bound, 0)
+    return Reduction(rows, pulls, results, tiles)
 
 
 def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n: int) -> Reduction:
     """Tiles of a result [(outer, ranks, inner), n] that is scattered to [(outer, inner), n]."""
     tile_rows = -(-inner // TILE_M)
     blocks = [(o, i * TILE_M) for o in range(outer) for i in range(tile_rows)]
-    walk = _walk(_bands(len(blocks)), -(-n // tile_n))
+    walk = _walk(_bands(len(blocks), _BAND), -(-n // tile_n))
     places: list[list[_Place]] = []
     for owner in range(ranks):
         owned = []
@@ -226,15 +224,18 @@ def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n:
             row = (o * ranks + owner) * inner + start
             owned.append((row, c * tile_n, min(TILE_M, inner - start), o * inner + start))
         places.append(owned)
-    return _reduction(rank, places, 1, False)
+    return _reduction(rank, places, max(1, len(places[0])), 0, False)
 
 
-def all_reduce_tiles(rank: int, ranks: int, m: int, n: int, tile_n: int, parts: int) -> Reduction:
-    """Tiles of a result [m, n] that every rank gets; each rank sums a run of tiles of equal length."""
-    walk = _walk(_bands(-(-m // TILE_M)), -(-n // tile_n))
+def all_reduce_tiles(rank: int, ranks: int, m: int, n: int, tile_n: int, part: int, lag: int) -> Reduction:
+    """Tiles of a result [m, n] that every rank gets; each rank sums a run of tiles of equal length.
+
+    `part` tiles of all ranks together make a part.
+    """
+    walk = _walk(_bands(-(-m // TILE_M), _SHARED_BAND), -(-n // tile_n))
     share = -(-len(walk) // ranks)
     places: list[list[_Place]] = [[] for _ in range(ranks)]
     for position, (t, c) in enumerate(walk):
         row = t * TILE_M
         places[position // share].append((row, c * tile_n, min(TILE_M, m - row), row))
-    return _reduction(rank, places, max(1, min(parts, share)), True)
+    return _reduction(rank, places, max(1, part // ranks), lag, True)

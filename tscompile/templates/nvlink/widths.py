@@ -1,16 +1,25 @@
-"""Columns of a tile: what wastes least of the last wave of tiles."""
+"""How wide tiles are. Pure functions of sizes: all ranks choose alike, and the cost model predicts the same kernel."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from .kernels.config import SMS
+from .kernels.config import SMS as SMS
+from .tiles import TILE_M
 
-TILE_WIDTHS = (256, 240, 224)  # narrower ones lose more in the tensor cores than they win in waves
-SWIZZLED_WIDTHS = (
-    256,
-)  # of a right operand [K, N]: TMA swizzles columns by 64, and loads a ragged rest in many small boxes
+# Of a gather; narrower ones lose more in the tensor cores than they win in waves.
+TILE_WIDTHS = (256, 240, 224)
+# The same for a right operand [K, N]: TMA swizzles columns by 64, and loads a ragged rest in many small boxes.
+SWIZZLED_WIDTHS = (256,)
+# Time of a tile of 128 rows on one SM per unit of k, all SMs busy, by its columns, us.
+# [measured 2026-11-20, H200, bfloat16. 256: a GEMM [8192, 7168, 4096] takes 0.70 ms. 128: 0.58 of it, by GEMMs [2048, 4096, 7168] and
+# [512, 8192, 7168]. 192: not measured; 0.80 by what an SM reads per product, which makes those of 128 slow, too]
+TILE_US_PER_K = {256: 0.0122, 192: 0.0098, 128: 0.0071}
+WIDEST = max(TILE_US_PER_K)
+PULL_US_PER_MIB = 3.1  # of what one rank receives over NVLink; measured as above
+_MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
 
 
 def tile_width(rows: int, widths: Sequence[int], choices: Sequence[int] = TILE_WIDTHS) -> int:
@@ -23,3 +32,36 @@ def tile_width(rows: int, widths: Sequence[int], choices: Sequence[int] = TILE_W
         return waves * tile, -tile
 
     return min(choices, key=cost)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """tiles: of a sum, of all ranks together. width: columns of a tile."""
+
+    tiles: int
+    width: int
+
+
+def sum_tiling(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool) -> Tiling:
+    """The tiling of a sum [m, n] of 2-byte elements.
+
+    Narrow tiles cost more per column, but keep more SMs busy in a small sum, and leave less behind the last wave, whose tiles travel
+    when nothing is left to compute.
+
+    Args:
+        k: of all terms together.
+        pieces: runs of rows in which tiles start anew; a scattered result has some for each rank.
+    """
+    tile_rows = pieces * -(-m // (pieces * TILE_M))
+    received = m * n * 2 / (1 << 20) * (ranks - 1) / ranks * (2 if all_reduce else 1)
+    transport = received * PULL_US_PER_MIB
+
+    def tiling(width: int) -> Tiling:
+        return Tiling(tile_rows * -(-n // width), width)
+
+    def us(choice: Tiling) -> tuple[float, int]:
+        waves = max(1, -(-choice.tiles // SMS))
+        return max(waves * k * TILE_US_PER_K[choice.width] + transport / waves, transport), -choice.width
+
+    narrower = (tiling(width) for width in TILE_US_PER_K if width < WIDEST)
+    return min((tiling(WIDEST), *(choice for choice in narrower if choice.tiles <= _MOST_TILES)), key=us)

@@ -204,6 +204,7 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
                         epoch,
                         site,
                         cta,
+                        SMS,
                     )
                     call("tsk_join")
 

@@ -3,7 +3,7 @@
 A tile that a peer sums goes to this rank's slot, in the order of the registers, and a flag at the peer tells that it is there. An idle
 warp of the peer pulls it by bulk copies through shared memory; the epilogue of the peer's own tile adds it in float32 to
 its accumulator: there is no reduce kernel, no barrier and no work for the host. For an all_reduce the sum is also left in the
-slot, and the same warp of every peer pulls it into the output.
+slot, and another idle warp of every peer pulls it into the output.
 """
 
 from typing import Any
@@ -39,12 +39,13 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
 
     Arguments of the kernel: A_t [M, K_t]; B_t [N, K_t] if transposed else [K_t, N]; then addresses and sizes: V of the bias [N]; C of
     the output [rows, N]; slot, of this rank: first the tiles for peers, `result_offset` bytes behind its start the sums of an
-    all_reduce; landing: room for the peers' tiles [ranks, tiles, tile], and their epochs in `landed`; the tile table and the list of
-    pulls (tiles.py); the context; the counters; `tiles` a rank's number of tiles; `scale` a factor on the sum.
+    all_reduce; landing: room for the peers' tiles [ranks, tiles, tile], and their epochs in `landed`; the tile table and the lists of
+    pulls and results (tiles.py); the context; the counters; `tiles` a rank's number of tiles; `scale` a factor on the sum.
     """
     dtype, transposed, terms = config.dtype, config.transposed, config.operands
     bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
     NF, DT = config.registers, DTYPE_CODES[config.dtype]
+    piece_rows = 16 if bN > 128 else 32  # at most 8 KiB; two pieces are on their way to each pulling warp
     M, N = T.dynamic("M"), T.dynamic("N")
     K0, K1, K2 = T.dynamic("K0"), T.dynamic("K1"), T.dynamic("K2")
     B_shapes = [(N, k) if transposed else (k, N) for k in (K0, K1, K2)]
@@ -69,6 +70,8 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
         entries: T.int32,
         pulls: T.int64,
         pull_entries: T.int32,
+        results: T.int64,
+        result_entries: T.int32,
         context: T.int64,
         counters: T.int64,
         tiles: T.int32,
@@ -81,7 +84,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
         with T.Kernel(SMS, threads=THREADS, prelude=text):
             As = T.alloc_shared((S, bM, bK), dtype)
             Bs = T.alloc_shared((S, bN, bK) if transposed else (S, bK, bN), dtype)
-            pieces = T.alloc_shared((2 * bM * bN // 4,), dtype)
+            pieces = T.alloc_shared((4 * piece_rows * bN,), dtype)
             Cl = T.alloc_fragment((bM, bN), "float32")
             full = T.alloc_barrier([1] * S)
             empty = T.alloc_barrier([256] * S)
@@ -204,23 +207,26 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                     if kind == 2:
                         call("tsk_signal_peers", context, tile, epoch)
             else:
-                if thread < 96:
-                    call(
-                        "TSK_PULL",
-                        NF,
-                        context,
-                        counters + 8,
-                        pulls,
-                        pull_entries,
-                        ref(pieces[0]),
-                        landing,
-                        landed,
-                        C,
-                        result_offset,
-                        N,
-                        epoch,
-                        site,
-                    )
+                call(
+                    "TSK_PULL",
+                    NF,
+                    piece_rows,
+                    int(all_reduce),
+                    context,
+                    counters,
+                    pulls,
+                    pull_entries,
+                    results,
+                    result_entries,
+                    ref(pieces[0]),
+                    landing,
+                    landed,
+                    C,
+                    result_offset,
+                    N,
+                    epoch,
+                    site,
+                )
                 call("tsk_join")
 
     return gemm_reduce

@@ -1,8 +1,8 @@
 // Parts of the fused GEMM kernels that TileLang has no words for: tile claims, epilogues on the accumulator's registers, and
 // what the idle warps of a CTA do. Follows language/cuda.h in the prelude.
 //
-// A CTA has 384 threads: warp 0 loads tiles, warp 1 signals, warps 2 and 3 collect or warp 2 pulls, warps 4 to
-// 11 (two warpgroups) multiply.
+// A CTA has 384 threads: warp 0 loads tiles, warp 1 signals, warps 2 and 3 collect or pull, warps 4 to 11 (two
+// warpgroups) multiply.
 // The accumulator of a tile [128, 2 * NF] lies in wgmma's register order under GemmWarpPolicy.FullRow: warp w of the eight holds
 // rows 16w to 16w+15 and lane l of it, in group j of four registers, columns 8j + 2 * (l % 4) + {0, 1} of rows l / 4 and 8 + l / 4.
 
@@ -264,26 +264,13 @@ TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard
   }
 }
 
-// ---- pulling warp (2): tiles of the peers, through shared memory, by bulk copies that occupy no registers -----------------------
+// ---- pulling warps (2 and 3): tiles of the peers, through shared memory, by bulk copies that occupy no registers ----------------
 
-// A work list row: kind, peer, its flag here, tile number in the peer's slot, then for TSK_LAND the tile number in `landing`, for
-// TSK_RESULT row, column and rows of the output.
-enum { TSK_KIND, TSK_PEER, TSK_FLAG, TSK_FROM, TSK_TO, TSK_TO_COL, TSK_TO_ROWS };
-enum { TSK_LAND, TSK_RESULT };
+// A row of a list of pulls: peer, its flag here, tile number in the peer's slot; then the tile number in `landing` of a partial tile, or row,
+// column and rows of the output for a sum.
+enum { TSK_PEER, TSK_FLAG, TSK_FROM, TSK_TO, TSK_TO_COL, TSK_TO_ROWS };
 
 TSL uint32_t tsk_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-TSL uint64_t *tsk_pull_barriers() {
-  __shared__ __align__(8) uint64_t barriers[2];
-  return barriers;
-}
-TSL void tsk_pull_init() {
-  if ((threadIdx.x & 31) == 0) {
-    for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(tsk_shared(tsk_pull_barriers() + i)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    tsl_fence_async();
-  }
-  __syncwarp();
-}
 TSL void tsk_bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
@@ -298,57 +285,102 @@ TSL void tsk_bulk_wait(uint32_t barrier, uint32_t parity) {
 TSL void tsk_bulk_store(void *to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
-// Claim rows of the work list until none is left. `buffer` is shared memory of 2 * PIECE bytes; a tile is four pieces of 32 rows.
-template <int NF> TSL void tsk_pull(TskAddress context, TskAddress counter, TskAddress list, int total, TskAddress buffer, TskAddress landing, TskAddress landed,
-                                    TskAddress out, int64_t result_offset, int n, int epoch, int site) {
+
+// A pulling warp's two pieces of shared memory and their barriers; `loads` counts the pieces that went through them.
+struct TskRing { uint32_t shared, barrier, loads; };
+TSL TskRing tsk_ring_of_pieces(TskAddress buffer, uint32_t piece) {
+  __shared__ __align__(8) uint64_t barriers[4];
+  const int warp = (threadIdx.x >> 5) & 1;
+  const TskRing ring = {tsk_shared(buffer) + warp * 2 * piece, tsk_shared(barriers + warp * 2), 0};
+  if ((threadIdx.x & 31) == 0) {
+    for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(ring.barrier + i * 8) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    tsl_fence_async();
+  }
+  __syncwarp();
+  return ring;
+}
+// Bring the tile at `from` once its flag is set: store(p, piece) issues the copies of piece p, of ROWS rows, from shared memory. At the end
+// shared memory has been read, but the copies may be on their way.
+template <int NF, int ROWS, typename Store>
+TSL void tsk_bring(TskRing &ring, TskAddress context, const int *row, const char *from, uint32_t now, int site, Store store) {
+  constexpr int PIECES = 128 / ROWS;
+  constexpr uint32_t PIECE = ROWS * NF * 4;
   const TslContext *c = tsl_context(context.p);
   const int lane = threadIdx.x & 31;
-  constexpr uint32_t PIECE = NF * 128, WIDTH = NF * 4;   // bytes: of a piece, and of a row of a tile
-  const uint32_t shared = tsk_shared(buffer), barrier = tsk_shared(tsk_pull_barriers()), now = tsk_epoch(context, epoch);
-  uint32_t loads = 0;
-  tsk_pull_init();
+  if (lane == 0) {
+    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)row[TSK_FLAG]), now, row[TSK_PEER], site);
+    tsl_fence_async();
+    for (uint32_t p = 0; p < 2; ++p) tsk_bulk_load(ring.shared + ((ring.loads + p) & 1) * PIECE, from + p * PIECE, PIECE, ring.barrier + ((ring.loads + p) & 1) * 8);
+  }
+  __syncwarp();
+  #pragma unroll 1
+  for (int p = 0; p < PIECES; ++p, ++ring.loads) {
+    const uint32_t half = ring.loads & 1, piece = ring.shared + half * PIECE, barrier = ring.barrier + half * 8;
+    tsk_bulk_wait(barrier, (ring.loads >> 1) & 1);
+    store(p, piece);
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
+    if (lane == 0 && p + 2 < PIECES) tsk_bulk_load(piece, from + (p + 2) * PIECE, PIECE, barrier);
+  }
+}
+// Partial tiles for the sums of this rank, to `landing`; then their epochs to `landed`, for the multiplying warps.
+template <int NF, int ROWS>
+TSL void tsk_pull_tiles(TskRing &ring, TskAddress context, TskAddress counter, TskAddress list, int total, TskAddress landing, TskAddress landed, uint32_t now, int site) {
+  constexpr uint32_t PIECE = ROWS * NF * 4, TILE = NF * 512;
+  const int lane = threadIdx.x & 31;
   for (int item = tsk_claim(counter, total); item >= 0; item = tsk_claim(counter, total)) {
     const int *row = (const int *)list.p + item * TSK_WORDS;
-    const int kind = row[TSK_KIND], peer = row[TSK_PEER], to = row[TSK_TO];
-    if (lane == 0) tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)row[TSK_FLAG]), now, peer, site);
-    __syncwarp();
-    const char *from = (const char *)c->data[peer] + (kind == TSK_RESULT ? result_offset : 0) + (int64_t)row[TSK_FROM] * (PIECE * 4);
-    if (lane == 0) {
-      tsl_fence_async();
-      for (int p = 0; p < 2; ++p) tsk_bulk_load(shared + ((loads + p) & 1) * PIECE, from + p * PIECE, PIECE, barrier + ((loads + p) & 1) * 8);
-    }
-    for (int p = 0; p < 4; ++p, ++loads) {
-      const uint32_t piece = shared + (loads & 1) * PIECE;
-      tsk_bulk_wait(barrier + (loads & 1) * 8, (loads >> 1) & 1);
-      if (kind == TSK_LAND) {
-        if (lane == 0) tsk_bulk_store((char *)landing.p + ((int64_t)to * 4 + p) * PIECE, piece, PIECE);
-      } else {
-        const int r = p * 32 + lane, col = row[TSK_TO_COL];
-        const uint32_t bytes = min((uint32_t)(n - col) * 2, WIDTH);
-        if (r < row[TSK_TO_ROWS]) tsk_bulk_store((char *)out.p + ((int64_t)(to + r) * n + col) * 2, piece + lane * WIDTH, bytes);
-      }
-      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-      if (p < 2) {
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        __syncwarp();
-        if (lane == 0) tsk_bulk_load(piece, from + (p + 2) * PIECE, PIECE, barrier + (loads & 1) * 8);
-      }
-    }
+    char *to = (char *)landing.p + (int64_t)row[TSK_TO] * TILE;
+    const char *from = (const char *)tsl_context(context.p)->data[row[TSK_PEER]] + (int64_t)row[TSK_FROM] * TILE;
+    tsk_bring<NF, ROWS>(ring, context, row, from, now, site, [&](int p, uint32_t piece) {
+      if (lane == 0) tsk_bulk_store(to + p * PIECE, piece, PIECE);
+    });
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     __syncwarp();
-    if (kind == TSK_LAND && lane == 0) {
+    if (lane == 0) {
       tsl_fence_async();
       __threadfence();
-      *(volatile uint32_t *)((char *)landed.p + 4ull * to) = now;
+      *(volatile uint32_t *)((char *)landed.p + 4ull * row[TSK_TO]) = now;
     }
   }
+}
+// Finished sums of the peers, to the output [.., n].
+template <int NF, int ROWS>
+TSL void tsk_pull_sums(TskRing &ring, TskAddress context, TskAddress counter, TskAddress list, int total, TskAddress out, int64_t result_offset, int n, uint32_t now, int site) {
+  constexpr uint32_t WIDTH = NF * 4, TILE = NF * 512;   // bytes: of a row of a tile, and of a tile
+  const int lane = threadIdx.x & 31;
+  for (int item = tsk_claim(counter, total); item >= 0; item = tsk_claim(counter, total)) {
+    const int *row = (const int *)list.p + item * TSK_WORDS;
+    const int col = row[TSK_TO_COL], rows = row[TSK_TO_ROWS];
+    const uint32_t bytes = min((uint32_t)(n - col) * 2, WIDTH);
+    char *to = (char *)out.p + ((int64_t)row[TSK_TO] * n + col) * 2;
+    const char *from = (const char *)tsl_context(context.p)->data[row[TSK_PEER]] + result_offset + (int64_t)row[TSK_FROM] * TILE;
+    tsk_bring<NF, ROWS>(ring, context, row, from, now, site, [&](int p, uint32_t piece) {
+      const int r = p * ROWS + lane;
+      if (lane < ROWS && r < rows) tsk_bulk_store(to + (int64_t)r * n * 2, piece + lane * WIDTH, bytes);
+    });
+  }
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+// What warps 2 and 3 do. For an all_reduce warp 2 pulls partial tiles and warp 3 sums, so that neither waits behind the other; sums wait for
+// partial tiles alone, so warp 2 may go on with them at the end. Else both pull partial tiles. `buffer`: four pieces of ROWS rows.
+template <int NF, int ROWS, bool ALL>
+TSL void tsk_pull(TskAddress context, TskAddress counters, TskAddress pulls, int pull_total, TskAddress results, int result_total, TskAddress buffer,
+                  TskAddress landing, TskAddress landed, TskAddress out, int64_t result_offset, int n, int epoch, int site) {
+  unsigned int *claims = (unsigned int *)counters.p + 2;
+  const uint32_t now = tsk_epoch(context, epoch);
+  TskRing ring = tsk_ring_of_pieces(buffer, ROWS * NF * 4);
+  if (!ALL || threadIdx.x < 96) tsk_pull_tiles<NF, ROWS>(ring, context, claims, pulls, pull_total, landing, landed, now, site);
+  if (ALL) tsk_pull_sums<NF, ROWS>(ring, context, claims + 1, results, result_total, out, result_offset, n, now, site);
 }
 
 // ---- end of a kernel ----------------------------------------------------------------------------------------------------------
 
 TSL void tsk_join() { asm volatile("bar.sync 10, 320;" ::: "memory"); }   // multiplying warps and warps 2 and 3
-// counters: [0] claims of tiles, [1] CTAs that are done, [2] claims of pulls. The last CTA leaves them at zero for the next launch and
-// tells the peers that this rank has read its slot (unless ack_flag is negative); if the group was aborted it fills the output with
+// counters: [0] claims of tiles, [1] CTAs that are done, [2] claims of pulls of partial tiles, [3] of sums. The last CTA leaves them at
+// zero for the next launch and tells the peers that this rank has read its slot (unless ack_flag is negative); if the group was aborted it fills the output with
 // NaN, since part of it was never computed.
 TSL int tsk_last(TskAddress counters, int ctas) {
   __shared__ int last;
@@ -378,7 +410,7 @@ TSL void tsk_report(TskAddress context) {
 }
 TSL void tsk_finish(TskAddress context, TskAddress counters, int epoch, int ack_flag) {
   const TslContext *c = tsl_context(context.p);
-  if (TSK_THREAD == 0) { for (int i = 0; i < 3; ++i) ((volatile unsigned int *)counters.p)[i] = 0; }
+  if (TSK_THREAD == 0) { for (int i = 0; i < 4; ++i) ((volatile unsigned int *)counters.p)[i] = 0; }
   const int t = TSK_THREAD;
   if (ack_flag >= 0 && t < (int)c->size && t != (int)c->rank) tsl_st_release_sys((void *)(c->flags[t] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
 }
@@ -406,6 +438,6 @@ TSL void tsk_acknowledge(TskAddress context, int epoch, int, int ack_flag) {
 #define TSK_STORE(NF, DT, OUT, ROW, COL, ROWS, N) tsk_rows<NF, DT, false>(Cl, OUT, ROW, COL, ROWS, N, N, nullptr)
 #define TSK_STORE_BLOCK(NF, DT, ...) tsk_rows<NF, DT, false>(Cl, __VA_ARGS__, nullptr)
 #define TSK_STORE_TWICE(NF, DT, OUT, ROW, COL, ROWS, N, COPY) tsk_rows<NF, DT, true>(Cl, OUT, ROW, COL, ROWS, N, N, COPY)
-#define TSK_PULL(NF, ...) tsk_pull<NF>(__VA_ARGS__)
+#define TSK_PULL(NF, ROWS, ALL, ...) tsk_pull<NF, ROWS, ALL>(__VA_ARGS__)
 #define TSK_STAGE(NF, DT, ...) tsk_stage<NF, DT>(Cl, __VA_ARGS__)
 #define TSK_ADD_PARTS(NF, DT, ...) tsk_add_parts<NF, DT>(Cl, __VA_ARGS__)
