@@ -114,7 +114,7 @@ def prepare(
         "executor": plan.executor,
         "digest": hashlib.sha256(plan.dumps().encode()).hexdigest(),
         "sites": 1,
-        "scratch_bytes": planner.scratch_bytes(plan, group.size(), args),
+        "scratch_bytes": planner.prepare(plan, group.size(), args),
     }
     options = {"timeout_s": timeout_s, "heap_bytes": None, "verify": False}
     manifest = json.dumps(

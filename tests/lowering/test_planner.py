@@ -156,7 +156,7 @@ def test_a_sum_over_ranks_hides_less() -> None:
         ("matmul_all_reduce", 16, 1024, 1024),
         ("matmul_all_reduce", 128, 4096, 4096),
         ("matmul_reduce_scatter", 128, 256, 65536),  # nearly all of it is the matmul, which fusing slows down
-        ("all_gather_matmul", 16, 1 << 20, 2048),
+        ("all_gather_matmul", 16, 1 << 22, 2048),
     ],
 )
 def test_gpu_sites_that_gain_nothing_are_kept(kind: str, m: int, n: int, k: int) -> None:

@@ -289,7 +289,7 @@ class _Fusion:
             entry = groups[group]
             entry["sites"] += 1
             args = fx.map_arg(node.args[:-3], lambda n: n.meta["val"])
-            need = planner.scratch_bytes(plan, len(group_ranks(group)), args)
+            need = planner.prepare(plan, len(group_ranks(group)), args)
             entry["executor"] = plan.executor
             entry["scratch_bytes"] = max(entry["scratch_bytes"], need)
             entry["plans"].append(plan.dumps())

@@ -91,9 +91,11 @@ NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
 PASS = Link(10.0, PULL_US_PER_MIB)  # one pass over NVLink, by copy engine or by pulls, per MiB that one rank receives
 GATHER_TAIL_US = 10.0
 SCATTER_TAIL_US = 15.0
-SUM_SHARE = 0.33  # of the shorter of GEMM and transport, which an all_reduce does not hide
-SUM_TAIL_US = 60.0
-MUST_GAIN_GPU = 0.95  # a fused op costs the host some tens of us more than NCCL and cuBLAS, which a CUDA graph hides
+SUM_GEMM_FACTOR = 1.07  # of an all_reduce: its GEMM adds, signals and writes results twice
+SUM_PULL_WAVES = 1.2  # waves whose transport follows the last one
+SUM_LATENCY_US = 22.0  # from a tile's last product to its sum at every rank
+SUM_TAIL_US = 10.0
+MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,9 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
             max(gemm.us + transport / gemm.waves, transport + SCATTER_TAIL_US) + SCATTER_TAIL_US, original
         )
     transport = PASS.us(2 * received)
-    longer, shorter = max(gemm.us, transport), min(gemm.us, transport)
-    return Prediction(longer + SUM_SHARE * shorter + SUM_TAIL_US, original)
+    exposed = min(1.0, SUM_PULL_WAVES / gemm.waves) * transport
+    longest = max(SUM_GEMM_FACTOR * gemm.us + exposed, transport + gemm.wave_us + SUM_LATENCY_US)
+    return Prediction(longest + SUM_TAIL_US, original)
 
 
 def _tiles(gemm: Gemm) -> int:

@@ -57,11 +57,20 @@ def _capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def scratch_bytes(plan: Plan, ranks: int, args: Sequence[Any]) -> int:
-    """Bytes of the arena that a fused op needs, 0 if its sizes are symbolic: then the first launch grows the arena."""
+def prepare(plan: Plan, ranks: int, args: Sequence[Any]) -> int:
+    """Have the kernels of a fused op compiled in the background, unless its sizes are symbolic.
+
+    Returns:
+        Bytes of the arena that it needs, 0 if its sizes are symbolic: then the first launch grows the arena.
+    """
     values = pytree.tree_leaves(args)
     sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,) if v is not None else ())]
     template = find_template(plan.kind, plan.executor)
     if template is None or not all(isinstance(size, int) for size in sizes):
         return 0
-    return max(0, template.scratch_bytes(plan, ranks, *args))
+    need = max(0, template.scratch_bytes(plan, ranks, *args))
+    if need and isinstance(template, CompiledTemplate) and torch.cuda.is_available():
+        jit = importlib.import_module("tscompile.templates.nvlink.jit")
+        for kernel in template.kernels(plan, ranks, *args):
+            jit.compile_ahead(*kernel)
+    return need

@@ -6,7 +6,7 @@ Not for planning: whether a fusion pays is the planner's business; a template on
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -42,6 +42,15 @@ class Template(Protocol):
         Raises:
             DowngradedError, PeerError: as `Channel.wait`.
         """
+        ...
+
+
+@runtime_checkable
+class CompiledTemplate(Template, Protocol):
+    """A template that launches kernels of its own."""
+
+    def kernels(self, plan: Plan, size: int, *args: Any) -> list[tuple[Any, ...]]:
+        """Kernels that a call launches, as nvlink/jit.py names them, to be compiled ahead; arguments as `scratch_bytes`."""
         ...
 
 

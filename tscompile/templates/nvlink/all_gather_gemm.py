@@ -8,6 +8,8 @@ have the rank dimension summed over while others do not, follow on the gathered 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from ...nvshmem.stream import Step, Values, steps_of
 from ...problem import FusionProblem, GatherUse, Plan
 from ..template import register_template, torch_dtype
 from .channel import MAIN, SIDE, Call, DeviceChannel, DeviceLink
-from .gather_blocks import BlocksLaunch, block_launches, blocks_of
+from .gather_blocks import BlocksLaunch, block_kernels, block_launches, blocks_of
 from .jit import kernel
 from .kernels.config import MAX_OPERANDS, GemmConfig
 from .lasting import lasting_tables
@@ -43,6 +45,17 @@ class NvlinkAllGatherGemm:
                 return int(shard.numel()) * size * torch_dtype(plan.dtype).itemsize
         return -1
 
+    def kernels(
+        self, plan: Plan, size: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[tuple[Any, ...]]:
+        batches, _ = _batches(plan, others, biases)
+        found: list[tuple[Any, ...]] = []
+        for batch in batches:
+            weights = [others[index] for index in batch.indices]
+            config = _config(plan.dtype, size, shard.shape, weights, batch.bias)
+            found.append(("all_gather", config, plan.return_gathered and not found))
+        return found or block_kernels(plan, size, shard, others, biases)
+
     def run(
         self,
         channel: DeviceChannel,
@@ -59,6 +72,39 @@ class NvlinkAllGatherGemm:
         return recipe.run(channel, plan, aligned_pointer(shard), others, biases)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Uses that one kernel serves: the same layout and k, all with a bias or none."""
+
+    indices: tuple[int, ...]
+    bias: bool
+
+
+def _batches(plan: Plan, others: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[list[_Batch], list[int]]:
+    """The uses that read gathered rows, and the indices of the others."""
+    groups: dict[tuple[bool, bool, int], list[int]] = {}
+    rest: list[int] = []
+    for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
+        if serves_use(use, plan.dtype, other.shape[0], other.shape[1]):
+            groups.setdefault((is_transposed(other), bias is not None, other.shape[0]), []).append(index)
+        else:
+            rest.append(index)
+    batches = [
+        _Batch(tuple(group[first : first + MAX_OPERANDS]), with_bias)
+        for (_, with_bias, _), group in groups.items()
+        for first in range(0, len(group), MAX_OPERANDS)
+    ]
+    return batches, rest
+
+
+def _config(dtype: str, ranks: int, shard: Sequence[int], weights: Sequence[Tensor], bias: bool) -> GemmConfig:
+    """What the kernel of a batch is compiled for; `shard` is the shape of the shard."""
+    pieces, width = shard
+    rows = pieces * (width // weights[0].shape[0]) * ranks
+    tile_n = tile_width(-(-rows // TILE_M), [weight.shape[1] for weight in weights])
+    return GemmConfig(dtype, is_transposed(weights[0]), len(weights), bias, tile_n)
+
+
 class _Recipe:
     """What the calls of one site with the same layout share."""
 
@@ -73,27 +119,16 @@ class _Recipe:
         self.link = link
         self.dtype = torch_dtype(plan.dtype)
         self.pieces, self.width = shard.shape
-        groups: dict[tuple[bool, bool, int], list[int]] = {}
-        self.rest: list[int] = []
-        for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
-            if serves_use(use, plan.dtype, other.shape[0], other.shape[1]):
-                groups.setdefault((is_transposed(other), bias is not None, other.shape[0]), []).append(index)
-            else:
-                self.rest.append(index)
-        batches = [
-            (group[i : i + MAX_OPERANDS], with_bias)
-            for (_, with_bias, _), group in groups.items()
-            for i in range(0, len(group), MAX_OPERANDS)
-        ]
+        batches, self.rest = _batches(plan, others, biases)
         self.launches: list[_Launch | BlocksLaunch] = [
             _Launch(
                 self,
-                [(index, others[index]) for index in batch],
-                with_bias,
+                batch,
+                [others[index] for index in batch.indices],
                 collects=plan.return_gathered and number == 0,
                 last=number == len(batches) - 1 and not self.rest,
             )
-            for number, (batch, with_bias) in enumerate(batches)
+            for number, batch in enumerate(batches)
         ]
         if not self.launches:
             launches, self.rest = block_launches(link, plan, shard, others, biases)
@@ -180,45 +215,40 @@ class _Recipe:
 
 
 class _Launch:
-    """One kernel of a recipe: the matmuls of up to MAX_OPERANDS weights of the same layout."""
+    """One kernel of a recipe: the matmuls of a batch."""
 
     def __init__(
-        self, recipe: _Recipe, weights: list[tuple[int, Tensor]], with_bias: bool, *, collects: bool, last: bool
+        self, recipe: _Recipe, batch: _Batch, weights: Sequence[Tensor], *, collects: bool, last: bool
     ) -> None:
         link = recipe.link
-        first = weights[0][1]
-        self.transposed = is_transposed(first)
-        self._k = first.shape[0]
-        inner = recipe.width // self._k
-        self._shard_rows = recipe.pieces * inner
-        self.rows = self._shard_rows * link.size
-        widths = [weight.shape[1] for _, weight in weights]
-        tile_n = tile_width(-(-self.rows // TILE_M), widths)
-        made = gather_tiles(link.rank, link.size, recipe.pieces, inner, widths, tile_n)
+        shard_shape = (recipe.pieces, recipe.width)
+        config = _config(str(recipe.dtype).removeprefix("torch."), link.size, shard_shape, weights, batch.bias)
+        k, self.transposed = weights[0].shape[0], config.transposed
+        inner = recipe.width // k
+        self.rows = recipe.pieces * inner * link.size
+        widths = [weight.shape[1] for weight in weights]
+        made = gather_tiles(link.rank, link.size, recipe.pieces, inner, widths, config.tile_n)
         self.spans = made.spans
         (self._table,) = lasting_tables([made.rows], link.device)
         self._fixed = {
             "table": self._table.data_ptr(),
             "tiles": len(made.rows),
-            "MR": self._shard_rows,
+            "MR": recipe.pieces * inner,
             "M": self.rows,
-            "K": self._k,
+            "K": k,
             "pieces": recipe.pieces,
             "shard_bytes": recipe.width * recipe.dtype.itemsize,
             **{f"N{place}": width for place, width in enumerate(widths)},
         }
         if not last:
             self._fixed["ack"] = -1
-        dtype = str(recipe.dtype).removeprefix("torch.")
-        self.kernel = kernel(
-            "all_gather", GemmConfig(dtype, self.transposed, len(weights), with_bias, tile_n), collects
-        )
+        self.kernel = kernel("all_gather", config, collects)
         place = self.kernel.place
         self.shard, self.epoch, self.gathered = place("X"), place("epoch"), place("gathered")
         # Of each weight: its index among the op's, its width, and the places of its address, its result's and its bias's.
         self.operands = [
             (index, width, place(f"B{number}"), place(f"C{number}"), place(f"V{number}"))
-            for number, ((index, _), width) in enumerate(zip(weights, widths, strict=True))
+            for number, (index, width) in enumerate(zip(batch.indices, widths, strict=True))
         ]
 
     def values(self, known: dict[str, int]) -> Values:

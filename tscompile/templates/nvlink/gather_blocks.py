@@ -70,31 +70,84 @@ def _from_k(use: GatherUse, other: Tensor) -> Tensor:
     return other if use.side == "lhs" else other.t()
 
 
-def block_launches(
-    link: DeviceLink, plan: Plan, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[list[BlocksLaunch], list[int]]:
-    """Launches for the uses of a plan that the kernel serves, in their order, and the indices of the others."""
+@dataclass(frozen=True)
+class _Served:
+    """A use that the kernel serves, by its index among the plan's."""
+
+    index: int
+    use: GatherUse
+    sizes: Blocks
+    bias: bool
+
+    def shape(self, ranks: int) -> tuple[int, int]:
+        """Rows and columns of the result."""
+        sizes = self.sizes
+        span = sizes.width if self.use.contracts_ranks else sizes.pieces * ranks * sizes.inner
+        return (span, sizes.free) if self.use.side == "lhs" else (sizes.free, span)
+
+    def config(self, dtype: str, ranks: int) -> BlocksConfig:
+        """What its kernel is compiled for."""
+        sizes, left, contracts = self.sizes, self.use.side == "lhs", self.use.contracts_ranks
+        left_first, right_first = (sizes.k_first, sizes.local_k_first)[:: 1 if left else -1]
+        rows, columns = self.shape(ranks)
+        tile_rows, widths = -(-rows // TILE_M), [columns]
+        if not contracts:
+            count = sizes.pieces * ranks
+            tile_rows = count * -(-sizes.inner // TILE_M) if left else tile_rows
+            widths = widths if left else [sizes.inner] * count
+        return BlocksConfig(
+            dtype,
+            not right_first,
+            bias=self.bias,
+            tile_n=tile_width(tile_rows, widths, SWIZZLED_WIDTHS if right_first else TILE_WIDTHS),
+            left_transposed=left_first,
+            gathered_left=left,
+            contracts=contracts,
+        )
+
+
+def _served(
+    plan: Plan, ranks: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[list[_Served], list[int]]:
+    """The uses of a plan that the kernel serves, in the order of their launches, and the indices of the others."""
     found, rest = [], []
-    for index, (use, other) in enumerate(zip(plan.uses, others, strict=True)):
-        sizes = blocks_of(use, plan.dtype, link.size, shard.shape, other)
+    for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
+        sizes = blocks_of(use, plan.dtype, ranks, shard.shape, other)
         if sizes is None:
             rest.append(index)
         else:
-            found.append((index, sizes))
+            found.append(_Served(index, use, sizes, bias is not None))
     # A sum needs all shards for its first tile, so what is no sum hides more of the transport.
-    found.sort(key=lambda item: plan.uses[item[0]].contracts_ranks)
+    found.sort(key=lambda served: served.use.contracts_ranks)
+    return found, rest
+
+
+def block_kernels(
+    plan: Plan, ranks: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[tuple[str, BlocksConfig, bool]]:
+    """The kernels of `block_launches`, as jit.py names them."""
+    found, _ = _served(plan, ranks, shard, others, biases)
+    return [
+        ("gather_blocks", served.config(plan.dtype, ranks), plan.return_gathered and number == 0)
+        for number, served in enumerate(found)
+    ]
+
+
+def block_launches(
+    link: DeviceLink, plan: Plan, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[list[BlocksLaunch], list[int]]:
+    """Launches for the uses of a plan that the kernel serves, and the indices of the others."""
+    found, rest = _served(plan, link.size, shard, others, biases)
     launches = [
         BlocksLaunch(
             link,
-            index,
-            plan.uses[index],
-            sizes,
+            served,
+            plan.dtype,
             shard,
-            bias=biases[index] is not None,
             collects=plan.return_gathered and number == 0,
             last=number == len(found) - 1 and not rest,
         )
-        for number, (index, sizes) in enumerate(found)
+        for number, served in enumerate(found)
     ]
     return launches, rest
 
@@ -105,26 +158,12 @@ class BlocksLaunch:
     spans = False  # tiles and steps are of one rank, so the own shard is read where it lies
 
     def __init__(
-        self,
-        link: DeviceLink,
-        index: int,
-        use: GatherUse,
-        sizes: Blocks,
-        shard: Tensor,
-        *,
-        bias: bool,
-        collects: bool,
-        last: bool,
+        self, link: DeviceLink, served: _Served, dtype: str, shard: Tensor, *, collects: bool, last: bool
     ) -> None:
-        left, contracts = use.side == "lhs", use.contracts_ranks
+        sizes, config = served.sizes, served.config(dtype, link.size)
+        left, contracts, tile_n = config.gathered_left, config.contracts, config.tile_n
         count = sizes.pieces * link.size
-        span = sizes.width if contracts else count * sizes.inner
-        self.rows, columns = (span, sizes.free) if left else (sizes.free, span)
-        left_first, right_first = (sizes.k_first, sizes.local_k_first)[:: 1 if left else -1]
-        rows, widths = -(-self.rows // TILE_M), [columns]
-        if not contracts:
-            rows, widths = (count * -(-sizes.inner // TILE_M), widths) if left else (rows, [sizes.inner] * count)
-        tile_n = tile_width(rows, widths, SWIZZLED_WIDTHS if right_first else TILE_WIDTHS)
+        self.rows, columns = served.shape(link.size)
         place = (link.rank, link.size, sizes.pieces)
         if contracts:
             table = contraction_tiles(*place, self.rows, columns, tile_n)
@@ -149,21 +188,12 @@ class BlocksLaunch:
         }
         if not last:
             self._fixed["ack"] = -1
-        config = BlocksConfig(
-            str(shard.dtype).removeprefix("torch."),
-            not right_first,
-            bias=bias,
-            tile_n=tile_n,
-            left_transposed=left_first,
-            gathered_left=left,
-            contracts=contracts,
-        )
         self.kernel = kernel("gather_blocks", config, collects)
         place_of = self.kernel.place
         self.shard, self.epoch, self.gathered = place_of("X"), place_of("epoch"), place_of("gathered")
         # As the kernel takes it, the local operand is [k, free] or [free, k]; on the left it comes as [free, k].
         self.transposed = sizes.local_k_first != left
-        self.operands = [(index, columns, place_of("B"), place_of("C"), place_of("V"))]
+        self.operands = [(served.index, columns, place_of("B"), place_of("C"), place_of("V"))]
 
     def values(self, known: dict[str, int]) -> Values:
         """Values of launches in one slot, but for those that change from call to call."""

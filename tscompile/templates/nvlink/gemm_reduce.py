@@ -7,6 +7,7 @@ in parts, one part later than the peers') and add what has landed to their accum
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -66,8 +67,7 @@ class _Recipe:
             "scale": coefficients[0] / (link.size if plan.reduce_op == "avg" else 1),
             "result_offset": (link.size - 1) * made.tiles * TILE_M * width * _ITEM,
         }
-        config = GemmConfig(plan.dtype, self._transposed, len(lhs), self._has_bias, width, STAGES[width])
-        self._kernel = kernel("reduce", config, plan.kind == "matmul_all_reduce")
+        self._kernel = kernel(*_kernel(plan, rhs, biases, width))
         place = self._kernel.place
         self._operands = [(place(f"A{number}"), place(f"B{number}")) for number in range(len(lhs))]
         self._at_bias, self._at_out, self._at_landing, self._at_epoch = map(place, ("V", "C", "landing", "epoch"))
@@ -134,6 +134,13 @@ def _sum(
     return [recipe.run(channel, lhs, rhs, biases)]
 
 
+def _kernel(plan: Plan, rhs: Sequence[Tensor], biases: Sequence[Tensor | None], width: int) -> tuple[Any, ...]:
+    """The kernel for tiles of `width` columns, as jit.py names it."""
+    has_bias = any(bias is not None for bias in biases)
+    config = GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, STAGES[width])
+    return "reduce", config, plan.kind == "matmul_all_reduce"
+
+
 def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
     return tuple(Gemm(a.shape[0], b.shape[1], a.shape[1]) for a, b in zip(lhs, rhs, strict=True))
 
@@ -172,6 +179,18 @@ class NvlinkGemmReduceScatter:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
         return _scratch(_tiling(lhs, rhs, size, outer, False), size, False)
+
+    def kernels(
+        self,
+        plan: Plan,
+        size: int,
+        lhs: Sequence[Tensor],
+        rhs: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        addends: Sequence[Tensor],
+        outer: int,
+    ) -> list[tuple[Any, ...]]:
+        return [_kernel(plan, rhs, biases, _tiling(lhs, rhs, size, outer, False).width)]
 
     def run(
         self,
@@ -216,6 +235,17 @@ class NvlinkGemmAllReduce:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
         return _scratch(_tiling(lhs, rhs, size, 1, True), size, True)
+
+    def kernels(
+        self,
+        plan: Plan,
+        size: int,
+        lhs: Sequence[Tensor],
+        rhs: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        addends: Sequence[Tensor],
+    ) -> list[tuple[Any, ...]]:
+        return [_kernel(plan, rhs, biases, _tiling(lhs, rhs, size, 1, True).width)]
 
     def run(
         self,

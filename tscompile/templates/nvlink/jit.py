@@ -76,11 +76,17 @@ def artifact(name: str, *args: Any) -> tuple[bytes, LaunchSpec]:
 
 def _parse(text: str) -> LaunchSpec:
     raw = json.loads(text)
-    maps = {
-        name: TensorMap(**{**fields, "dims": tuple(fields["dims"]), "box": tuple(fields["box"])})
-        for name, fields in raw.pop("maps").items()
-    }
-    return LaunchSpec(**{**raw, "maps": maps, "parameters": tuple(raw["parameters"]), "floats": tuple(raw["floats"])})
+    maps = {name: TensorMap(**_tuples(fields)) for name, fields in raw.pop("maps").items()}
+    return LaunchSpec(maps=maps, **_tuples(raw))
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+
+    def convert(value: Any) -> Any:
+        return tuple(convert(item) for item in value) if isinstance(value, list) else value
+
+    return {name: convert(value) for name, value in fields.items()}
 
 
 @lru_cache(maxsize=1)

@@ -13,10 +13,9 @@ from .tiles import TILE_M
 TILE_WIDTHS = (256, 240, 224)
 # The same for a right operand [K, N]: TMA swizzles columns by 64, and loads a ragged rest in many small boxes.
 SWIZZLED_WIDTHS = (256,)
-# Time of a tile of 128 rows on one SM per unit of k, all SMs busy, by its columns, us.
-# [measured 2026-11-20, H200, bfloat16. 256: a GEMM [8192, 7168, 4096] takes 0.70 ms. 128: 0.58 of it, by GEMMs [2048, 4096, 7168] and
-# [512, 8192, 7168]. 192: not measured; 0.80 by what an SM reads per product, which makes those of 128 slow, too]
-TILE_US_PER_K = {256: 0.0122, 192: 0.0098, 128: 0.0071}
+# Time of a tile of 128 rows on one SM per unit of k, all SMs busy, by its columns, us. [measured 2026-11-20, H200, bfloat16: a GEMM
+# [8192, 7168, 4096] with tiles of 256, sums of 512 to 2048 rows with each width]
+TILE_US_PER_K = {256: 0.0122, 192: 0.0112, 128: 0.0093}
 WIDEST = max(TILE_US_PER_K)
 PULL_US_PER_MIB = 3.1  # of what one rank receives over NVLink; measured as above
 _MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags

@@ -45,7 +45,8 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
     dtype, transposed, terms = config.dtype, config.transposed, config.operands
     bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
     NF, DT = config.registers, DTYPE_CODES[config.dtype]
-    piece_rows = 16 if bN > 128 else 32  # at most 8 KiB; two pieces are on their way to each pulling warp
+    # 32 KiB at most: two pieces are on their way to each pulling warp, of which an all_reduce has two.
+    piece_rows = 16 if all_reduce and bN > 128 else 32
     M, N = T.dynamic("M"), T.dynamic("N")
     K0, K1, K2 = T.dynamic("K0"), T.dynamic("K1"), T.dynamic("K2")
     B_shapes = [(N, k) if transposed else (k, N) for k in (K0, K1, K2)]
@@ -84,7 +85,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
         with T.Kernel(SMS, threads=THREADS, prelude=text):
             As = T.alloc_shared((S, bM, bK), dtype)
             Bs = T.alloc_shared((S, bN, bK) if transposed else (S, bK, bN), dtype)
-            pieces = T.alloc_shared((4 * piece_rows * bN,), dtype)
+            pieces = T.alloc_shared(((4 if all_reduce else 2) * piece_rows * bN,), dtype)
             Cl = T.alloc_fragment((bM, bN), "float32")
             full = T.alloc_barrier([1] * S)
             empty = T.alloc_barrier([256] * S)

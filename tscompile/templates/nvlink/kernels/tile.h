@@ -365,14 +365,14 @@ TSL void tsk_pull_sums(TskRing &ring, TskAddress context, TskAddress counter, Ts
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 // What warps 2 and 3 do. For an all_reduce warp 2 pulls partial tiles and warp 3 sums, so that neither waits behind the other; sums wait for
-// partial tiles alone, so warp 2 may go on with them at the end. Else both pull partial tiles. `buffer`: four pieces of ROWS rows.
+// partial tiles alone, so warp 2 may go on with them at the end. Else warp 2 pulls partial tiles. `buffer`: two pieces of ROWS rows a warp.
 template <int NF, int ROWS, bool ALL>
 TSL void tsk_pull(TskAddress context, TskAddress counters, TskAddress pulls, int pull_total, TskAddress results, int result_total, TskAddress buffer,
                   TskAddress landing, TskAddress landed, TskAddress out, int64_t result_offset, int n, int epoch, int site) {
   unsigned int *claims = (unsigned int *)counters.p + 2;
   const uint32_t now = tsk_epoch(context, epoch);
   TskRing ring = tsk_ring_of_pieces(buffer, ROWS * NF * 4);
-  if (!ALL || threadIdx.x < 96) tsk_pull_tiles<NF, ROWS>(ring, context, claims, pulls, pull_total, landing, landed, now, site);
+  if (threadIdx.x < 96) tsk_pull_tiles<NF, ROWS>(ring, context, claims, pulls, pull_total, landing, landed, now, site);
   if (ALL) tsk_pull_sums<NF, ROWS>(ring, context, claims + 1, results, result_total, out, result_offset, n, now, site);
 }
 
