@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .. import templates as _templates  # noqa: F401  (importing it registers the templates)
 from ..options import Options
 from ..problem import Decision, Fuse, FusionProblem, Keep, Plan
-from ..templates.template import find_template
+from ..templates.template import CompiledTemplate, find_template
 from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}

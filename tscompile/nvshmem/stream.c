@@ -98,6 +98,13 @@ int tsc_stream_load(void) {
              module_function && function_attribute && encode_map && launch_kernel);
 }
 
+/* For the test that stream.py mirrors the structs. */
+void tsc_stream_sizes(uint64_t sizes[3]) {
+    sizes[0] = sizeof(struct step);
+    sizes[1] = sizeof(struct map);
+    sizes[2] = sizeof(struct kernel);
+}
+
 /* A new event without timing, 0 if there is no context or no memory. */
 void *tsc_event(void) {
     void *event = 0;
