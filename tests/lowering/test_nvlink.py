@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,3 +245,43 @@ def test_a_host_executor_is_downgraded_though_a_peer_is_ahead(ranks: list[Rank])
     assert group.error is None and first.heap.downgraded() is not None
     with pytest.raises(DowngradedError):  # the peer, which waits on its host, leaves its wait
         HostChannel(second.heap, RANKS, 1, PLAN.site, 2.5).check()
+
+
+class Counting:
+    """A template that notes each question about its memory."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    def scratch_bytes(self, plan: Plan, size: int, *args: Any) -> int:
+        self.asked.append(args)
+        return 64
+
+
+def test_launches_of_one_layout_share_a_memo(ranks: list[Rank]) -> None:
+    group, template = ranks[0].group, Counting()
+    a, b = torch.zeros(4, 8), torch.zeros(8, 8)
+    first = group._memo(template, PLAN, ([a], [b], [None], 1))  # type: ignore[arg-type]
+    again = group._memo(template, PLAN, ([a.clone()], [b + 1], [None], 1))  # type: ignore[arg-type]
+    assert first is again and first.need == 64 and len(template.asked) == 1
+    others = [
+        ([torch.zeros(8, 8)], [b], [None], 1),
+        ([a], [b.t()], [None], 1),
+        ([a], [b], [torch.zeros(8)], 1),
+        ([a], [b], [None], 2),
+        ([a, b], [], [None], 1),
+    ]
+    memos = {id(group._memo(template, PLAN, args)) for args in others}  # type: ignore[arg-type]
+    assert len(memos) == len(others) and id(first) not in memos
+    assert group._memo(template, replace(PLAN, site="other"), ([a], [b], [None], 1)) is not first  # type: ignore[arg-type]
+
+
+def test_memos_of_symbolic_shapes_do_not_pile_up(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tscompile.lowering.group._MAX_MEMOS", 3)
+    settled: list[int] = []
+    group, template = ranks[0].group, Counting()
+    monkeypatch.setattr(group.executor, "settle", lambda: settled.append(len(group._memos)))
+    for rows in range(1, 9):
+        group._memo(template, PLAN, (torch.zeros(rows, 8),))  # type: ignore[arg-type]
+        assert len(group._memos) <= 3
+    assert settled == [3, 3]  # what is enqueued may still read their tables

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tscompile.language import context
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.nvshmem.stream import Step
 from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, FLAGS, MAIN, SIDE, Call, Record, Site
+from tscompile.templates.nvlink.lasting import lasting, lasting_tables
 
 from .fake_gpu import SLOT_BYTES, Gpu
 
@@ -172,3 +175,21 @@ def test_epochs_go_on_where_an_int32_ends(gpu: Gpu) -> None:
     assert [call.slot for call in calls] == [0, 1, 0, 1]
     gpu.link._eager = 2**32 - 2
     assert [gpu.link.open(SITE).epoch for _ in range(3)] == [-1, 0, 1]
+
+
+def test_lasting_tensors_come_from_another_thread() -> None:
+    """CUDA graph trees claim what the calling thread allocates; and its modes must not stick to what outlives them."""
+    makers: list[str] = []
+
+    def make() -> torch.Tensor:
+        makers.append(threading.current_thread().name)
+        return torch.zeros(3)
+
+    with torch.inference_mode(), FakeTensorMode():
+        made = lasting(make, torch.device("cpu"))
+        (table,) = lasting_tables([[]], torch.device("cpu"))
+    assert makers != [threading.current_thread().name]
+    assert not made.is_inference() and not isinstance(made, FakeTensor)
+    assert table.shape == (0, 8) and table.dtype == torch.int32
+    with pytest.raises(ZeroDivisionError):
+        lasting(lambda: 1 // 0, torch.device("cpu"))
