@@ -17,16 +17,28 @@ def shape_of(kind: str, world: World) -> Shape:
     return Shape(kind, m if kind == GATHER else m * world.size, (n,), k)
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("kind", [GATHER, SCATTER, REDUCE])
-@pytest.mark.parametrize("way", WAYS)
-def test_survivors_raise_in_time(world: World, way: str, kind: str) -> None:
-    key = f"failure/{way}/{kind}"
+def survive(world: World, way: str, kind: str, captured: bool) -> None:
+    key = f"failure/{way}/{kind}/{captured}"
     if world.rank != 0:  # in the store, not in a collective: the GPUs belong to the other world meanwhile
         world.store.wait([key], timedelta(seconds=230))
         return
     try:
-        for outcome in survivors_of(way, shape_of(kind, world), world.size, world.device.type):
+        for outcome in survivors_of(way, shape_of(kind, world), world.size, world.device.type, captured=captured):
             world.say(f"{way}: {outcome['seconds']:.1f} s, {outcome['message']}")
     finally:
         world.store.set(key, "done")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", [GATHER, SCATTER, REDUCE])
+@pytest.mark.parametrize("way", WAYS)
+def test_survivors_raise_in_time(world: World, way: str, kind: str) -> None:
+    survive(world, way, kind, captured=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", [GATHER, REDUCE])
+@pytest.mark.parametrize("way", ["killed", "silent"])
+def test_survivors_that_only_replay_graphs(world: World, way: str, kind: str) -> None:
+    survive(world, way, kind, captured=True)

@@ -95,6 +95,25 @@ def test_a_record_of_a_site_that_this_rank_does_not_know(ranks: list[Rank]) -> N
     assert failure is not None and f"site number {site_hash('another') & 0x7FFFFFFF}" in failure[1]
 
 
+def test_a_rank_that_was_told_to_give_up_names_the_one_at_fault(
+    ranks: list[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = ranks
+    monkeypatch.setattr(nvlink, "_HEARSAY_S", 0.5)
+    first.link.record[:3] = torch.tensor([1, 1, 0])  # as a kernel that another rank has ended: no site
+    news = threading.Timer(0.1, lambda: second.heap.abort(0, "rank 4 did not send"))
+    news.start()
+    assert first.executor.failed() == (0, "rank 4 did not send")
+    news.join()
+
+
+def test_a_rank_that_was_told_to_give_up_and_hears_no_more(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvlink, "_HEARSAY_S", 0.05)
+    ranks[0].link.record[:3] = torch.tensor([1, 1, 0])
+    failure = ranks[0].executor.failed()
+    assert failure is not None and failure[0] == 1 and "rank 6 gave up waiting" in failure[1]
+
+
 def test_the_next_launch_raises_what_a_kernel_recorded(ranks: list[Rank]) -> None:
     first, second = ranks
     first.enqueue()

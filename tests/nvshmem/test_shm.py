@@ -82,6 +82,16 @@ def test_a_wait_ends_when_the_signal_comes() -> None:
     assert time.monotonic() - start >= 0.15
 
 
+def test_the_first_text_of_a_rank_that_aborts_stays() -> None:
+    """Its watchdog and its next launch may both say something: what came first knows more."""
+    heaps = connected(2)
+    heaps[0].abort(1, "the process of rank 6 has ended")
+    heaps[0].abort(0, "rank 4 gave up")
+    for heap in heaps:
+        record = heap.aborted()
+        assert record is not None and (record.guilty, record.text) == (1, "the process of rank 6 has ended")
+
+
 def test_downgrade_and_abort_end_waits_of_all_ranks() -> None:
     heaps = connected(3)
     channels = [Channel(heap, (4, 6, 8), 3, "layer/0", 5.0) for heap in heaps]

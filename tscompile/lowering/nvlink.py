@@ -32,6 +32,7 @@ _RAISE_AFTER_S = (
     5.0  # a program that launches ops hears of a failure from the next launch; one that replays graphs does not
 )
 _MASK = 0x7FFFFFFF
+_HEARSAY_S = 5 * _LOOK_EVERY_S  # a few rounds of the other rank's watchdog
 _TIMED = (
     5,
     10,
@@ -146,16 +147,27 @@ class NvlinkExecutor:
             return None
         found = link.read_record()
         if not found.site:
-            return found.peer, (
-                f"rank {self.ranks[found.peer]} gave up waiting for a peer and ended the group's fused ops: look at its log for the "
-                "first error; outputs of the ops that ran since are NaN"
-            )
+            return self._hearsay(found.peer)
         site = self._sites.get(found.site, f"number {found.site}")
         waited = f"{link.timeout_s:g} s"
         return found.peer, (
             f"rank {self.ranks[found.peer]} did not send within {waited} what rank {self.ranks[found.rank]} waited for at site "
             f"{site} (its flag says epoch {found.seen} of {found.expected}): look for a rank that ended or runs another program "
             "path, or raise tilescale.timeout_s; outputs of that op are NaN"
+        )
+
+    def _hearsay(self, peer: int) -> tuple[int, str]:
+        """This GPU was told to give up. The rank that told it knows whom it waited for, and its host says so within moments."""
+        assert self.heap is not None
+        patience = time.monotonic() + _HEARSAY_S
+        while time.monotonic() < patience:
+            record = self.heap.aborted()
+            if record is not None:
+                return record.guilty, record.text
+            time.sleep(0.01)
+        return peer, (
+            f"rank {self.ranks[peer]} gave up waiting for a peer and ended the group's fused ops: look at its log for the "
+            "first error; outputs of the ops that ran since are NaN"
         )
 
     def stop(self) -> None:

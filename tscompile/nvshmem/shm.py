@@ -13,6 +13,7 @@ import ctypes
 import mmap
 import os
 import secrets
+import threading
 from pathlib import Path
 
 import torch
@@ -176,6 +177,7 @@ class ShmHeap:
         self.rank = rank
         self.size = size
         self.half_bytes = 0
+        self._aborts = threading.Lock()  # taken for good by the first abort of this rank
         self._signals = signals.load()
         remove_stale()
         own = Segment.create(control_bytes(size))
@@ -326,6 +328,8 @@ class ShmHeap:
         return epoch, self._read_record(writer, 0)[1]
 
     def abort(self, guilty: int, text: str) -> None:
+        if not self._aborts.acquire(blocking=False):  # the first text may be the one that counts: it stays
+            return
         for owner in range(self.size):
             self._write_record(owner, 1, guilty, text)
             self._signals.claim(self._address(owner) + _ABORT, self.rank + 1)
