@@ -96,6 +96,11 @@ def test_the_language_package_imports_tilelang_when_it_is_used() -> None:
     run("import tscompile.language as tl\ntl.fill_context, tl.WORDS, dir(tl)", ["torch", "tilelang", "tvm"])
 
 
+def test_templates_import_tilelang_when_they_compile() -> None:
+    """A process that finds its kernels compiled starts without it."""
+    run("import tscompile.templates, tscompile.lowering.nvlink", ["tilelang", "tvm"])
+
+
 def test_the_exports_of_the_language_package() -> None:
     run(
         "import pkgutil, importlib, tscompile.language as tl\n"

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
 from tests.nvshmem.test_device import fake_heaps, grow
 from tests.templates.nvlink.fake_gpu import Gpu
 from tscompile.errors import HeapError, PeerError

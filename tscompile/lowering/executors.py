@@ -114,7 +114,7 @@ class ShmExecutor:
 
 
 def make_executor(name: str) -> Executor:
-    """A new executor of that name; the GPU one is imported on first use, since it needs TileLang and CUDA.
+    """A new executor of that name; the GPU one is imported on first use: it imports this module.
 
     Raises:
         KeyError: there is none of that name.

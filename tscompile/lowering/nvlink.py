@@ -6,7 +6,6 @@ memory, which the next launch and the watchdog read.
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 import weakref
@@ -94,9 +93,6 @@ class NvlinkExecutor:
         self._sites: dict[int, str] = {}
 
     def make_heap(self, ranks: tuple[int, ...], index: int, heap_bytes: int | None) -> NvlinkHeap:
-        importlib.import_module(
-            "tscompile.templates.nvlink.registered"
-        )  # after a cache hit nobody has planned in this process
         if not torch.cuda.is_available():
             raise HeapError("torch sees no GPU in this process: check CUDA_VISIBLE_DEVICES")
         try:

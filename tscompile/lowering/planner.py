@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .. import templates as _templates  # noqa: F401  (importing it registers the templates)
 from ..options import Options
 from ..problem import Decision, Fuse, FusionProblem, Keep, Plan
+from ..templates.nvlink.jit import compile_ahead
 from ..templates.template import CompiledTemplate, find_template
 from . import cost_model
 
@@ -32,9 +31,6 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     executor = EXECUTORS.get(problem.device)
     if executor == "nvlink":
         problem = replace(problem, capability=_capability())
-        importlib.import_module(
-            "tscompile.templates.nvlink.registered"
-        )  # registers its templates; needs TileLang, so not sooner
     template = find_template(problem.kind, executor) if executor else None
     if executor is None or template is None:
         return Keep("no-executor", f"no kernel for {problem.kind} on {problem.device} tensors in this version")
@@ -70,7 +66,6 @@ def prepare(plan: Plan, ranks: int, args: Sequence[Any]) -> int:
         return 0
     need = max(0, template.scratch_bytes(plan, ranks, *args))
     if need and isinstance(template, CompiledTemplate) and torch.cuda.is_available():
-        jit = importlib.import_module("tscompile.templates.nvlink.jit")
         for kernel in template.kernels(plan, ranks, *args):
-            jit.compile_ahead(*kernel)
+            compile_ahead(*kernel)
     return need

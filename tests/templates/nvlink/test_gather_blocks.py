@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
 from tests.cases import GATHER_USES
 from tscompile.fx_passes.all_gather_matmul import gathered_operand
 from tscompile.problem import GatherUse, Plan

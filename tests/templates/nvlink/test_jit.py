@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
 from tests.cases import GATHER_USES
 from tscompile.language.launch import LaunchSpec, TensorMap
 from tscompile.nvshmem import native, stream

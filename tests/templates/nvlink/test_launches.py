@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES
 from tscompile.problem import GatherUse, Plan

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import tscompile.templates.nvlink.registered  # noqa: F401  (registers the templates)
 from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
 from tscompile.templates import find_template
 from tscompile.templates.nvlink.operands import aligned_pointer, aligned_sizes, is_transposed, pointer_of

@@ -1,1 +1,5 @@
-"""Fused ops over NVLink (executor "nvlink"). Importing `registered` registers the templates and needs TileLang."""
+"""Fused ops over NVLink (executor "nvlink"). TileLang is imported where a kernel is compiled, not here."""
+
+from . import all_gather_gemm, gemm_reduce
+
+__all__ = ["all_gather_gemm", "gemm_reduce"]
