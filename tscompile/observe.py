@@ -58,6 +58,14 @@ class Ledger:
                 if row.group == group and row.decision == "fused":
                     row.decision, row.code, row.reason = "kept", code, reason
 
+    def keep_site(self, site: str, code: str, reason: str) -> None:
+        """Calls of a site run the original ops: its row, if fused, becomes kept, with the reason."""
+        with self._lock:
+            row = self._rows.get(site)
+            if row is not None and row.decision == "fused":
+                row.decision, row.code, row.reason = "kept", code, reason
+                log.warning("%s: %s", site, reason)
+
     def holds(self, memory: GroupMemory) -> None:
         """The buffers of a group are there, or have grown."""
         with self._lock:

@@ -118,6 +118,7 @@ class FusionProblem:
     gemm_dtypes: tuple[str, ...] = ()  # of each matmul's result, before any cast
     reduce_op: str = "sum"
     return_gathered: bool = False
+    pieces: int = 1  # P
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 
 

@@ -21,6 +21,7 @@ from tscompile.lowering.vote import Verdict
 from tscompile.nvshmem.device import NvlinkHeap
 from tscompile.nvshmem.heap import DowngradedError, HostChannel, site_hash
 from tscompile.problem import Plan
+from tscompile.templates.nvlink.channel import Site
 
 RANKS = (4, 6)
 PLAN = Plan("matmul_all_reduce", "forward-1/down", "nvlink", "bfloat16", coefficients=(1.0,))
@@ -209,22 +210,39 @@ def test_adopting_again(ranks: list[Rank]) -> None:
     first = ranks[0]
     first.executor.adopt(first.heap, RANKS, 1.0)
     assert first.executor.link is first.link and first.link.timeout_s == 1.0
-    retired: list[Any] = []
-    first.heap.retire = lambda: retired.append(True)  # type: ignore[method-assign]
-    grow([rank.heap for rank in ranks], [1 << 22] * 2)
-    first.executor.adopt(first.heap, RANKS, 1.0)
-    assert first.executor.link is not first.link and retired == [True]
+    released: list[object] = []
+
+    def note(memory: Any) -> Any:
+        memory.release = lambda: released.append(memory)
+        return memory
+
+    def regrow(half: int) -> Any:
+        note(first.heap.memory)
+        grow([rank.heap for rank in ranks], [half] * 2)
+        first.executor.adopt(first.heap, RANKS, 1.0)
+        return first.executor.link
+
+    one = first.heap.memory
+    link = regrow(1 << 22)
+    assert link is not first.link and released == [one]
     described = first.executor.describe(first.heap, RANKS)
     assert (described.ranks, described.provider) == (RANKS, first.heap.provider)
     assert described.bytes == first.heap.memory.nbytes and described.reason
-    # A captured graph holds the addresses of its region for ever.
-    first.gpu.torch.capturing = True
-    link = first.executor.link
-    assert link is not None
-    link._captured = 1
-    grow([rank.heap for rank in ranks], [1 << 24] * 2)
-    first.executor.adopt(first.heap, RANKS, 1.0)
-    assert first.executor.link is not link and retired == [True]
+    # A captured graph holds the addresses of its region, and what its link keeps, for ever: however often the memory grows.
+    ranks[-1].gpu.torch.capturing = True  # its fake is the one that the module has
+    link.open(Site(1))
+    ranks[-1].gpu.torch.capturing = False
+    two = first.heap.memory
+    third = regrow(1 << 23)
+    three = first.heap.memory
+    assert regrow(1 << 24) is not third and released == [one, three]
+    assert two not in released and first.executor._captured == [link]
+    link.record[:5] = torch.tensor([1, 1, 77, 9, 8])  # a replay that gave up
+    failure = first.executor.failed()
+    assert failure is not None and "rank 6 did not send" in failure[1]
+    ranks[-1].driver.issued.clear()
+    first.executor.stop()
+    assert len(ranks[-1].driver.issued) == 2 * len(RANKS)  # abort words of both regions that may have work
 
 
 VERDICT = Verdict(False, "lone-compile", "rank 4 started a new graph alone")
@@ -270,10 +288,11 @@ class Counting:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
+        self.need = 64
 
     def scratch_bytes(self, plan: Plan, size: int, *args: Any) -> int:
         self.asked.append(args)
-        return 64
+        return self.need
 
 
 def test_launches_of_one_layout_share_a_memo(ranks: list[Rank]) -> None:
@@ -294,12 +313,38 @@ def test_launches_of_one_layout_share_a_memo(ranks: list[Rank]) -> None:
     assert group._memo(template, replace(PLAN, site="other"), ([a], [b], [None], 1)) is not first  # type: ignore[arg-type]
 
 
-def test_memos_of_symbolic_shapes_do_not_pile_up(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tscompile.lowering.group._MAX_MEMOS", 3)
-    settled: list[int] = []
+def test_layouts_of_symbolic_shapes_do_not_pile_up(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tscompile.lowering.group._MAX_LAYOUTS", 4)
+    settled: list[bool] = []
     group, template = ranks[0].group, Counting()
-    monkeypatch.setattr(group.executor, "settle", lambda: settled.append(len(group._memos)))
+    monkeypatch.setattr(group.executor, "settle", lambda: settled.append(True) or True)
     for rows in range(1, 9):
         group._memo(template, PLAN, (torch.zeros(rows, 8),))  # type: ignore[arg-type]
-        assert len(group._memos) <= 3
-    assert settled == [3, 3]  # what is enqueued may still read their tables
+        assert len(group._memos[PLAN.site]) <= 4
+    assert len(settled) == 2  # what is enqueued may still read their tables
+    for number in range(100):  # a large model has many sites
+        group._memo(template, replace(PLAN, site=f"s{number}"), (torch.zeros(1, 8),))  # type: ignore[arg-type]
+    assert len(settled) == 2 and len(group._memos) == 101
+
+
+def test_nothing_is_forgotten_while_a_graph_is_recorded(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tscompile.lowering.group._MAX_LAYOUTS", 2)
+    rank, template = ranks[0], Counting()
+    monkeypatch.setattr(nvlink, "torch", rank.gpu.torch)
+    rank.gpu.torch.capturing = True
+    for rows in range(1, 9):
+        rank.group._memo(template, PLAN, (torch.zeros(rows, 8),))  # type: ignore[arg-type]
+    assert len(rank.group._memos[PLAN.site]) == 8
+    rank.gpu.torch.capturing = False
+    rank.group._memo(template, PLAN, (torch.zeros(9, 8),))  # type: ignore[arg-type]
+    assert len(rank.group._memos[PLAN.site]) == 8
+
+
+def test_calls_of_sizes_that_no_kernel_serves_are_reported(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr("tscompile.lowering.group.ledger.keep_site", lambda site, code, reason: kept.append(site))
+    template = Counting()
+    template.need = -1
+    for _ in range(3):
+        ranks[0].group._memo(template, PLAN, (torch.zeros(1, 8),))  # type: ignore[arg-type]
+    assert kept == [PLAN.site]

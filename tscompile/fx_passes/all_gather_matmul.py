@@ -101,6 +101,7 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
         gemms=tuple(r.matmul.gemm for r in readers),
         gemm_dtypes=tuple(use.dtype for use in uses),
         return_gathered=bool(live.nodes),
+        pieces=hint(home.outer),
     )
     shapes = (
         f"gather {shape_text(gather.input)}",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -37,7 +37,7 @@ from .reductions import (
     term_arguments,
 )
 from .rewrite import erase_unused
-from .sizes import Size, divides, product, quotient
+from .sizes import Size, divides, hint, product, quotient
 
 KIND = "matmul_reduce_scatter"
 aten = torch.ops.aten
@@ -138,7 +138,7 @@ def find(context: Context, scatter: Collective) -> Match | Keep | None:
     return Match(
         KIND,
         (scatter,),
-        reduction_problem(KIND, scatter, reduction),
+        replace(reduction_problem(KIND, scatter, reduction), pieces=hint(where.outer)),
         plan,
         reduction_shapes("scatter", scatter, reduction),
         lambda ctx, final: _rewrite(ctx, scatter, reduction, where, final),

@@ -14,7 +14,7 @@ import tvm
 from tilelang.contrib.nvcc import default_compile_options
 
 from . import toolchain
-from .launch import LaunchSpec, launch_spec
+from .launch_spec import LaunchSpec, launch_spec
 
 _TIMEOUT_S = 300.0
 
@@ -45,7 +45,12 @@ class CudaArtifact:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise toolchain.ToolchainError(
+            f"nvcc does not run or does not end: {error}: is the machine overloaded?"
+        ) from error
     if done.returncode:
         said = done.stderr or done.stdout
         errors = "\n".join(line for line in said.splitlines() if "error" in line)  # among warnings without end

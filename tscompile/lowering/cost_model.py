@@ -7,11 +7,13 @@ Every constant has its unit and where it was measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..problem import FusionProblem, GatherUse, Gemm
 from ..templates.nvlink import widths
-from ..templates.nvlink.widths import PULL_US_PER_MIB, SMS
+from ..templates.nvlink.kernels.config import SMS
+from ..templates.nvlink.refusal import block_sizes, shard_of
+from ..templates.nvlink.widths import PULL_US_PER_MIB
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
 _MIB = float(1 << 20)
@@ -78,6 +80,7 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 
 # [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: M from 512 to 8192,
 # N from 2560 to 8192, K from 2560 to 8192; the formulas meet the measured times within 8 %]
+TILE_K = 64  # a step of k
 TILE = (128, 256)  # rows and columns that one SM computes at a time; those of a sum may have fewer
 TILE_US_PER_K = widths.TILE_US_PER_K[256]
 LAUNCH_US = 6.0
@@ -123,31 +126,43 @@ def _sum_gemm(problem: FusionProblem) -> _Gemm:
     """Terms of a sum share tiles."""
     m, n, k = problem.gemms[0].m, problem.gemms[0].n, sum(gemm.k for gemm in problem.gemms)
     all_reduce = problem.kind == "matmul_all_reduce"
-    tiling = widths.sum_tiling(m, n, k, problem.group_size, 1 if all_reduce else problem.group_size, all_reduce)
+    tiling = widths.sum_tiling(
+        m, n, k, problem.group_size, 1 if all_reduce else problem.group_size * problem.pieces, all_reduce
+    )
     return _Gemm(tiling.tiles, k * widths.TILE_US_PER_K[tiling.width])
 
 
 def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: float) -> float:
     """Of all matmuls of a gather. The first kernel hides the transport: that of the uses that read rows, else of one that has the ranks
     in its result, else of one that sums over them. The other matmuls come after it."""
-    rows: list[Gemm] = []
-    others: list[tuple[bool, Gemm]] = []
     reads: Sequence[GatherUse | None] = uses or [None] * len(problem.gemms)
+    rows: list[Gemm] = []
+    others: list[tuple[GatherUse, Gemm]] = []
     for gemm, use in zip(problem.gemms, reads, strict=True):
         if use is None or use.reads_rows:
             rows.append(gemm)
         else:
-            others.append((use.contracts_ranks, gemm))
-    others.sort(key=lambda other: other[0])
+            others.append((use, gemm))
+    others.sort(key=lambda other: other[0].contracts_ranks)
+    if not rows:  # the kernel of blocks runs them
+        others = [(use, _in_blocks(problem, use, gemm)) for use, gemm in others]
     after = [_gather_gemm([gemm]) for _, gemm in others]
     first = _gather_gemm(rows) if rows else after.pop(0)
-    if rows or not others[0][0]:
-        tail = (
-            -(-first.tiles // problem.group_size // SMS) * first.wave_us
-        )  # tiles that wait for the shard that comes last
+    if rows or not others[0][0].contracts_ranks:  # the tiles that wait for the shard that comes last
+        tail = -(-first.tiles // problem.group_size // SMS) * first.wave_us
     else:  # every tile needs it: the last part of the first wave, and all other waves
         tail = (first.waves - 1 + 1 / problem.group_size) * first.wave_us
     return max(first.us, transport + tail) + GATHER_TAIL_US + sum(gemm.us for gemm in after)
+
+
+def _in_blocks(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> Gemm:
+    """The matmul with every block of the gathered operand rounded up to whole steps of k, or tiles."""
+    pieces, inner, _ = block_sizes(use, problem.group_size, shard_of(problem), gemm.k)
+    unit = TILE_K if use.contracts_ranks else TILE[0] if use.side == "lhs" else TILE[1]
+    size = pieces * problem.group_size * -(-inner // unit) * unit
+    if use.contracts_ranks:
+        return replace(gemm, k=size)
+    return replace(gemm, m=size) if use.side == "lhs" else replace(gemm, n=size)
 
 
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:

@@ -60,8 +60,16 @@ class Executor(Protocol):
         self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...], memo: Memo
     ) -> list[torch.Tensor]: ...
 
-    def settle(self) -> None:
-        """Wait until nothing enqueued uses what memos keep."""
+    def settle(self) -> bool:
+        """Wait until nothing enqueued uses what memos keep; False if that cannot be waited for now."""
+        ...
+
+    def ready(self) -> None:
+        """Wait for what has to be compiled.
+
+        Raises:
+            HeapError: it failed; the message says what to do.
+        """
         ...
 
     def failed(self) -> tuple[int, str] | None:
@@ -100,7 +108,10 @@ class ShmExecutor:
     ) -> list[torch.Tensor]:
         return template.run(channel, plan, *args)
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
+        return True
+
+    def ready(self) -> None:
         pass
 
     def failed(self) -> tuple[int, str] | None:

@@ -23,7 +23,7 @@ from ..templates import Template, find_template
 from .executors import Executor, Memo
 from .vote import Ballot, Post, Verdict, group_store, host_facts, judge_plans, judge_ready
 
-_MAX_MEMOS = 512
+_MAX_LAYOUTS = 64  # of one site: with symbolic shapes there may be one for every length that was ever seen
 _SAY_AFTER_S = 20.0  # a rank that waits longer in a vote says so: compile times differ, but a user wants to know
 
 
@@ -66,7 +66,7 @@ class GroupState:
         self._limit_bytes: int | None = None
         self._store: dist.Store | None = None
         self._votes = 0
-        self._memos: dict[tuple[Any, ...], Memo] = {}
+        self._memos: dict[str, dict[tuple[Any, ...], Memo]] = {}  # by site and layout
         self._growths = 0
         self._refused_ballots: list[Ballot] = []
 
@@ -230,6 +230,9 @@ class GroupState:
                 limit = self._limit_bytes // self.executor.shares
                 half = max(need, min(half, limit))
                 if need > limit:
+                    ledger.keep_site(
+                        plan.site, "no-room", "a call needs more than tilescale.heap_bytes allows: the original ops run"
+                    )
                     return None
             self._grow(half, channel)
         if torch.is_grad_enabled():  # compiled code runs without, as a rule
@@ -239,13 +242,18 @@ class GroupState:
 
     def _memo(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> Memo:
         """What launches of this site with this layout share; it is looked up at every launch."""
-        key = _layout(plan.site, args)
-        memo = self._memos.get(key)
+        memos = self._memos.setdefault(plan.site, {})
+        key = _layout(args)
+        memo = memos.get(key)
         if memo is None:
-            if len(self._memos) >= _MAX_MEMOS:  # symbolic shapes: one for every length that was ever seen
-                self.executor.settle()
-                self._memos.clear()
-            memo = self._memos[key] = Memo(template.scratch_bytes(plan, len(self.ranks), *args))
+            if len(memos) >= _MAX_LAYOUTS and self.executor.settle():
+                for old in list(memos)[: _MAX_LAYOUTS // 2]:
+                    del memos[old]
+            memo = memos[key] = Memo(template.scratch_bytes(plan, len(self.ranks), *args))
+            if memo.need < 0:
+                ledger.keep_site(
+                    plan.site, "unsupported", "no kernel serves the sizes of this call: the original ops run"
+                )
         return memo
 
     def _grow(self, half_bytes: int, channel: HostChannel) -> None:
@@ -338,6 +346,7 @@ class Election:
     def _connect(self) -> None:
         # Sizes are hints where shapes are symbolic, so the ranks may differ in what they think they need. Then nothing
         # grows now; the op that needs more grows the arenas.
+        self._state.executor.ready()
         posts = [dict(self._posts[rank]) for rank in self._state.ranks]
         if self._heap is not None and all("arena" in post for post in posts):
             self._heap.connect(posts)
@@ -375,9 +384,9 @@ def _attempt(rank: int, action: Callable[[], dict[str, object] | None]) -> dict[
         return {"refusal": f"rank {rank}: {error}"}
 
 
-def _layout(site: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _layout(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Shapes and strides of an op's arguments: tensors, lists of tensors, or sizes."""
-    layout: list[Any] = [site]
+    layout: list[Any] = []
     for value in args:
         if isinstance(value, (list, tuple)):
             layout.append(len(value))

@@ -22,7 +22,7 @@ from ..observe import ledger, log
 from ..problem import GroupMemory, Plan
 from ..templates import Template
 from ..templates.nvlink.channel import DeviceLink, Site
-from ..templates.nvlink.jit import kernel
+from ..templates.nvlink.jit import compiled, kernel
 from .executors import Memo
 from .interrupt import raise_in_main_thread
 
@@ -32,13 +32,8 @@ _RAISE_AFTER_S = (
 )
 _MASK = 0x7FFFFFFF
 _HEARSAY_S = 5 * _LOOK_EVERY_S  # a few rounds of the other rank's watchdog
-_TIMED = (
-    5,
-    10,
-    20,
-    40,
-    80,
-)  # launches of a site that are timed: events cost the host as much as the launch, and the first compile
+# Launches of a site that are timed: events cost the host as much as the launch does, and the first ones warm up.
+_TIMED = (5, 10, 20, 40, 80)
 
 
 class _Channel(HostChannel):
@@ -85,6 +80,7 @@ class NvlinkExecutor:
 
     def __init__(self) -> None:
         self.link: DeviceLink | None = None
+        self._captured: list[DeviceLink] = []  # replaced ones that a CUDA graph uses for as long as it is replayed
         self.heap: NvlinkHeap | None = None
         self._stopped: DeviceLink | None = None  # its kernels have been told to give up
         self._stopped_at = 0.0
@@ -106,12 +102,14 @@ class NvlinkExecutor:
         assert isinstance(heap, NvlinkHeap)
         self.heap, self.ranks = heap, ranks
         if self.link is not None and self.link.memory is heap.memory:
-            self.link.set_timeout(timeout_s)
+            for link in self._links():
+                link.set_timeout(timeout_s)
             return
         services = (kernel("service", name) for name in ("tsk_open", "tsk_acknowledge"))
         old, self.link = self.link, DeviceLink(heap.memory, heap.half_bytes, timeout_s, *services)
-        if old is not None and not old.was_captured:  # a captured graph keeps using the old region
-            heap.retire()
+        if old is not None and old.was_captured:
+            self._captured.append(old)
+        heap.retire(keep=[link.memory for link in self._captured])
         _watchdog.watch(self)
 
     def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> HostChannel:
@@ -134,12 +132,18 @@ class NvlinkExecutor:
         site.pending = first, _event()
         return outputs
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
+        if torch.cuda.is_current_stream_capturing():
+            return False
         torch.cuda.synchronize()
+        return True
+
+    def ready(self) -> None:
+        compiled()
 
     def failed(self) -> tuple[int, str] | None:
-        link = self.link
-        if link is None or not link.has_record():
+        link = next((link for link in self._links() if link.has_record()), None)
+        if link is None:
             return None
         found = link.read_record()
         if not found.site:
@@ -166,9 +170,13 @@ class NvlinkExecutor:
             "first error; outputs of the ops that ran since are NaN"
         )
 
+    def _links(self) -> list[DeviceLink]:
+        """Those that may have work."""
+        return [*self._captured, *([] if self.link is None else [self.link])]
+
     def stop(self) -> None:
-        if self.link is not None:
-            self.link.stop()
+        for link in self._links():
+            link.stop()
 
     def describe(self, heap: GroupHeap, ranks: tuple[int, ...]) -> GroupMemory:
         assert isinstance(heap, NvlinkHeap)
@@ -184,7 +192,8 @@ class NvlinkExecutor:
             log.error("%s", failure[1])
             heap.abort(*failure)
         # Replays of a captured graph are invisible here: a group with one may have work at any time.
-        if link.is_idle() and not link.was_captured:
+        captured = any(each.was_captured for each in self._links())
+        if link.is_idle() and not captured:
             return
         record = heap.aborted()
         if record is None:
@@ -195,8 +204,8 @@ class NvlinkExecutor:
             heap.abort(dead, f"the process of rank {self.ranks[dead]} has ended: look at its log for the first error")
         if self._stopped is not link:
             self._stopped, self._stopped_at = link, time.monotonic()
-            link.stop()
-        elif link.was_captured and not self.raised and time.monotonic() - self._stopped_at > _RAISE_AFTER_S:
+            self.stop()
+        elif captured and not self.raised and time.monotonic() - self._stopped_at > _RAISE_AFTER_S:
             self.raised = True
             record = heap.aborted()
             assert record is not None

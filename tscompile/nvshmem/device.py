@@ -219,15 +219,18 @@ class NvlinkHeap:
         self.provider, self.provider_reason = choice.provider, choice.reason
         self._discard_regions()  # of the other providers; the control segments keep their names until all peers mapped them
 
-    def retire(self) -> None:
-        """Release the regions that `connect` has replaced.
+    def retire(self, keep: Sequence[object] = ()) -> None:
+        """Release the regions that `connect` has replaced, but for those to keep.
 
         The caller has seen that all ranks connected: each waited for its device in `connect`, so no eager kernel uses the old
-        regions any more. A captured graph does, whenever it is replayed: then the caller must not call this.
+        regions any more. A captured graph does, whenever it is replayed: its region must be kept.
         """
         old, self._old = self._old, []
         for memory in old:
-            memory.release()
+            if any(memory is kept for kept in keep):
+                self._old.append(memory)
+            else:
+                memory.release()
 
     def release(self) -> None:
         """Release all regions; the heap can be prepared again. The caller has made sure that no rank's kernels use them."""

@@ -144,8 +144,8 @@ static int launch(const struct kernel *k, uint64_t *values, void *stream) {
     return launch_kernel(k->function, k->grid, 1, 1, k->threads, 1, 1, k->shared, stream, parameters, 0);
 }
 
-/* Issue n steps in order; returns 0, or the CUresult of the step whose index is left in *failed. */
-int tsc_issue(const struct step *steps, int n, void *const *streams, void *const *events, int *failed) {
+/* Issue n steps in order; returns 0, or the number of the step that failed, from 1, above the 32 bits of its CUresult. */
+int64_t tsc_issue(const struct step *steps, int n, void *const *streams, void *const *events) {
     for (int i = 0; i < n; ++i) {
         const struct step *s = steps + i;
         void *stream = streams[s->stream];
@@ -181,10 +181,7 @@ int tsc_issue(const struct step *steps, int n, void *const *streams, void *const
         default:
             rc = BAD_STEP;
         }
-        if (rc) {
-            *failed = i;
-            return rc;
-        }
+        if (rc) return (int64_t)(i + 1) << 32 | (uint32_t)rc;
     }
     return 0;
 }

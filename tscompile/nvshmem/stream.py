@@ -77,14 +77,13 @@ class Driver:
         library = ctypes.CDLL(str(native.build(Path(__file__).with_name("stream.c"), ("-ldl",))))
         library.tsc_event.restype = ctypes.c_void_p
         library.tsc_event_done.argtypes = [ctypes.c_void_p]
-        library.tsc_issue.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        library.tsc_issue.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+        library.tsc_issue.restype = ctypes.c_int64
         library.tsc_load_kernel.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint32, ctypes.c_void_p]
         if library.tsc_stream_load():
             raise HeapError("the CUDA driver (libcuda.so.1) cannot be loaded: install NVIDIA's driver")
         self._library = library
         self._issue = library.tsc_issue
-        self._failed = ctypes.c_int(0)
-        self._failed_at = ctypes.addressof(self._failed)
 
     def event(self) -> int:
         """A new CUDA event in the current context."""
@@ -117,12 +116,11 @@ class Driver:
         Raises:
             HeapError: the driver refused a step.
         """
-        result = self._issue(steps, len(steps), streams, events, self._failed_at)
+        result = self._issue(steps, len(steps), streams, events)
         if result:
-            kind = ("copy", "copy", "flag", "event", "wait", "kernel")[steps[self._failed.value].kind]
-            raise HeapError(
-                f"CUDA refused a {kind} between GPUs (step {self._failed.value} of {len(steps)}: CUresult {result})"
-            )
+            number, code = result >> 32, result & 0xFFFFFFFF
+            kind = ("copy", "copy", "flag", "event", "wait", "kernel")[steps[number - 1].kind]
+            raise HeapError(f"CUDA refused a {kind} of a fused op (step {number} of {len(steps)}: CUresult {code})")
 
 
 @lru_cache(maxsize=1)

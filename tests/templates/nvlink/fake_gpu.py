@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tscompile.language.launch import LaunchSpec, launch_spec
+from tscompile.language.launch_spec import LaunchSpec, launch_spec
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.templates.nvlink import channel
@@ -121,7 +121,6 @@ class FakeTorch:
 
     def __init__(self) -> None:
         self.stream, self.capturing = 7, False
-        self.waits: list[tuple[int, int]] = []
         self._C = SimpleNamespace(
             _cuda_getCurrentRawStream=lambda index: self.stream,
             _cuda_isCurrentStreamCapturing=lambda: self.capturing,
@@ -129,8 +128,8 @@ class FakeTorch:
         self.cuda = SimpleNamespace(
             current_device=lambda: 0,
             Stream=lambda priority: SimpleNamespace(cuda_stream=1000),
-            ExternalStream=lambda stream: stream,
-            current_stream=lambda: SimpleNamespace(wait_stream=lambda stream: self.waits.append((self.stream, stream))),
+            is_current_stream_capturing=lambda: self.capturing,
+            synchronize=lambda: None,
             device=lambda device: torch.inference_mode(False),
         )
 

@@ -13,7 +13,7 @@ from tscompile.language import context
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.nvshmem.stream import Step
-from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, FLAGS, MAIN, SIDE, Call, Record, Site
+from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, DONE, FLAGS, MAIN, SIDE, Call, Record, Site
 from tscompile.templates.nvlink.lasting import lasting, lasting_tables
 
 from .fake_gpu import SLOT_BYTES, Gpu
@@ -46,13 +46,18 @@ def test_eager_calls_alternate_between_two_slots_and_captured_ones_between_two_o
 
 
 def test_calls_of_a_group_follow_one_another_across_streams(gpu: Gpu) -> None:
-    for current in (7, 7, 9, 7):
+    waits = []
+    for current in (0, 0, 9, 0):  # 0 is the default stream
         gpu.torch.stream = current
+        gpu.driver.issued.clear()
         gpu.link.open(SITE)
-    assert gpu.torch.waits == [(9, 7), (7, 9)]
+        waits.append([(step["kind"], step["stream"], step["event"]) for step in gpu.driver.issued])
+    last = [(stream.AWAIT, MAIN, DONE)]  # recorded at the end of every eager call
+    assert waits == [[], [], last, last]
     gpu.torch.capturing, gpu.torch.stream = True, 11
+    gpu.driver.issued.clear()
     gpu.link.open(SITE)  # a graph orders its own nodes, and a captured stream cannot wait for one that is not
-    assert len(gpu.torch.waits) == 2
+    assert gpu.driver.issued == []
 
 
 def test_contexts_and_the_layout_of_the_control_block(gpu: Gpu) -> None:
@@ -106,7 +111,10 @@ def kinds(gpu: Gpu, call: Call) -> list[tuple[int, int]]:
 
 def test_steps_around_a_call(gpu: Gpu) -> None:
     eager = gpu.link.open(SITE)
-    copy, launch = Step(kind=stream.COPY, stream=SIDE), gpu.link.closer.step(gpu.link.closer.values(), MAIN)
+    copy, launch = (
+        Step(kind=stream.COPY, stream=SIDE),
+        gpu.link.closer.step(gpu.link.closer.values(eager.values()), MAIN),
+    )
     fork, join = [(stream.RECORD, MAIN), (stream.AWAIT, SIDE)], [(stream.RECORD, SIDE), (stream.AWAIT, MAIN)]
     alone = Call(eager, [launch], [], [])
     assert kinds(gpu, alone) == [(stream.LAUNCH, MAIN), (stream.RECORD, MAIN)]

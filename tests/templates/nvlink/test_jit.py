@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from tests.cases import GATHER_USES
-from tscompile.language.launch import LaunchSpec, TensorMap
+from tscompile.errors import HeapError
+from tscompile.language.launch_spec import LaunchSpec, TensorMap
 from tscompile.nvshmem import native, stream
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
@@ -22,14 +24,14 @@ from tscompile.templates.template import CompiledTemplate
 from .fake_gpu import Gpu, spec_of
 
 BF16 = "bfloat16"
+SPEC = LaunchSpec("k", 1, 32, 0, {}, (), ())
 
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(jit, "cache_dir", lambda: tmp_path)
-    jit.compile_ahead.cache_clear()
-    yield tmp_path / "kernels"
-    jit.compile_ahead.cache_clear()
+    monkeypatch.setattr(jit, "_futures", {})
+    return tmp_path / "kernels"
 
 
 def test_a_kernel_is_compiled_once_and_read_back(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +47,7 @@ def test_a_kernel_is_compiled_once_and_read_back(cache: Path, monkeypatch: pytes
 
 
 def test_what_a_kernel_is_made_of_names_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = LaunchSpec("k", 1, 32, 0, {}, (), ())
-    monkeypatch.setattr(jit, "_build", lambda name, args: (repr((name, args)).encode(), spec))
+    monkeypatch.setattr(jit, "_build", lambda name, args: (repr((name, args)).encode(), SPEC))
     made = {jit.artifact(*wanted)[0] for wanted in (("a", 1), ("a", 2), ("b", 1))}
     monkeypatch.setattr(jit, "_sources", lambda: "changed")
     jit.artifact("a", 1)
@@ -58,9 +59,28 @@ def test_a_failed_compilation_is_told_where_the_kernel_is_needed(cache: Path, mo
         raise RuntimeError("nvcc says no")
 
     monkeypatch.setattr(jit, "_build", fail)
-    jit.compile_ahead("service", "tsk_open")
+    jit.compile_ahead("service", "tsk_open").exception()
     with pytest.raises(RuntimeError, match="nvcc says no"):
-        jit.kernel.__wrapped__("service", "tsk_open")
+        jit._loaded.__wrapped__(0, "service", "tsk_open")
+    # In the vote it is a reason for all ranks; and it is tried again, once its cause may be gone.
+    future: Future[Any] = Future()
+    future.set_exception(RuntimeError("nvcc says no"))
+    monkeypatch.setitem(jit._futures, ("service", "tsk_open"), future)
+    with pytest.raises(HeapError, match="cannot be compiled: nvcc says no"):
+        jit.compiled()
+    jit._futures.clear()
+    monkeypatch.setattr(jit, "_build", lambda *_: (b"", SPEC))
+    assert jit.compile_ahead("service", "tsk_open").result() == (b"", SPEC)
+    jit.compiled()
+
+
+def test_a_cache_without_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jit, "_build", full)
+    with pytest.raises(HeapError, match=r"No space left.*XDG_CACHE_HOME"):
+        jit.artifact("service", "tsk_open")
 
 
 def test_a_launch_spec_survives_json(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +97,10 @@ def test_values_and_their_places() -> None:
         "A", ("inner", "width", "blocks"), (("inner", "blocks"), ("inner",)), 2, (64, 128, 1), 9, 0, 3, 2, 0
     )
     kernel = Kernel(LaunchSpec("k", 132, 384, 1024, {"A_desc": tensor}, ("n", "A_desc", "scale"), ("scale",)), 77)
-    values = kernel.values(n=-5, scale=0.5, A=1 << 50, inner=3, blocks=4, width=5, unknown=9)
+    values = kernel.values({"n": -5, "scale": 0.5, "A": 1 << 50, "inner": 3, "blocks": 4, "unknown": 9}, {"width"})
+    values[kernel.place("width")] = 5
+    with pytest.raises(ValueError, match="k needs scale, inner"):
+        kernel.values({"n": 1, "A": 2, "blocks": 3}, {"width"})
     at = {name: values[kernel.place(name)] for name in ("n", "scale", "A", "inner", "blocks", "width")}
     assert at == {"n": 2**64 - 5, "scale": 0x3F000000, "A": 1 << 50, "inner": 3, "blocks": 4, "width": 5}
     assert kernel.place("unknown") == len(values) - 1 and values[len(values) - 1] == 9

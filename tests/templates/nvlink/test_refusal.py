@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.cases import GATHER_USES
 from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
 from tscompile.templates import find_template
 from tscompile.templates.nvlink.operands import aligned_pointer, aligned_sizes, is_transposed, pointer_of
@@ -41,6 +44,15 @@ def problem(kind: str, **changes: Any) -> FusionProblem:
     return FusionProblem(**{**facts, **changes})
 
 
+def gather_problem(uses: tuple[GatherUse, ...], gemm: Gemm) -> FusionProblem:
+    """Of equal matmuls; sizes of the gathered tensor follow from the first use."""
+    left, transposed = uses[0].side == "lhs", uses[0].transposed
+    rows, columns = (gemm.m, gemm.k) if left else (gemm.k, gemm.n)
+    pieces = 1 if uses[0].rank_axis == "rows" else columns if transposed else rows
+    gemms = (gemm,) * len(uses)
+    return problem("all_gather_matmul", gemms=gemms, comm_bytes=2 * rows * columns, pieces=pieces)
+
+
 def plan(kind: str, **changes: Any) -> Plan:
     facts: dict[str, Any] = {"uses": (ROWS,)} if kind == "all_gather_matmul" else {"coefficients": (1.0,)}
     return Plan(kind, "g/site", "nvlink", **{"dtype": BF16, **facts, **changes})
@@ -63,7 +75,7 @@ def plan(kind: str, **changes: Any) -> Plan:
         ({"reduce_op": "max"}, "reduction max"),
         ({"gemms": (Gemm(1024, 512, 252),)}, "multiples? of 16 bytes"),
         ({"gemms": (Gemm(1024, 516, 256),)}, "multiples? of 16 bytes"),
-        ({"gemms": (Gemm(1024, 0, 256),)}, "multiples? of 16 bytes"),
+        ({"gemms": (Gemm(1024, 0, 256),)}, "multiples? of 16 bytes|a matrix is empty"),
         ({"gemms": (Gemm(1001, 512, 256),)}, None),  # rows may be ragged
     ],
 )
@@ -100,26 +112,48 @@ def check(found: str | None, reason: str | None) -> None:
     ],
 )
 def test_uses_of_a_gather(uses: tuple[GatherUse, ...], reason: str | None) -> None:
-    asked = problem("all_gather_matmul", gemms=(Gemm(1024, 512, 256),) * len(uses))
+    asked = gather_problem(uses, Gemm(1024, 512, 256))
     check(template("all_gather_matmul").supports(asked, plan("all_gather_matmul", uses=uses)), reason)
 
 
 @pytest.mark.parametrize(
     ("use", "gemm", "reason"),
     [
-        (GRADIENT, Gemm(256, 512, 1001), None),  # rows of both operands may be any number
+        (GRADIENT, Gemm(256, 512, 1004), None),  # rows of both operands may be any number
         (GRADIENT, Gemm(252, 512, 1024), "16 bytes"),  # gathered rows of 252
         (GRADIENT, Gemm(256, 508, 1024), "16 bytes"),  # rows of the result
         (GatherUse("rhs", False, "rows", BF16), Gemm(252, 512, 1024), None),  # the local operand may lie along k
-        (GatherUse("rhs", False, "rows", BF16), Gemm(252, 512, 1001), "16 bytes"),
+        (GatherUse("rhs", False, "rows", BF16), Gemm(252, 512, 1004), "16 bytes"),
         (GatherUse("rhs", True, "rows", BF16), Gemm(252, 512, 256), None),
         (GatherUse("rhs", True, "rows", BF16), Gemm(256, 508, 256), "16 bytes"),
+        (GatherUse("rhs", True, "rows", BF16), Gemm(256, 528, 256), "16 bytes"),  # columns of a rank: 132
+        (GatherUse("lhs", False, "cols", BF16), Gemm(64, 512, 48), "16 bytes"),  # 12
         (GatherUse("rhs", True, "rows", BF16), Gemm(256, 512, 252), "16 bytes"),
     ],
 )
 def test_sizes_of_a_gathers_other_uses(use: GatherUse, gemm: Gemm, reason: str | None) -> None:
-    asked = problem("all_gather_matmul", gemms=(gemm,))
+    asked = gather_problem((use,), gemm)
     check(template("all_gather_matmul").supports(asked, plan("all_gather_matmul", uses=(use,))), reason)
+
+
+@pytest.mark.parametrize("kind", REDUCTIONS)
+@pytest.mark.parametrize("sizes", [(32768, 16384, 1024), (65536, 8192, 1024)])
+def test_sums_of_more_tiles_than_flags(kind: str, sizes: tuple[int, int, int]) -> None:
+    asked = problem(kind, group_size=8, gemms=(Gemm(*sizes),))
+    check(template(kind).supports(asked, plan(kind)), "more than the flags")
+    a, b = fakes((sizes[0], sizes[2]), (sizes[2], sizes[1]))
+    outer = [1] if kind == "matmul_reduce_scatter" else []
+    assert template(kind).scratch_bytes(plan(kind), 8, [a], [b], [None], [], *outer) == -1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_without_rows(kind: str) -> None:
+    a, b = fakes((0, 256), (256, 512))
+    if kind == "all_gather_matmul":
+        arguments: list[Any] = [fakes((1, 0))[0], [b], [None]]
+    else:
+        arguments = [[a], [b], [None], [], *([1] if kind == "matmul_reduce_scatter" else [])]
+    assert template(kind).scratch_bytes(plan(kind), 4, *arguments) == -1
 
 
 @pytest.mark.parametrize("kind", REDUCTIONS)
@@ -249,3 +283,29 @@ def test_alignment() -> None:
     assert aligned_pointer(base[8:]).data_ptr() == base[8:].data_ptr()
     moved = aligned_pointer(base[1:9])
     assert moved.data_ptr() % 16 == 0 and torch.equal(moved, base[1:9])
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    use=st.sampled_from(GATHER_USES),
+    ranks=st.integers(2, 8),
+    pieces=st.integers(1, 3),
+    sizes=st.tuples(*[st.sampled_from([1, 3, 4, 8, 12, 24, 37, 64])] * 3),
+)
+def test_what_a_plan_promises_a_call_can_do(use: Any, ranks: int, pieces: int, sizes: tuple[int, int, int]) -> None:
+    """A site that is planned fused must not turn out to be unserved when it runs, nor the other way round."""
+    asked = GatherUse(*use, BF16)
+    inner, width, free = sizes
+    if asked.rank_axis == "rows":
+        p, q, matrix = pieces, inner * width, (pieces * ranks * inner, width)
+    else:
+        p, q, matrix = width * pieces, inner, (width, pieces * ranks * inner)
+    rows, columns = matrix[::-1] if asked.transposed else matrix
+    left = asked.side == "lhs"
+    gemm = Gemm(rows, free, columns) if left else Gemm(free, columns, rows)
+    (shard, other) = fakes((p, q), (columns, free) if left else (free, rows))
+    found = problem("all_gather_matmul", group_size=ranks, gemms=(gemm,), comm_bytes=2 * p * ranks * q, pieces=p)
+    asked_plan = plan("all_gather_matmul", uses=(asked,))
+    promised = template("all_gather_matmul").supports(found, asked_plan) is None
+    need = template("all_gather_matmul").scratch_bytes(asked_plan, ranks, shard, [other], [None])
+    assert promised == (need >= 0)

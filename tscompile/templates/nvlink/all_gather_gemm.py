@@ -26,7 +26,7 @@ from .lasting import lasting_tables
 from .operands import aligned_pointer, is_transposed, pointer_of
 from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
-from .widths import tile_width
+from .widths import SWIZZLED_WIDTHS, TILE_WIDTHS, tile_width
 
 
 @register_template("all_gather_matmul", "nvlink")
@@ -39,7 +39,7 @@ class NvlinkAllGatherGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
-        for use, other in zip(plan.uses, others, strict=True):
+        for use, other in zip(plan.uses, others, strict=True) if shard.numel() else ():
             k, n = (int(s) for s in other.shape)
             if serves_use(use, plan.dtype, k, n) or blocks_of(use, plan.dtype, size, shard.shape, other) is not None:
                 return int(shard.numel()) * size * torch_dtype(plan.dtype).itemsize
@@ -101,8 +101,10 @@ def _config(dtype: str, ranks: int, shard: Sequence[int], weights: Sequence[Tens
     """What the kernel of a batch is compiled for; `shard` is the shape of the shard."""
     pieces, width = shard
     rows = pieces * (width // weights[0].shape[0]) * ranks
-    tile_n = tile_width(-(-rows // TILE_M), [weight.shape[1] for weight in weights])
-    return GemmConfig(dtype, is_transposed(weights[0]), len(weights), bias, tile_n)
+    transposed = is_transposed(weights[0])
+    choices = TILE_WIDTHS if transposed else SWIZZLED_WIDTHS
+    tile_n = tile_width(-(-rows // TILE_M), [weight.shape[1] for weight in weights], choices)
+    return GemmConfig(dtype, transposed, len(weights), bias, tile_n)
 
 
 class _Recipe:
@@ -210,7 +212,7 @@ class _Recipe:
     def _acknowledge(self, channel: DeviceChannel) -> None:
         """Tell the peers that this captured call has read its slot."""
         closer = channel.link.closer
-        values = closer.values(**channel.values())
+        values = closer.values(channel.values())
         channel.link.issue(steps_of(closer.step(values, MAIN)))
 
 
@@ -253,7 +255,13 @@ class _Launch:
 
     def values(self, known: dict[str, int]) -> Values:
         """Values of launches in one slot, but for those that change from call to call."""
-        return self.kernel.values(**{**known, "A": known["slot"], **self._fixed})
+        patched = {
+            "X",
+            "epoch",
+            "gathered",
+            *(f"{kind}{number}" for kind in "BCV" for number in range(len(self.operands))),
+        }
+        return self.kernel.values({**known, "A": known["slot"], **self._fixed}, patched)
 
 
 def _multiply(use: GatherUse, gathered: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from ...language import context
 from ...nvshmem import stream
 from ...nvshmem.device import CONTROL_BYTES, SLOTS
 from ...nvshmem.stream import Step, Steps, Values, steps_of
+from .kernels.config import DATA_FLAGS as DATA_FLAGS
 from .lasting import lasting
 from .launch import Kernel
 
@@ -25,7 +26,6 @@ FLAGS = 48 << 10  # of a slot, of 4 bytes each
 _WORDS = SLOTS * FLAGS * 4  # where the control block's other words start
 _ABORT, _CELLS, _ZERO = _WORDS, _WORDS + 256, _WORDS + 512  # eager calls pass their epoch: the word at _ZERO stays 0
 ACK = FLAGS - 64  # first flag that tells a rank that a peer has read its slot; those below belong to data
-DATA_FLAGS = 24 << 10  # of data; as many device words hold the epochs of tiles that landed
 
 MAIN, SIDE, ALARM = 0, 1, 2  # streams of a step
 FORK, JOIN, DONE = 0, 1, 2  # events
@@ -97,6 +97,7 @@ class DeviceLink:
         self.context_addresses = [tensor.data_ptr() for tensor in self.contexts]
         self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
         self.landed_addresses = [tensor.data_ptr() for tensor in self.landed]
+        self._after_last = steps_of(Step(kind=stream.AWAIT, stream=MAIN, event=DONE))
         self._record = ctypes.c_int64.from_address(self.record.data_ptr())
         self._stuck_at = 0
         self._stuck_since = 0.0
@@ -142,7 +143,7 @@ class DeviceLink:
             return DeviceChannel(self, 2 + (self._captured & 1), 0, site, True)
         if self._last_stream != current:
             if self._last_stream is not None:  # calls of a group follow one another, also across streams
-                torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._last_stream))
+                self.issue(self._after_last)
             self._last_stream = current
         self._eager += 1
         # Kernels take an int32 and compare modulo 2**32, so all 32 bits must count on.
@@ -271,7 +272,7 @@ class Call:
         self.values = values
         opening, closing = [], []
         if channel.captured:
-            self._opening = channel.link.opener.values(**channel.values())
+            self._opening = channel.link.opener.values(channel.values())
             opening = [channel.link.opener.step(self._opening, MAIN)]
         if side:
             opening += [

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ...nvshmem.stream import Values
 from ...problem import GatherUse, Plan
+from ..template import torch_dtype
 from .channel import DeviceLink
 from .jit import kernel
 from .kernels.config import BlocksConfig
 from .lasting import lasting_tables
 from .operands import aligned_sizes
+from .refusal import block_sizes, serves_blocks
 from .tiles import TILE_M, block_tiles, contraction_tiles
 from .widths import SWIZZLED_WIDTHS, TILE_WIDTHS, tile_width
 
@@ -40,28 +42,14 @@ class Blocks:
 
 
 def blocks_of(use: GatherUse, wire: str, ranks: int, shard: Sequence[int], other: Tensor) -> Blocks | None:
-    """Sizes of a use of shards [P, Q], None if the kernel cannot serve it: TMA cannot address an operand, or a row of the result
-    that a rank contributes to is not aligned, or the matmul has another dtype than what travels."""
-    if use.dtype != wire:
-        return None
-    p, q = shard
+    """Sizes of a use of shards [P, Q], None if the kernel cannot serve it."""
     local = _from_k(use, other)
     k, free = local.shape
-    if min(p, q, k, free) < 1:
+    if not serves_blocks(use, wire, ranks, shard, k, free):
         return None
-    contracts, in_rows = use.contracts_ranks, use.rank_axis == "rows"
-    if in_rows:
-        pieces, inner = p, k // (p * ranks) if contracts else q // k
-        width = q // inner
-    else:
-        pieces, inner = k // (q * ranks) if contracts else p // k, q
-        width = p // pieces
-    columns = free if use.side == "lhs" else width if contracts else inner
-    if not aligned_sizes(width if in_rows else inner, columns):
-        return None
+    pieces, inner, width = block_sizes(use, ranks, shard, k)
+    in_rows, contracts = use.rank_axis == "rows", use.contracts_ranks
     k_first, k_last = aligned_sizes(free), aligned_sizes(inner if contracts else k)
-    if not (k_first or k_last):
-        return None
     return Blocks(pieces, inner, width, free, in_rows == contracts, k_first and not (k_last and local.stride(0) == 1))
 
 
@@ -184,7 +172,7 @@ class BlocksLaunch:
             "k_inner": local_sizes[1],
             "free": sizes.free,
             "pieces": shard.shape[0],
-            "shard_bytes": shard.shape[1] * shard.element_size(),
+            "shard_bytes": shard.shape[1] * torch_dtype(dtype).itemsize,
         }
         if not last:
             self._fixed["ack"] = -1
@@ -197,4 +185,5 @@ class BlocksLaunch:
 
     def values(self, known: dict[str, int]) -> Values:
         """Values of launches in one slot, but for those that change from call to call."""
-        return self.kernel.values(**{**known, "A": known["slot"], **self._fixed})
+        patched = {"X", "B", "C", "V", "epoch", "gathered"}
+        return self.kernel.values({**known, "A": known["slot"], **self._fixed}, patched)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ...problem import FusionProblem, Gemm, Plan
 from ..template import register_template, torch_dtype
-from .channel import DATA_FLAGS, MAIN, Call, DeviceChannel, DeviceLink
+from .channel import MAIN, Call, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.config import STAGES, GemmConfig
 from .lasting import lasting_tables
 from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
 from .tiles import TILE_M, Reduction, all_reduce_tiles, scatter_tiles
-from .widths import Tiling, sum_tiling
+from .widths import Tiling, has_flags, sum_tiling
 
 _ITEM = 2  # bytes of an element
 # Of an all_reduce: tiles of all ranks together in a part, and how many parts later than the peers' tiles the own ones come. 192 tiles
@@ -69,13 +69,15 @@ class _Recipe:
         }
         self._kernel = kernel(*_kernel(plan, rhs, biases, width))
         place = self._kernel.place
-        self._operands = [(place(f"A{number}"), place(f"B{number}")) for number in range(len(lhs))]
+        numbers = range(len(lhs))
+        self._patched = {"V", "C", "landing", "epoch", *(f"{side}{number}" for side in "AB" for number in numbers)}
+        self._operands = [(place(f"A{number}"), place(f"B{number}")) for number in numbers]
         self._at_bias, self._at_out, self._at_landing, self._at_epoch = map(place, ("V", "C", "landing", "epoch"))
         self._calls: dict[int, Call] = {}
 
     def _call(self, channel: DeviceChannel) -> Call:
         """The steps of a call in the channel's slot."""
-        values = self._kernel.values(**{**channel.values(), **self._fixed})
+        values = self._kernel.values({**channel.values(), **self._fixed}, self._patched)
         if channel.captured:
             channel.link.pinned.append(self)
         return Call(channel, [self._kernel.step(values, MAIN)], [], [values])
@@ -153,10 +155,9 @@ def _tiling(lhs: Sequence[Tensor], rhs: Sequence[Tensor], size: int, outer: int,
 
 def _scratch(tiling: Tiling, size: int, all_reduce: bool) -> int:
     """Bytes of a slot: partial tiles for every peer, and for an all_reduce the sums; negative if there are more tiles than flags."""
-    tiles = -(-tiling.tiles // size)
-    if 2 * size * tiles > DATA_FLAGS:
+    if not has_flags(tiling, size):
         return -1
-    return (size - 1 + all_reduce) * tiles * TILE_M * tiling.width * _ITEM
+    return (size - 1 + all_reduce) * -(-tiling.tiles // size) * TILE_M * tiling.width * _ITEM
 
 
 @register_template("matmul_reduce_scatter", "nvlink")

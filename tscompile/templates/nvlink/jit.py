@@ -1,6 +1,6 @@
 """Compiled kernels, by name and configuration: in the user's cache directory, made once per host, and ahead of need.
 
-What is cached is a cubin and its launch spec, so a process that finds both needs neither TileLang nor nvcc.
+What is cached is a cubin and its launch spec, so a process that finds both does not import TileLang for them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from ... import language
-from ...errors import TscompileError
-from ...language.launch import LaunchSpec, TensorMap
+from ...errors import HeapError, TscompileError
+from ...language.launch_spec import LaunchSpec, TensorMap
 from ...nvshmem import stream
 from ...nvshmem.native import cache_dir
 from ...observe import log
@@ -55,23 +56,31 @@ def artifact(name: str, *args: Any) -> tuple[bytes, LaunchSpec]:
 
     Raises:
         ToolchainError: there is no nvcc, or it failed; the message has its output.
-        HeapError: no writable cache directory.
+        HeapError: no cache directory that can be written.
     """
     key = sha256(f"{_sources()} {name}{args}".encode()).hexdigest()[:32]
     folder = cache_dir() / "kernels"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}-{key}"
-    with FileLock(f"{path}.lock"):
-        try:
-            return path.with_suffix(".cubin").read_bytes(), _parse(path.with_suffix(".json").read_text())
-        except FileNotFoundError:
-            log.debug("compiling %s%s", name, args)
-        cubin, spec = _build(name, args)
-        for suffix, content in ((".cubin", cubin), (".json", json.dumps(asdict(spec)).encode())):
-            scratch = path.with_suffix(f".{os.getpid()}")
-            scratch.write_bytes(content)
-            os.replace(scratch, path.with_suffix(suffix))
-        return cubin, spec
+    try:
+        folder.mkdir(exist_ok=True)
+        with FileLock(str(folder / f"{name}-{key}.lock")):
+            return _read_or_build(folder / f"{name}-{key}", name, args)
+    except OSError as error:
+        raise HeapError(
+            f"no compiled kernel can be kept in {folder} ({error}): make room, or set XDG_CACHE_HOME"
+        ) from error
+
+
+def _read_or_build(path: Path, name: str, args: tuple[Any, ...]) -> tuple[bytes, LaunchSpec]:
+    try:
+        return path.with_suffix(".cubin").read_bytes(), _parse(path.with_suffix(".json").read_text())
+    except FileNotFoundError:
+        log.debug("compiling %s%s", name, args)
+    cubin, spec = _build(name, args)
+    for suffix, content in ((".cubin", cubin), (".json", json.dumps(asdict(spec)).encode())):
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(content)
+        os.replace(scratch, path.with_suffix(suffix))
+    return cubin, spec
 
 
 def _parse(text: str) -> LaunchSpec:
@@ -94,24 +103,54 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_WORKERS, thread_name_prefix="tscompile-nvcc")
 
 
-@lru_cache(maxsize=256)
+_futures: dict[tuple[Any, ...], Future[tuple[bytes, LaunchSpec]]] = {}
+_lock = threading.Lock()
+
+
 def compile_ahead(name: str, *args: Any) -> Future[tuple[bytes, LaunchSpec]]:
-    """Have a kernel compiled in the background; the first launch waits for it if need be."""
+    """Have a kernel compiled in the background, again if that has failed."""
 
     def work() -> tuple[bytes, LaunchSpec]:
         if not threading.main_thread().is_alive():
             raise TscompileError("the program has ended")
         return artifact(name, *args)
 
-    return _pool().submit(work)
+    with _lock:
+        future = _futures.get((name, *args))
+        if future is None:
+            future = _futures[name, *args] = _pool().submit(work)
+            future.add_done_callback(lambda done: _forget_failure(done, (name, *args)))
+        return future
 
 
-@lru_cache(maxsize=256)
+def _forget_failure(done: Future[tuple[bytes, LaunchSpec]], key: tuple[Any, ...]) -> None:
+    if done.exception() is not None:
+        with _lock:
+            _futures.pop(key, None)
+
+
+def compiled() -> None:
+    """Wait for everything that is compiled in the background.
+
+    Raises:
+        HeapError: a compilation failed.
+    """
+    for future in list(_futures.values()):
+        error = future.exception()
+        if error is not None:
+            raise HeapError(f"a kernel cannot be compiled: {error}") from error
+
+
 def kernel(name: str, *args: Any) -> Kernel:
     """`<name>_kernel(*args)` of kernels/<name>.py, loaded into the current CUDA context.
 
     Raises:
         ToolchainError, HeapError: as `artifact`; or the driver does not load the kernel.
     """
+    return _loaded(torch.cuda.current_device(), name, args)
+
+
+@lru_cache(maxsize=256)
+def _loaded(device: int, name: str, args: tuple[Any, ...]) -> Kernel:
     cubin, spec = compile_ahead(name, *args).result()
     return Kernel(spec, stream.load().load_kernel(cubin, spec.kernel, spec.shared_bytes))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Collection, Mapping
 
-from ...language.launch import LaunchSpec
+from ...language.launch_spec import LaunchSpec
 from ...nvshmem.stream import LAUNCH, MAX_MAPS, MAX_PARAMETERS, MAX_RANK, NativeKernel, Step, Values
 
 
@@ -53,12 +54,22 @@ class Kernel:
         """Index of a value; of a spare one if this kernel has no use for it."""
         return self._places.get(name, len(self._places))
 
-    def values(self, **known: float) -> Values:
-        """Values for launches of this kernel; those not `known` are 0, and what it has no use for is left out."""
+    def values(self, known: Mapping[str, float], patched: Collection[str] = ()) -> Values:
+        """Values for launches of this kernel. What it has no use for is left out.
+
+        Args:
+            known: values by name.
+            patched: names of those that the caller sets before each launch.
+
+        Raises:
+            ValueError: a value is neither known nor patched: it would be a null address, or a size of nothing.
+        """
+        missing = [name for name in self._places if name not in known and name not in patched]
+        if missing:
+            raise ValueError(f"{self.spec.kernel} needs {', '.join(missing)}")
         values = (ctypes.c_uint64 * (len(self._places) + 1))()
         for name, value in known.items():
-            number = _bits(float(value)) if name in self.spec.floats else int(value)
-            values[self.place(name)] = number
+            values[self.place(name)] = _bits(float(value)) if name in self.spec.floats else int(value)
         return values
 
     def step(self, values: Values, stream: int) -> Step:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...problem import FusionProblem, GatherUse, Gemm, Plan
+from ..template import torch_dtype
 from .kernels.config import DTYPE_CODES, MAX_OPERANDS
 from .operands import aligned_sizes
+from .widths import has_flags, sum_tiling
 
 MAX_RANKS = 8
 CAPABILITY = (9, 0)
@@ -32,11 +36,36 @@ def serves_use(use: GatherUse, wire: str, k: int, n: int) -> bool:
     return use.reads_rows and use.dtype == wire and aligned_sizes(k, n)
 
 
-def may_serve_blocks(use: GatherUse, wire: str, gemm: Gemm) -> bool:
-    """True if the kernel for the other uses may run this one; gather_blocks.py says it for sure once the shard's shape is known."""
-    gathered, free = (gemm.m, gemm.n) if use.side == "lhs" else (gemm.n, gemm.m)
-    columns = gemm.k if (use.side == "lhs") != use.transposed else gathered
-    return use.dtype == wire and aligned_sizes(columns, gemm.n) and (aligned_sizes(gemm.k) or aligned_sizes(free))
+def block_sizes(use: GatherUse, ranks: int, shard: Sequence[int], k: int) -> tuple[int, int, int]:
+    """(pieces, inner, width): of shards [P, Q], the gathered operand of a matmul over k has `pieces` blocks per rank, of `inner` rows
+    or columns, `width` across."""
+    p, q = shard
+    if use.rank_axis == "rows":
+        inner = k // (p * ranks) if use.contracts_ranks else q // k
+        return p, inner, q // max(inner, 1)
+    pieces = k // (q * ranks) if use.contracts_ranks else p // k
+    return pieces, q, p // max(pieces, 1)
+
+
+def serves_blocks(use: GatherUse, wire: str, ranks: int, shard: Sequence[int], k: int, free: int) -> bool:
+    """True if the kernel for the other uses runs this one, of a local operand [k, free]: it is in the dtype that travels, TMA can
+    address the operands, and rows of the result that a rank contributes to are aligned."""
+    if use.dtype != wire or min(*shard, k, free) < 1:
+        return False
+    pieces, inner, width = block_sizes(use, ranks, shard, k)
+    if min(pieces, inner, width) < 1:
+        return False
+    in_rows, contracts = use.rank_axis == "rows", use.contracts_ranks
+    columns = free if use.side == "lhs" else width if contracts else inner
+    if not aligned_sizes(width if in_rows else inner, columns):
+        return False
+    return aligned_sizes(free) or aligned_sizes(inner if contracts else k)
+
+
+def shard_of(problem: FusionProblem) -> tuple[int, int]:
+    """Shape [P, Q] of a rank's shard."""
+    itemsize = torch_dtype(problem.dtype).itemsize
+    return problem.pieces, problem.comm_bytes // (itemsize * problem.group_size * max(problem.pieces, 1))
 
 
 def gather_refusal(problem: FusionProblem, plan: Plan) -> str | None:
@@ -47,7 +76,10 @@ def gather_refusal(problem: FusionProblem, plan: Plan) -> str | None:
     if all(use.dtype != plan.dtype for use in plan.uses):
         return "no matmul is in the dtype that travels"
     for use, gemm in zip(plan.uses, problem.gemms, strict=True):
-        if serves_use(use, plan.dtype, gemm.k, gemm.n) or may_serve_blocks(use, plan.dtype, gemm):
+        free = gemm.n if use.side == "lhs" else gemm.m
+        if serves_use(use, plan.dtype, gemm.k, gemm.n) or serves_blocks(
+            use, plan.dtype, problem.group_size, shard_of(problem), gemm.k, free
+        ):
             return None
     return "no matmul has operands and a result whose rows are multiples of 16 bytes"
 
@@ -63,13 +95,24 @@ def sum_refusal(problem: FusionProblem, plan: Plan) -> str | None:
         return "a term of the sum is not a matmul"
     if any(dtype != plan.dtype for dtype in problem.gemm_dtypes):
         return "the sum is reduced in another dtype than the matmuls compute in"
-    return terms_refusal(problem.gemms, plan)
+    terms = terms_refusal(problem.gemms, plan)
+    if terms is not None:
+        return terms
+    all_reduce, ranks = problem.kind == "matmul_all_reduce", problem.group_size
+    pieces = 1 if all_reduce else ranks * problem.pieces
+    k = sum(gemm.k for gemm in problem.gemms)
+    tiling = sum_tiling(problem.gemms[0].m, problem.gemms[0].n, k, ranks, pieces, all_reduce)
+    if not has_flags(tiling, ranks):
+        return f"the sum has {tiling.tiles} tiles, more than the flags of a group count"
+    return None
 
 
 def terms_refusal(gemms: tuple[Gemm, ...], plan: Plan) -> str | None:
     """Why the reducing kernel cannot take these matmuls."""
     if not 1 <= len(gemms) <= MAX_OPERANDS:
         return f"the sum has {len(gemms)} matmuls, the kernel takes {MAX_OPERANDS}"
+    if any(min(gemm.m, gemm.n, gemm.k) < 1 for gemm in gemms):
+        return "a matrix is empty"
     if 0.0 in plan.coefficients:
         return "a coefficient is zero"
     if not aligned_sizes(*(gemm.k for gemm in gemms), *(gemm.n for gemm in gemms)):

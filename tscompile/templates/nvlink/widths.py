@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .kernels.config import SMS as SMS
+from .kernels.config import DATA_FLAGS, SMS
 from .tiles import TILE_M
 
 # Of a gather; narrower ones lose more in the tensor cores than they win in waves.
@@ -39,6 +39,11 @@ class Tiling:
 
     tiles: int
     width: int
+
+
+def has_flags(tiling: Tiling, ranks: int) -> bool:
+    """True if the flags of a slot suffice for a sum."""
+    return 2 * ranks * -(-tiling.tiles // ranks) <= DATA_FLAGS
 
 
 def sum_tiling(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool) -> Tiling:

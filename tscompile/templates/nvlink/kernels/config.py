@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
+DATA_FLAGS = 24 << 10  # of a slot; those of a sum are two for each tile that a rank sums, for each rank
 MAX_OPERANDS = 3  # weights of one gather, or terms of one sum, that a kernel takes
 STAGES = {256: 4, 192: 5, 128: 6}  # of a sum, by tile width: what fits beside what is pulled into 227 KiB
 DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of tile.h

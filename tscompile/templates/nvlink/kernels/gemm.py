@@ -24,7 +24,7 @@ PASS_CONFIGS = {
 
 
 def prelude() -> str:
-    """Text of the device functions; it stands in each kernel, so that TileLang's cache key sees it."""
+    """Text of the device functions, which stands in each kernel."""
     return (language_prelude("cuda") or "") + files(__package__).joinpath("tile.h").read_text()
 
 

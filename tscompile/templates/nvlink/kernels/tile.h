@@ -12,8 +12,7 @@
 enum { TSK_BF16 = 0, TSK_FP16 = 1 };
 enum { TSK_WORDS = 8 };   // of a row in the tile table and in a list of pulls (tiles.py)
 
-// An address that a kernel gets as a pointer or as an int64: tensors that TMA does not read are passed by address, since each tensor
-// argument costs the host about a microsecond.
+// An address that a kernel gets as a pointer or as an int64: what TMA does not read needs no shape, so it is passed by address.
 struct TskAddress {
   void *p;
   __device__ __forceinline__ TskAddress(const void *q) : p(const_cast<void *>(q)) {}
