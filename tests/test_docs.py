@@ -33,7 +33,13 @@ def test_every_option_is_documented(page: str) -> None:
 
 def test_every_code_of_a_refusal_is_explained() -> None:
     explained = set(re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE))
-    position = {"Keep": 0, "Verdict": 1, "judge_ready": 0, "keep_group": 1, "keep_site": 1}  # where the call takes its code
+    position = {
+        "Keep": 0,
+        "Verdict": 1,
+        "judge_ready": 0,
+        "keep_group": 1,
+        "keep_site": 1,
+    }  # where the call takes its code
     used = set()
     for path in (ROOT / "tscompile").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

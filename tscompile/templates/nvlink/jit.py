@@ -117,27 +117,21 @@ def compile_ahead(name: str, *args: Any) -> Future[tuple[bytes, LaunchSpec]]:
 
     with _lock:
         future = _futures.get((name, *args))
-        if future is None:
+        if future is None or (future.done() and future.exception() is not None):
             future = _futures[name, *args] = _pool().submit(work)
-            future.add_done_callback(lambda done: _forget_failure(done, (name, *args)))
         return future
-
-
-def _forget_failure(done: Future[tuple[bytes, LaunchSpec]], key: tuple[Any, ...]) -> None:
-    if done.exception() is not None:
-        with _lock:
-            _futures.pop(key, None)
 
 
 def compiled() -> None:
     """Wait for everything that is compiled in the background.
 
     Raises:
-        HeapError: a compilation failed.
+        HeapError: a compilation failed; it is said once, and tried again where the kernel is asked for.
     """
-    for future in list(_futures.values()):
+    for key, future in list(_futures.items()):
         error = future.exception()
         if error is not None:
+            _futures.pop(key, None)
             raise HeapError(f"a kernel cannot be compiled: {error}") from error
 
 
