@@ -115,6 +115,37 @@ def every_wide_word(d: Dialect, dtype: str, lanes: int):
     return every_wide_word_kernel
 
 
+def grid(d: Dialect, blocks: int = 4):
+    """Each block writes, all meet, each reads what the next one wrote; twice. Then block 0 alone waits for all."""
+
+    @T.prim_func
+    def grid_kernel(
+        ctx: CTX,
+        cells: T.Tensor((2, blocks), "int32"),
+        word: T.Tensor((2,), "int64"),
+        out: T.Tensor((3, blocks), "int32"),
+    ):
+        with T.Kernel(blocks, threads=128, prelude=d.prelude) as block:
+            thread = d.thread()
+            for step in T.unroll(2):
+                if thread == 0:
+                    cells[step, block] = out[step, block] + 1
+                T.sync_threads()
+                if thread < 32:
+                    tl.grid_sync(ctx, word[0], blocks, block, site=5)
+                T.sync_threads()
+                if thread == 0:
+                    out[step, block] = cells[step, (block + 1) % blocks]
+            T.sync_threads()
+            if thread == 0:
+                epoch = T.alloc_var("uint32")
+                epoch = tl.gpu_arrive(word[1], blocks, block)
+                if block == 0:
+                    out[2, 0] = T.cast(tl.gpu_wait(ctx, word[1], epoch, site=6), "int32")
+
+    return grid_kernel
+
+
 def waits(d: Dialect, dtype: str):
     """Each comparison once: results[i] says whether the wait ended with what it waited for."""
     forms = list(enumerate(COMPARES))

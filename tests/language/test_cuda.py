@@ -102,6 +102,20 @@ def test_every_form_of_128_bits(dtype: str, lanes: int) -> None:
     assert [len(kernels.word_forms(name, wide=True)) for name in ("ld", "st")] == [11, 9]
 
 
+def test_blocks_of_a_grid_meet() -> None:
+    artifact = compiled(kernels.grid(D))
+    before(
+        artifact.ptx,
+        r"bar\.sync",
+        r"atom\.release\.gpu\.global\.add\.u64",
+        r"ld\.acquire\.gpu\.global\.u64",
+        r"bar\.sync",
+    )
+    assert artifact.ptx.count("ld.acquire.gpu.global.u64") == 3
+    assert artifact.ptx.count("%globaltimer") == 6  # all three are bounded
+    assert "div." not in artifact.ptx  # of 64 bits it would be a call
+
+
 @pytest.mark.parametrize(("dtype", "word"), [("int32", "u32"), ("uint64", "u64")])
 def test_waits_are_bounded_and_acquire(dtype: str, word: str) -> None:
     artifact = compiled(kernels.waits(D, dtype))

@@ -216,6 +216,19 @@ def test_two_ranks_of_one_gpu_exchange() -> None:
         assert torch.equal(outs[0], sent[1]) and torch.equal(outs[1], sent[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_blocks_of_a_grid_meet_in_every_launch() -> None:
+    """test_grid.py has the barrier itself; here blocks of one GPU run it, twice in a launch."""
+    run, blocks = Runner("cuda"), 64
+    context, cells, out = run.world(1).context(0), run.zeros(2, blocks), run.zeros(3, blocks)
+    word = run.zeros(2, dtype=torch.int64)
+    for launch in range(1, 101):
+        run("grid", context, cells, word, out, form=(blocks,))
+        assert out.tolist() == [[launch] * blocks, [launch] * blocks, [1, *[0] * (blocks - 1)]]
+        assert word.tolist() == [2 * launch << 32, launch << 32]
+
+
 def test_a_cache_directory_with_a_blank(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a b"))
     with pytest.raises(RuntimeError, match="without any"):

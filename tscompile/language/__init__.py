@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .bulk import bulk_get, bulk_put, bulk_wait, bulk_wait_read, mbarrier_init, mbarrier_wait
     from .compile import CudaArtifact, compile_cuda
     from .dialects import Dialect, Target, dialect, prelude
+    from .grid import gpu_arrive, gpu_wait, grid_sync
     from .memory import atomic_add, fence, fence_async, get_block, get_warp, put_block, put_warp, red_add
     from .sync import (
         aborted,
@@ -63,6 +64,7 @@ _MODULES = {
     "bulk": "bulk_get bulk_put bulk_wait bulk_wait_read mbarrier_init mbarrier_wait",
     "compile": "CudaArtifact compile_cuda",
     "dialects": "Dialect Target dialect prelude",
+    "grid": "gpu_arrive gpu_wait grid_sync",
     "memory": "atomic_add fence fence_async get_block get_warp put_block put_warp red_add",
     "sync": "aborted barrier block_arrive block_sync elect lane shuffle signal wait wait_eq wait_ge wait_gt wait_le wait_lt"
     " wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
@@ -97,6 +99,9 @@ __all__ = [
     "fill_context",
     "get_block",
     "get_warp",
+    "gpu_arrive",
+    "gpu_wait",
+    "grid_sync",
     "lane",
     "ld",
     "ld128",

@@ -1,6 +1,6 @@
 // Device primitives of tscompile.language for NVIDIA GPUs that reach each other's memory over NVLink.
 // The text is inlined into each kernel as its prelude, so that TileLang's cache key sees it. It precedes TileLang's own headers.
-// cuda_words.h follows it. Everything is __forceinline__: a real call inside a kernel with wgmma makes ptxas serialise the matrix instructions.
+// cuda_words.h and cuda_grid.h follow it. Everything is __forceinline__: a real call inside a kernel with wgmma makes ptxas serialise the matrix instructions.
 #pragma once
 #include <cstdint>
 

@@ -37,7 +37,7 @@ Target = Literal["cuda", "cpu"]
 
 @lru_cache(maxsize=1)
 def _cuda_header() -> str:
-    return "".join((_HERE / name).read_text() for name in ("cuda.h", "cuda_words.h"))
+    return "".join((_HERE / name).read_text() for name in ("cuda.h", "cuda_words.h", "cuda_grid.h"))
 
 
 def prelude(target: Target) -> str | None:
