@@ -67,6 +67,85 @@ def _forms(name: str, first: int):
     return [(first + i, *form) for i, form in enumerate((o, s) for o in ORDERS[name] for s in SCOPES)]
 
 
+def word_forms(name: str, wide: bool = False) -> list[tuple[int, dict]]:
+    """All that `ld` or `st` (of 128 bits: `wide`) can be told beside the element, numbered."""
+    orders = ("relaxed",) if wide else ORDERS[name]
+    coherent = [{}, {"no_allocate": True}]
+    forms = [{"semantics": "volatile"}, *({"semantics": "weak"} | more for more in coherent)]
+    if name == "ld":
+        forms += [{"semantics": "weak", "non_coherent": True} | more for more in coherent]
+    forms += [{"semantics": order, "scope": scope} | more for order in orders for scope in SCOPES for more in coherent]
+    return list(enumerate(forms))
+
+
+def every_word(d: Dialect, dtype: str, element: str | None = None):
+    """Every form of load and store: out[i] takes cells[i], cells[32 + i] takes i + 1. `element`: what to take the cells for."""
+    loads, stores = word_forms("ld"), word_forms("st")
+
+    @T.prim_func
+    def every_word_kernel(cells: T.Tensor((64,), dtype), out: T.Tensor((32,), dtype)):
+        with T.Kernel(1, threads=32, prelude=d.prelude) as _:
+            if d.thread() == 0:
+                for i, form in loads:
+                    out[i] = tl.ld(cells[i], dtype=element, **form)
+                for i, form in stores:
+                    tl.st(cells[32 + i], i + 1, dtype=element, **form)
+
+    return every_word_kernel
+
+
+def every_wide_word(d: Dialect, dtype: str, lanes: int):
+    """Every form of load and store of 128 bits: row i of out takes that of cells, row 16 + i of cells takes twice row i."""
+    loads, stores = word_forms("ld", wide=True), word_forms("st", wide=True)
+
+    @T.prim_func
+    def every_wide_word_kernel(cells: T.Tensor((32, lanes), dtype), out: T.Tensor((16, lanes), dtype)):
+        with T.Kernel(1, threads=32, prelude=d.prelude) as _:
+            if d.thread() == 0:
+                value = T.alloc_local((lanes,), dtype)
+                for i, form in loads:
+                    tl.ld128(value[0], cells[i, 0], **form)
+                    for lane in range(lanes):
+                        out[i, lane] = value[lane]
+                for i, form in stores:
+                    for lane in range(lanes):
+                        value[lane] = cells[i, lane] * 2
+                    tl.st128(cells[16 + i, 0], value[0], **form)
+
+    return every_wide_word_kernel
+
+
+def grid(d: Dialect, blocks: int = 4):
+    """Each block writes, all meet, each reads what the next one wrote; twice. Then block 0 alone waits for all."""
+
+    @T.prim_func
+    def grid_kernel(
+        ctx: CTX,
+        cells: T.Tensor((2, blocks), "int32"),
+        word: T.Tensor((2,), "int64"),
+        out: T.Tensor((3, blocks), "int32"),
+    ):
+        with T.Kernel(blocks, threads=128, prelude=d.prelude) as block:
+            thread = d.thread()
+            for step in T.unroll(2):
+                if thread == 0:
+                    cells[step, block] = out[step, block] + 1
+                T.sync_threads()
+                if thread < 32:
+                    tl.grid_sync(ctx, word[0], blocks, block, site=5)
+                T.sync_threads()
+                if thread == 0:
+                    out[step, block] = cells[step, (block + 1) % blocks]
+            T.sync_threads()
+            if thread == 0:
+                epoch = T.alloc_var("uint32")
+                epoch = tl.gpu_arrive(word[1], blocks, block)
+                if block == 0:
+                    out[2, 0] = T.cast(tl.gpu_wait(ctx, word[1], epoch, site=6), "int32")
+
+    return grid_kernel
+
+
 def waits(d: Dialect, dtype: str):
     """Each comparison once: results[i] says whether the wait ended with what it waited for."""
     forms = list(enumerate(COMPARES))

@@ -61,6 +61,61 @@ def test_loads_stores_and_atomics(dtype: str, word: str, number: str) -> None:
     assert f"ld.volatile.global.{word} " in ptx and f"st.volatile.global.{word} " in ptx
 
 
+def instruction(name: str, form: dict) -> str:
+    """What PTX calls a form of load or store, up to the type."""
+    weak = "" if form.get("non_coherent") else ".weak"  # .nc implies it
+    order = weak if form["semantics"] == "weak" else f".{form['semantics']}"
+    scope = f".{form['scope']}" if "scope" in form else ""
+    nc, na = ".nc" * form.get("non_coherent", False), ".L1::no_allocate" * form.get("no_allocate", False)
+    return f"{name}{order}{scope}.global{nc}{na}"
+
+
+WORDS = {
+    **{f"{sign}int{bits}": f"u{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "float16": "u16",
+    "bfloat16": "u16",
+    "float32": "u32",
+    "float64": "u64",
+    "float8_e4m3fn": "u8",
+    "float8_e5m2": "u8",
+}
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+def test_every_form_of_load_and_store(dtype: str) -> None:
+    artifact = tl.compile_cuda(kernels.every_word(D, dtype))
+    assert artifact.stack_bytes == artifact.spill_bytes == 0
+    for name in ("ld", "st"):
+        for _, form in kernels.word_forms(name):
+            assert artifact.ptx.count(f"\t{instruction(name, form)}.{WORDS[dtype]} ") == 1, form
+    assert [len(kernels.word_forms(name)) for name in ("ld", "st")] == [17, 15]
+
+
+@pytest.mark.parametrize(("dtype", "lanes"), [("float32", 4), ("float16", 8)])
+def test_every_form_of_128_bits(dtype: str, lanes: int) -> None:
+    artifact = tl.compile_cuda(kernels.every_wide_word(D, dtype, lanes))
+    assert artifact.stack_bytes == artifact.spill_bytes == 0  # the local array has become registers
+    assert "local" not in artifact.ptx
+    for name in ("ld", "st"):
+        for _, form in kernels.word_forms(name, wide=True):
+            assert artifact.ptx.count(f"\t{instruction(name, form)}.v4.u32 ") == 1, form
+    assert [len(kernels.word_forms(name, wide=True)) for name in ("ld", "st")] == [11, 9]
+
+
+def test_blocks_of_a_grid_meet() -> None:
+    artifact = compiled(kernels.grid(D))
+    before(
+        artifact.ptx,
+        r"bar\.sync",
+        r"atom\.release\.gpu\.global\.add\.u64",
+        r"ld\.acquire\.gpu\.global\.u64",
+        r"bar\.sync",
+    )
+    assert artifact.ptx.count("ld.acquire.gpu.global.u64") == 3
+    assert artifact.ptx.count("%globaltimer") == 6  # all three are bounded
+    assert "div." not in artifact.ptx  # of 64 bits it would be a call
+
+
 @pytest.mark.parametrize(("dtype", "word"), [("int32", "u32"), ("uint64", "u64")])
 def test_waits_are_bounded_and_acquire(dtype: str, word: str) -> None:
     artifact = compiled(kernels.waits(D, dtype))
@@ -166,16 +221,57 @@ def test_the_header_asks_nothing_about_the_block() -> None:
     assert "__forceinline__" in code
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "message"),
+    [
+        ("ld", {"semantics": "release"}, "semantics 'release': one of weak, volatile, relaxed, acquire"),
+        ("st", {"semantics": "acquire"}, "semantics 'acquire': one of weak, volatile, relaxed, release"),
+        ("ld", {"semantics": "acq_rel"}, "one of weak, volatile, relaxed, acquire"),
+        ("st", {"scope": "system"}, "scope 'system': one of cta, gpu, sys"),
+        *(
+            (
+                name,
+                {"semantics": semantics, "scope": scope},
+                f"scope '{scope}': {semantics} accesses have none, relaxed",
+            )
+            for name in ("ld", "st", "ld128", "st128")
+            for semantics in ("weak", "volatile")
+            for scope in kernels.SCOPES
+        ),
+        *(
+            (name, {"semantics": "volatile", "no_allocate": True}, "no_allocate: weak, relaxed")
+            for name in ("ld", "st", "ld128", "st128")
+        ),
+        *(
+            (name, {"semantics": semantics, "non_coherent": True}, f"non_coherent: weak loads only, not {semantics}")
+            for name, orders in (("ld", ("volatile", "relaxed", "acquire")), ("ld128", ("volatile", "relaxed")))
+            for semantics in orders
+        ),
+        ("ld128", {"semantics": "acquire"}, "none of them can publish the others: weak, volatile, relaxed, beside"),
+        ("st128", {"semantics": "release"}, "none of them can publish the others: weak, volatile, relaxed, beside"),
+        ("st128", {"semantics": "acq_rel"}, "semantics 'acq_rel': one of weak, volatile, relaxed"),
+        *(
+            (name, {"dtype": dtype}, f"{dtype}: loads and stores are of integers and floats of 8, 16, 32 or 64 bits")
+            for name in ("ld", "st")
+            for dtype in ("bool", "int4", "float32x4", "float4_e2m1fn", "handle")
+        ),
+    ],
+)
+def test_loads_and_stores_that_do_not_exist(name: str, form: dict, message: str) -> None:
+    address = tl.pointer(kernels.T.int64(8))
+    arguments = {"ld": (address,), "st": (address, 1), "ld128": (address, address), "st128": (address, address)}[name]
+    with pytest.raises(ValueError, match=message):
+        getattr(tl, name)(*arguments, **({} if name.endswith("128") else {"dtype": "int32"}) | form)
+
+
 def test_what_cannot_be_said() -> None:
     address = tl.pointer(kernels.T.int64(8))
     with pytest.raises(ValueError, match="pass dtype="):
         tl.ld(address)
-    with pytest.raises(ValueError, match="semantics 'release': one of relaxed, acquire, volatile"):
-        tl.ld(address, "release", dtype="int32")
-    with pytest.raises(ValueError, match="scope 'system'"):
-        tl.st(address, 1, scope="system", dtype="int32")
-    with pytest.raises(ValueError, match="float16: loads, stores and flags are 32 or 64 bits wide"):
-        tl.st(address, 1, dtype="float16")
+    with pytest.raises(ValueError, match="float16: flags, atomics and shuffles are 32 or 64 bits wide"):
+        tl.atomic_add(address, 1, dtype="float16")
+    with pytest.raises(ValueError, match="int16: flags, atomics and shuffles"):
+        tl.signal(address, 1, dtype="int16")
     with pytest.raises(ValueError, match="float64: atomic addition"):
         tl.atomic_add(address, 1, dtype="float64")
     with pytest.raises(ValueError, match="semantics 'acquire': one of relaxed, release"):

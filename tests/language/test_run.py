@@ -80,6 +80,37 @@ def test_loads_stores_and_atomics(run: Runner, dtype: str) -> None:
         assert after[24:30] == [value + 4 for value in before[24:30]]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "element"),
+    [
+        *((f"int{bits}", f"{sign}int{bits}") for bits in (8, 16, 32, 64) for sign in ("", "u")),
+        *(("uint8", "uint8"), ("float32", "float32"), ("float64", "float64")),
+    ],
+)
+def test_every_form_of_load_and_store(run: Runner, dtype: str, element: str) -> None:
+    kind = getattr(torch, dtype)
+    cells, out = run.tensor([100 - i for i in range(64)], kind), run.zeros(32, dtype=kind)
+    run("every_word", cells, out, form=(dtype, element))
+    assert out.tolist() == [100 - i if i < 17 else 0 for i in range(32)]
+    assert cells.tolist() == [i - 31 if 32 <= i < 47 else 100 - i for i in range(64)]
+
+
+@pytest.mark.parametrize(("dtype", "lanes"), [("float32", 4), ("int16", 8), ("float64", 2)])
+def test_every_form_of_128_bits(run: Runner, dtype: str, lanes: int) -> None:
+    cells = torch.arange(32 * lanes, device=run.device).to(getattr(torch, dtype)).view(32, lanes)
+    want, out = cells.clone(), run.zeros(16, lanes, dtype=cells.dtype)
+    want[16:25] = 2 * cells[:9]
+    run("every_wide_word", cells, out, form=(dtype, lanes))
+    assert torch.equal(cells, want)
+    assert torch.equal(out[:11], want[:11]) and not out[11:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e5m2"])
+def test_floats_that_the_c_target_lacks(dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"{dtype} elements: not on the C target .*: C has no such type: declare"):
+        kernels.every_word(tl.dialect("cpu"), dtype)
+
+
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64"])
 def test_every_comparison(run: Runner, dtype: str) -> None:
     value, world, results = (1000 if dtype.startswith("u") else -5), run.world(2), run.zeros(16)
@@ -183,6 +214,19 @@ def test_two_ranks_of_one_gpu_exchange() -> None:
         torch.cuda.synchronize()
         assert [int(flag) for flag in done] == [epoch, epoch]
         assert torch.equal(outs[0], sent[1]) and torch.equal(outs[1], sent[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_blocks_of_a_grid_meet_in_every_launch() -> None:
+    """test_grid.py has the barrier itself; here blocks of one GPU run it, twice in a launch."""
+    run, blocks = Runner("cuda"), 64
+    context, cells, out = run.world(1).context(0), run.zeros(2, blocks), run.zeros(3, blocks)
+    word = run.zeros(2, dtype=torch.int64)
+    for launch in range(1, 101):
+        run("grid", context, cells, word, out, form=(blocks,))
+        assert out.tolist() == [[launch] * blocks, [launch] * blocks, [1, *[0] * (blocks - 1)]]
+        assert word.tolist() == [2 * launch << 32, launch << 32]
 
 
 def test_a_cache_directory_with_a_blank(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

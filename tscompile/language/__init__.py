@@ -13,7 +13,7 @@
             if thread == 0:
                 tl.signal(tl.peer(ctx, to, 0, (1,), "uint32", region="flags")[0], epoch)
 
-Every call lowers to one inlined device function of cuda.h (or to a function of cpu.c on TileLang's C target). None of them uses
+Every call lowers to one inlined device function of cuda*.h (or to a function of cpu.c on TileLang's C target). None of them uses
 `__syncthreads`, `blockDim` or `threadIdx`, so they may stand in any branch of a warp-specialised kernel. Every wait is bounded.
 
 Importing the package is quick: its functions import tilelang when the first of them is looked up.
@@ -32,18 +32,8 @@ if TYPE_CHECKING:
     from .bulk import bulk_get, bulk_put, bulk_wait, bulk_wait_read, mbarrier_init, mbarrier_wait
     from .compile import CudaArtifact, compile_cuda
     from .dialects import Dialect, Target, dialect, prelude
-    from .memory import (
-        atomic_add,
-        fence,
-        fence_async,
-        get_block,
-        get_warp,
-        ld,
-        put_block,
-        put_warp,
-        red_add,
-        st,
-    )
+    from .grid import gpu_arrive, gpu_wait, grid_sync
+    from .memory import atomic_add, fence, fence_async, get_block, get_warp, put_block, put_warp, red_add
     from .sync import (
         aborted,
         barrier,
@@ -67,16 +57,19 @@ if TYPE_CHECKING:
         warp_wait,
     )
     from .toolchain import ToolchainError, nvcc, use_wheels
+    from .words import ld, ld128, st, st128
 
 _MODULES = {
     "addresses": "epoch num_ranks peer peer_address pointer rank",
     "bulk": "bulk_get bulk_put bulk_wait bulk_wait_read mbarrier_init mbarrier_wait",
     "compile": "CudaArtifact compile_cuda",
     "dialects": "Dialect Target dialect prelude",
-    "memory": "atomic_add fence fence_async get_block get_warp ld put_block put_warp red_add st",
+    "grid": "gpu_arrive gpu_wait grid_sync",
+    "memory": "atomic_add fence fence_async get_block get_warp put_block put_warp red_add",
     "sync": "aborted barrier block_arrive block_sync elect lane shuffle signal wait wait_eq wait_ge wait_gt wait_le wait_lt"
     " wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
     "toolchain": "ToolchainError nvcc use_wheels",
+    "words": "ld ld128 st st128",
 }
 _EXPORTS = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -106,8 +99,12 @@ __all__ = [
     "fill_context",
     "get_block",
     "get_warp",
+    "gpu_arrive",
+    "gpu_wait",
+    "grid_sync",
     "lane",
     "ld",
+    "ld128",
     "mbarrier_init",
     "mbarrier_wait",
     "num_ranks",
@@ -123,6 +120,7 @@ __all__ = [
     "shuffle",
     "signal",
     "st",
+    "st128",
     "use_wheels",
     "wait",
     "wait_eq",

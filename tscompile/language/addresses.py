@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import tilelang.language as T
-from tvm import tirx
+from tvm import DataType, tirx
 
 from . import context
 
@@ -121,7 +122,20 @@ def bits_of(dtype: str) -> int:
         return 32
     if dtype in ("int64", "uint64", "float64"):
         return 64
-    raise ValueError(f"{dtype}: loads, stores and flags are 32 or 64 bits wide")
+    raise ValueError(f"{dtype}: flags, atomics and shuffles are 32 or 64 bits wide")
+
+
+def width_of(dtype: str) -> int:
+    """8, 16, 32 or 64: how wide the elements of `dtype` are.
+
+    Raises:
+        ValueError: it is no number, or has another width.
+    """
+    if re.match(r"u?int\d|b?float\d", dtype):
+        element = DataType(dtype)
+        if element.lanes == 1 and element.bits in (8, 16, 32, 64):
+            return int(element.bits)
+    raise ValueError(f"{dtype}: loads and stores are of integers and floats of 8, 16, 32 or 64 bits")
 
 
 def dtype_of(operand: Operand, dtype: str | None) -> str:
@@ -138,12 +152,12 @@ def dtype_of(operand: Operand, dtype: str | None) -> str:
 
 
 def to_bits(value: Expr, dtype: str) -> Expr:
-    """`value` as `dtype`, then its bits as uint32 or uint64."""
-    value, word = cast(value, dtype), f"uint{bits_of(dtype)}"
+    """`value` as `dtype`, then its bits as an unsigned integer."""
+    value, word = cast(value, dtype), f"uint{width_of(dtype)}"
     if dtype == word:
         return value
-    if dtype.startswith("float"):  # not T.reinterpret: the C target takes the address of what may be a literal
-        return call(f"bits_f{bits_of(dtype)}", word, value)
+    if "float" in dtype:  # not T.reinterpret: the C target takes the address of what may be a literal
+        return call(f"bits_f{width_of(dtype)}", word, value)
     return T.cast(value, word)
 
 
@@ -151,4 +165,4 @@ def from_bits(value: Expr, dtype: str) -> Expr:
     """The inverse of `to_bits`."""
     if str(value.dtype) == dtype:
         return value
-    return T.reinterpret(value, dtype) if dtype.startswith("float") else T.cast(value, dtype)
+    return T.reinterpret(value, dtype) if "float" in dtype else T.cast(value, dtype)

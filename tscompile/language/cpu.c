@@ -54,12 +54,31 @@ static void give_up(TslAddress address, int peer, uint32_t site, uint64_t expect
   }
 #define RED(NAME, TYPE, T) \
   int tsl_x_red_add_##NAME##_##TYPE(TslAddress p, T v) { return (void)tsl_x_atom_add_##NAME##_##TYPE(p, v), 0; }
+/* What is weak, bypasses the L1 cache or is not coherent on a GPU is a relaxed access here. */
+#define WIDTHS(MACRO, NAME, ORDER)                                                                                 \
+  MACRO(NAME, u8, uint8_t, ORDER) MACRO(NAME, u16, uint16_t, ORDER)                                                \
+  MACRO(NAME, u32, uint32_t, ORDER) MACRO(NAME, u64, uint64_t, ORDER)
+#define WORDS(MACRO, NAME, ORDER) WIDTHS(MACRO, NAME, ORDER) WIDTHS(MACRO, NAME##_na, ORDER)
+/* 128 bits are four words, as in PTX: nothing says that they are read or written together. */
+#define WIDE(NAME)                                                                                                 \
+  int tsl_x_ld_##NAME##_u128(TslAddress to, TslAddress p) {                                                        \
+    uint32_t v[4];                                                                                                 \
+    for (int i = 0; i < 4; i++) v[i] = __atomic_load_n((uint32_t *)p + i, __ATOMIC_RELAXED);                       \
+    return memcpy((void *)to, v, 16), 0;                                                                           \
+  }                                                                                                                \
+  int tsl_x_st_##NAME##_u128(TslAddress p, TslAddress from) {                                                      \
+    uint32_t v[4];                                                                                                 \
+    memcpy(v, (const void *)from, 16);                                                                             \
+    for (int i = 0; i < 4; i++) __atomic_store_n((uint32_t *)p + i, v[i], __ATOMIC_RELAXED);                       \
+    return 0;                                                                                                      \
+  }
 #define BOTH(MACRO, NAME, ORDER) MACRO(NAME, u32, uint32_t, ORDER) MACRO(NAME, u64, uint64_t, ORDER)
 #define ALL_ADD(NAME, ORDER) BOTH(ADD, NAME, ORDER) ADD_FLOAT(NAME, ORDER)
 #define ALL_RED(NAME) RED(NAME, u32, uint32_t) RED(NAME, u64, uint64_t) RED(NAME, f32, float)
 #define SCOPE(S)                                                                                                     \
-  BOTH(LD, relaxed_##S, __ATOMIC_RELAXED) BOTH(LD, acquire_##S, __ATOMIC_ACQUIRE)                                    \
-  BOTH(ST, relaxed_##S, __ATOMIC_RELAXED) BOTH(ST, release_##S, __ATOMIC_RELEASE)                                    \
+  WORDS(LD, relaxed_##S, __ATOMIC_RELAXED) WORDS(LD, acquire_##S, __ATOMIC_ACQUIRE)                                  \
+  WORDS(ST, relaxed_##S, __ATOMIC_RELAXED) WORDS(ST, release_##S, __ATOMIC_RELEASE)                                  \
+  WIDE(relaxed_##S) WIDE(relaxed_##S##_na)                                                                           \
   ALL_ADD(relaxed_##S, __ATOMIC_RELAXED) ALL_ADD(acquire_##S, __ATOMIC_ACQUIRE)                                      \
   ALL_ADD(release_##S, __ATOMIC_RELEASE) ALL_ADD(acq_rel_##S, __ATOMIC_ACQ_REL)                                      \
   ALL_RED(relaxed_##S) ALL_RED(release_##S)                                                                          \
@@ -67,8 +86,16 @@ static void give_up(TslAddress address, int peer, uint32_t site, uint64_t expect
 SCOPE(cta)
 SCOPE(gpu)
 SCOPE(sys)
-BOTH(LD, volatile, __ATOMIC_RELAXED)
-BOTH(ST, volatile, __ATOMIC_RELAXED)
+WIDTHS(LD, volatile, __ATOMIC_RELAXED)
+WIDTHS(ST, volatile, __ATOMIC_RELAXED)
+WORDS(LD, weak, __ATOMIC_RELAXED)
+WORDS(LD, weak_nc, __ATOMIC_RELAXED)
+WORDS(ST, weak, __ATOMIC_RELAXED)
+WIDE(weak)
+WIDE(weak_na)
+WIDE(weak_nc)
+WIDE(weak_nc_na)
+WIDE(volatile)
 uint32_t tsl_x_bits_f32(float v) {
   uint32_t bits;
   return memcpy(&bits, &v, 4), bits;

@@ -1,6 +1,6 @@
 // Device primitives of tscompile.language for NVIDIA GPUs that reach each other's memory over NVLink.
 // The text is inlined into each kernel as its prelude, so that TileLang's cache key sees it. It precedes TileLang's own headers.
-// Everything is __forceinline__: a real call inside a kernel with wgmma makes ptxas serialise the matrix instructions.
+// cuda_words.h and cuda_grid.h follow it. Everything is __forceinline__: a real call inside a kernel with wgmma makes ptxas serialise the matrix instructions.
 #pragma once
 #include <cstdint>
 
@@ -223,26 +223,6 @@ TSL void tsl_copy(uint64_t dst, uint64_t src, int64_t bytes, int thread, int thr
 
 typedef uint64_t TslAddress;
 
-#define TSL_ENTRY_LD(NAME, PTX)                                                                                        \
-  TSL uint32_t tsl_x_ld_##NAME##_u32(TslAddress p) {                                                                   \
-    uint32_t v;                                                                                                        \
-    asm volatile("ld." PTX "global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");                                      \
-    return v;                                                                                                          \
-  }                                                                                                                    \
-  TSL uint64_t tsl_x_ld_##NAME##_u64(TslAddress p) {                                                                   \
-    uint64_t v;                                                                                                        \
-    asm volatile("ld." PTX "global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");                                      \
-    return v;                                                                                                          \
-  }
-#define TSL_ENTRY_ST(NAME, PTX)                                                                                        \
-  TSL int tsl_x_st_##NAME##_u32(TslAddress p, uint32_t v) {                                                            \
-    asm volatile("st." PTX "global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");                                        \
-    return 0;                                                                                                          \
-  }                                                                                                                    \
-  TSL int tsl_x_st_##NAME##_u64(TslAddress p, uint64_t v) {                                                            \
-    asm volatile("st." PTX "global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");                                        \
-    return 0;                                                                                                          \
-  }
 #define TSL_ENTRY_ATOM(NAME, PTX, TYPE, T, REG)                                                                        \
   TSL T tsl_x_atom_add_##NAME##_##TYPE(TslAddress p, T v) {                                                            \
     T old;                                                                                                             \
@@ -257,8 +237,6 @@ typedef uint64_t TslAddress;
 #define TSL_ENTRY_TYPES(MACRO, NAME, PTX)                                                                              \
   MACRO(NAME, PTX, u32, uint32_t, "r") MACRO(NAME, PTX, u64, uint64_t, "l") MACRO(NAME, PTX, f32, float, "f")
 #define TSL_ENTRY_SCOPE(SCOPE)                                                                                         \
-  TSL_ENTRY_LD(relaxed_##SCOPE, "relaxed." #SCOPE ".") TSL_ENTRY_LD(acquire_##SCOPE, "acquire." #SCOPE ".")            \
-  TSL_ENTRY_ST(relaxed_##SCOPE, "relaxed." #SCOPE ".") TSL_ENTRY_ST(release_##SCOPE, "release." #SCOPE ".")            \
   TSL_ENTRY_TYPES(TSL_ENTRY_ATOM, relaxed_##SCOPE, "relaxed." #SCOPE ".")                                              \
   TSL_ENTRY_TYPES(TSL_ENTRY_ATOM, acquire_##SCOPE, "acquire." #SCOPE ".")                                              \
   TSL_ENTRY_TYPES(TSL_ENTRY_ATOM, release_##SCOPE, "release." #SCOPE ".")                                              \
@@ -269,10 +247,6 @@ typedef uint64_t TslAddress;
 TSL_ENTRY_SCOPE(cta)
 TSL_ENTRY_SCOPE(gpu)
 TSL_ENTRY_SCOPE(sys)
-TSL_ENTRY_LD(volatile, "volatile.")
-TSL_ENTRY_ST(volatile, "volatile.")
-TSL uint32_t tsl_x_bits_f32(float v) { return __float_as_uint(v); }
-TSL uint64_t tsl_x_bits_f64(double v) { return (uint64_t)__double_as_longlong(v); }
 TSL int tsl_x_fence_async() { tsl_fence_async(); return 0; }
 
 #define TSL_ENTRY_WAIT(TYPE, T)                                                                                        \

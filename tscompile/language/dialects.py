@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import tilelang
 import tilelang.language as T
+from tilelang.language.kernel import KernelLaunchFrame
 
 from ..errors import HeapError
 from ..nvshmem import native
@@ -36,13 +37,13 @@ Target = Literal["cuda", "cpu"]
 
 @lru_cache(maxsize=1)
 def _cuda_header() -> str:
-    return (_HERE / "cuda.h").read_text()
+    return "".join((_HERE / name).read_text() for name in ("cuda.h", "cuda_words.h", "cuda_grid.h"))
 
 
 def prelude(target: Target) -> str | None:
     """What to pass as `T.Kernel(prelude=...)`.
 
-    The text of the header itself, not an `#include`: TileLang's cache key covers the text of a kernel and no file it includes. None on
+    The text of the headers itself, not an `#include`: TileLang's cache key covers the text of a kernel and no file it includes. None on
     the C target, whose functions are in a library that `Dialect.compile_flags` links.
 
     Raises:
@@ -51,6 +52,17 @@ def prelude(target: Target) -> str | None:
     if target not in ("cuda", "cpu"):
         raise ValueError(f"target {target!r}: cuda or cpu")
     return _cuda_header() if target == "cuda" else None
+
+
+def only_cuda(what: str, reason: str) -> None:
+    """Refuse what the C target cannot do, where it is written: a kernel is for the C target if it has no prelude.
+
+    Raises:
+        ValueError: the kernel that is being written has none.
+    """
+    frame = KernelLaunchFrame.Current()
+    if frame is not None and "pragma_import_c" not in frame.frames[-1].annotations:
+        raise ValueError(f"{what}: not on the C target (a kernel without tl.prelude): {reason}")
 
 
 def cpu_library() -> Path:

@@ -1,26 +1,9 @@
-"""Copies, loads, stores, atomics and fences on global memory of this and of other ranks."""
+"""Copies, atomics and fences on global memory of this and of other ranks."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 from .addresses import Expr, Operand, address, bits_of, call, cast, dtype_of, from_bits, to_bits
-
-Scope = Literal["cta", "gpu", "sys"]
-Semantics = Literal["relaxed", "acquire", "release", "acq_rel", "volatile"]
-
-
-def _order(semantics: str, scope: str, allowed: tuple[str, ...]) -> str:
-    """The part of an entry point's name that says how it is ordered.
-
-    Raises:
-        ValueError: the operation does not exist with these semantics or this scope.
-    """
-    if semantics not in allowed:
-        raise ValueError(f"semantics {semantics!r}: one of {', '.join(allowed)}")
-    if scope not in ("cta", "gpu", "sys"):
-        raise ValueError(f"scope {scope!r}: one of cta, gpu, sys")
-    return semantics if semantics == "volatile" else f"{semantics}_{scope}"
+from .words import Scope, Semantics, order
 
 
 def put_block(dst: Operand, src: Operand, num_bytes: Expr, thread: Expr, threads: Expr) -> Expr:
@@ -65,43 +48,6 @@ def get_warp(dst: Operand, src: Operand, num_bytes: Expr) -> Expr:
     return put_warp(dst, src, num_bytes)
 
 
-def ld(src: Operand, semantics: Semantics = "acquire", scope: Scope = "sys", dtype: str | None = None) -> Expr:
-    """Load one element, by the calling thread.
-
-    Args:
-        src: int32, uint32, float32, int64, uint64 or float64 in global memory, aligned to its size.
-        semantics: "acquire" (what the writer released is visible to this thread afterwards), "relaxed" or "volatile" (no scope).
-        scope: who may write: "cta", "gpu" or "sys" (other GPUs, the host).
-        dtype: of the element; needed where `src` is an address.
-
-    Raises:
-        ValueError: semantics, scope or dtype that loads do not have.
-    """
-    dtype = dtype_of(src, dtype)
-    order, bits = _order(semantics, scope, ("relaxed", "acquire", "volatile")), bits_of(dtype)
-    return from_bits(call(f"ld_{order}_u{bits}", f"uint{bits}", address(src)), dtype)
-
-
-def st(
-    dst: Operand, value: Expr, semantics: Semantics = "release", scope: Scope = "sys", dtype: str | None = None
-) -> Expr:
-    """Store one element, by the calling thread.
-
-    Args:
-        dst: as `src` of `ld`.
-        value: cast to the dtype of `dst`.
-        semantics: "release" (what this thread wrote or has seen is visible to who acquires the value), "relaxed" or "volatile".
-        scope: who may read, as in `ld`.
-        dtype: of the element; needed where `dst` is an address.
-
-    Raises:
-        ValueError: semantics, scope or dtype that stores do not have.
-    """
-    dtype = dtype_of(dst, dtype)
-    order, bits = _order(semantics, scope, ("relaxed", "release", "volatile")), bits_of(dtype)
-    return call(f"st_{order}_u{bits}", "int32", address(dst), to_bits(value, dtype))
-
-
 def _addend(operand: Operand, value: Expr, dtype: str | None) -> tuple[str, str, Expr, str]:
     """Suffix of the entry point, dtype it works in, the value in it, and the dtype of the element.
 
@@ -135,8 +81,8 @@ def atomic_add(
         ValueError: semantics, scope or dtype that atomics do not have.
     """
     suffix, word, addend, dtype = _addend(dst, value, dtype)
-    order = _order(semantics, scope, ("relaxed", "acquire", "release", "acq_rel"))
-    return from_bits(call(f"atom_add_{order}_{suffix}", word, address(dst), addend), dtype)
+    form = order(semantics, scope, ("relaxed", "acquire", "release", "acq_rel"))
+    return from_bits(call(f"atom_add_{form}_{suffix}", word, address(dst), addend), dtype)
 
 
 def red_add(
@@ -144,8 +90,8 @@ def red_add(
 ) -> Expr:
     """`atomic_add` without the old value, which spares the way back: "relaxed" or "release"."""
     suffix, _, addend, dtype = _addend(dst, value, dtype)
-    order = _order(semantics, scope, ("relaxed", "release"))
-    return call(f"red_add_{order}_{suffix}", "int32", address(dst), addend)
+    form = order(semantics, scope, ("relaxed", "release"))
+    return call(f"red_add_{form}_{suffix}", "int32", address(dst), addend)
 
 
 def fence(scope: Scope = "sys") -> Expr:
@@ -156,7 +102,7 @@ def fence(scope: Scope = "sys") -> Expr:
     Raises:
         ValueError: no such scope.
     """
-    _order("relaxed", scope, ("relaxed",))
+    order("relaxed", scope, ("relaxed",))
     return call(f"fence_{scope}", "int32")
 
 

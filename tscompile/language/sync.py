@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from .addresses import Expr, Operand, address, bits_of, call, cast, dtype_of, from_bits, succeeded, to_bits
-from .memory import Scope, red_add, st
+from .memory import red_add
+from .words import Scope, st
 
 Compare = Literal["eq", "ne", "ge", "gt", "le", "lt", "epoch"]
 
@@ -34,6 +35,7 @@ def signal(
     """
     if op not in ("set", "add"):
         raise ValueError(f"op {op!r}: set or add")
+    bits_of(dtype_of(flag, dtype))  # st takes narrower words, which no wait can read
     return (st if op == "set" else red_add)(flag, value, "release", scope, dtype)
 
 
