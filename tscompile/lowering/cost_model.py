@@ -124,12 +124,9 @@ def _gather_gemm(gemms: Sequence[Gemm]) -> _Gemm:
 
 def _sum_gemm(problem: FusionProblem) -> _Gemm:
     """Terms of a sum share tiles."""
-    m, n, k = problem.gemms[0].m, problem.gemms[0].n, sum(gemm.k for gemm in problem.gemms)
     all_reduce = problem.kind == "matmul_all_reduce"
-    tiling = widths.sum_tiling(
-        m, n, k, problem.group_size, 1 if all_reduce else problem.group_size * problem.pieces, all_reduce
-    )
-    return _Gemm(tiling.tiles, k * widths.TILE_US_PER_K[tiling.width])
+    tiling = widths.terms_tiling(problem.gemms, problem.group_size, problem.pieces, all_reduce)
+    return _Gemm(tiling.tiles, sum(gemm.k for gemm in problem.gemms) * widths.TILE_US_PER_K[tiling.width])
 
 
 def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: float) -> float:

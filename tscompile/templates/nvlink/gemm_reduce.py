@@ -6,7 +6,7 @@ in parts, one part later than the peers') and add what has landed to their accum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +19,8 @@ from .kernels.config import STAGES, GemmConfig
 from .lasting import lasting_tables
 from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
-from .tiles import TILE_M, Reduction, all_reduce_tiles, scatter_tiles
-from .widths import Tiling, has_flags, sum_tiling
+from .tiles import TILE_M, all_reduce_tiles, scatter_tiles
+from .widths import Tiling, has_flags, terms_tiling
 
 _ITEM = 2  # bytes of an element
 # Of an all_reduce: tiles of all ranks together in a part, and how many parts later than the peers' tiles the own ones come. 192 tiles
@@ -38,11 +38,17 @@ class _Recipe:
         lhs: Sequence[Tensor],
         rhs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        rows: int,
-        made: Reduction,
-        width: int,
+        outer: int,
     ) -> None:
         self.link = link
+        m, n = lhs[0].shape[0], rhs[0].shape[1]
+        all_reduce = _is_all_reduce(plan)
+        width = _tiling(lhs, rhs, link.size, outer, all_reduce).width
+        if all_reduce:
+            rows, made = m, all_reduce_tiles(link.rank, link.size, m, n, width, _PART, _LAG)
+        else:
+            inner = m // (link.size * outer)
+            rows, made = outer * inner, scatter_tiles(link.rank, link.size, outer, inner, n, width)
         self._dtype = torch_dtype(plan.dtype)
         self._transposed = is_transposed(rhs[0])
         coefficients = plan.coefficients or (1.0,) * len(lhs)
@@ -50,11 +56,11 @@ class _Recipe:
         self._has_bias = any(bias is not None for bias in biases)
         self._tables = lasting_tables([made.rows, made.pulls, made.results], link.device)
         table, pulls, results = self._tables
-        self._shape = (rows, rhs[0].shape[1])
+        self._shape = (rows, n)
         self._landing = link.size * made.tiles * TILE_M * width
         self._fixed: dict[str, float] = {
-            "M": lhs[0].shape[0],
-            "N": rhs[0].shape[1],
+            "M": m,
+            "N": n,
             **{f"K{number}": a.shape[1] for number, a in enumerate(lhs)},
             "rows": rows,
             "table": table.data_ptr(),
@@ -118,39 +124,23 @@ class _Recipe:
         return sum(rows[1:], start=rows[0]).to(self._dtype)
 
 
-def _sum(
-    channel: DeviceChannel,
-    plan: Plan,
-    lhs: Sequence[Tensor],
-    rhs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    outer: int,
-    rows: int,
-    make: Callable[[int], Reduction],
-) -> list[Tensor]:
-    """The op's output [rows, N]; `make` gives the tables for a tile width where this layout is new."""
-    recipe: _Recipe = channel.site.recipe
-    if recipe is None or recipe.link is not channel.link:
-        width = _tiling(lhs, rhs, channel.size, outer, plan.kind == "matmul_all_reduce").width
-        recipe = channel.site.recipe = _Recipe(channel.link, plan, lhs, rhs, biases, rows, make(width), width)
-    return [recipe.run(channel, lhs, rhs, biases)]
-
-
 def _kernel(plan: Plan, rhs: Sequence[Tensor], biases: Sequence[Tensor | None], width: int) -> tuple[Any, ...]:
     """The kernel for tiles of `width` columns, as jit.py names it."""
     has_bias = any(bias is not None for bias in biases)
     config = GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, STAGES[width])
-    return "reduce", config, plan.kind == "matmul_all_reduce"
+    return "reduce", config, _is_all_reduce(plan)
+
+
+def _is_all_reduce(plan: Plan) -> bool:
+    return plan.kind == "matmul_all_reduce"
 
 
 def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
-    return tuple(Gemm(a.shape[0], b.shape[1], a.shape[1]) for a, b in zip(lhs, rhs, strict=True))
+    return tuple(Gemm(int(a.shape[0]), int(b.shape[1]), int(a.shape[1])) for a, b in zip(lhs, rhs, strict=True))
 
 
 def _tiling(lhs: Sequence[Tensor], rhs: Sequence[Tensor], size: int, outer: int, all_reduce: bool) -> Tiling:
-    pieces = 1 if all_reduce else size * outer
-    k = sum(int(a.shape[1]) for a in lhs)
-    return sum_tiling(int(lhs[0].shape[0]), int(rhs[0].shape[1]), k, size, pieces, all_reduce)
+    return terms_tiling(_gemms(lhs, rhs), size, outer, all_reduce)
 
 
 def _scratch(tiling: Tiling, size: int, all_reduce: bool) -> int:
@@ -161,65 +151,9 @@ def _scratch(tiling: Tiling, size: int, all_reduce: bool) -> int:
 
 
 @register_template("matmul_reduce_scatter", "nvlink")
-class NvlinkGemmReduceScatter:
-    """Sum over ranks of terms [M, N], scattered along the rank dimension of its rows."""
-
-    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
-        return sum_refusal(problem, plan)
-
-    def scratch_bytes(
-        self,
-        plan: Plan,
-        size: int,
-        lhs: Sequence[Tensor],
-        rhs: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        addends: Sequence[Tensor],
-        outer: int,
-    ) -> int:
-        if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
-            return -1
-        return _scratch(_tiling(lhs, rhs, size, outer, False), size, False)
-
-    def kernels(
-        self,
-        plan: Plan,
-        size: int,
-        lhs: Sequence[Tensor],
-        rhs: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        addends: Sequence[Tensor],
-        outer: int,
-    ) -> list[tuple[Any, ...]]:
-        return [_kernel(plan, rhs, biases, _tiling(lhs, rhs, size, outer, False).width)]
-
-    def run(
-        self,
-        channel: DeviceChannel,
-        plan: Plan,
-        lhs: Sequence[Tensor],
-        rhs: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        addends: Sequence[Tensor],
-        outer: int,
-    ) -> list[Tensor]:
-        m, n = lhs[0].shape[0], rhs[0].shape[1]
-        inner = m // (channel.size * outer)
-        return _sum(
-            channel,
-            plan,
-            lhs,
-            rhs,
-            biases,
-            outer,
-            outer * inner,
-            lambda width: scatter_tiles(channel.rank, channel.size, outer, inner, n, width),
-        )
-
-
 @register_template("matmul_all_reduce", "nvlink")
-class NvlinkGemmAllReduce:
-    """Sum over ranks of terms [M, N], to every rank."""
+class NvlinkGemmReduce:
+    """Sum over ranks of terms [M, N]: scattered along the rank dimension of its rows (outer, R, inner), or to every rank."""
 
     def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return sum_refusal(problem, plan)
@@ -232,10 +166,12 @@ class NvlinkGemmAllReduce:
         rhs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         addends: Sequence[Tensor],
+        outer: int = 1,
     ) -> int:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
-        return _scratch(_tiling(lhs, rhs, size, 1, True), size, True)
+        all_reduce = _is_all_reduce(plan)
+        return _scratch(_tiling(lhs, rhs, size, outer, all_reduce), size, all_reduce)
 
     def kernels(
         self,
@@ -245,8 +181,9 @@ class NvlinkGemmAllReduce:
         rhs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         addends: Sequence[Tensor],
+        outer: int = 1,
     ) -> list[tuple[Any, ...]]:
-        return [_kernel(plan, rhs, biases, _tiling(lhs, rhs, size, 1, True).width)]
+        return [_kernel(plan, rhs, biases, _tiling(lhs, rhs, size, outer, _is_all_reduce(plan)).width)]
 
     def run(
         self,
@@ -256,15 +193,9 @@ class NvlinkGemmAllReduce:
         rhs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         addends: Sequence[Tensor],
+        outer: int = 1,
     ) -> list[Tensor]:
-        m, n = lhs[0].shape[0], rhs[0].shape[1]
-        return _sum(
-            channel,
-            plan,
-            lhs,
-            rhs,
-            biases,
-            1,
-            m,
-            lambda width: all_reduce_tiles(channel.rank, channel.size, m, n, width, _PART, _LAG),
-        )
+        recipe: _Recipe = channel.site.recipe
+        if recipe is None or recipe.link is not channel.link:
+            recipe = channel.site.recipe = _Recipe(channel.link, plan, lhs, rhs, biases, outer)
+        return [recipe.run(channel, lhs, rhs, biases)]

@@ -8,7 +8,7 @@ from ...problem import FusionProblem, GatherUse, Gemm, Plan
 from ..template import torch_dtype
 from .kernels.config import DTYPE_CODES, MAX_OPERANDS
 from .operands import aligned_sizes
-from .widths import has_flags, sum_tiling
+from .widths import has_flags, terms_tiling
 
 MAX_RANKS = 8
 CAPABILITY = (9, 0)
@@ -98,11 +98,8 @@ def sum_refusal(problem: FusionProblem, plan: Plan) -> str | None:
     terms = terms_refusal(problem.gemms, plan)
     if terms is not None:
         return terms
-    all_reduce, ranks = problem.kind == "matmul_all_reduce", problem.group_size
-    pieces = 1 if all_reduce else ranks * problem.pieces
-    k = sum(gemm.k for gemm in problem.gemms)
-    tiling = sum_tiling(problem.gemms[0].m, problem.gemms[0].n, k, ranks, pieces, all_reduce)
-    if not has_flags(tiling, ranks):
+    tiling = terms_tiling(problem.gemms, problem.group_size, problem.pieces, problem.kind == "matmul_all_reduce")
+    if not has_flags(tiling, problem.group_size):
         return f"the sum has {tiling.tiles} tiles, more than the flags of a group count"
     return None
 

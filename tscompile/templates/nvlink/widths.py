@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...problem import Gemm
 from .kernels.config import DATA_FLAGS, SMS
 from .tiles import TILE_M
 
@@ -69,3 +70,9 @@ def sum_tiling(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool
 
     narrower = (tiling(width) for width in TILE_US_PER_K if width < WIDEST)
     return min((tiling(WIDEST), *(choice for choice in narrower if choice.tiles <= _MOST_TILES)), key=us)
+
+
+def terms_tiling(gemms: Sequence[Gemm], ranks: int, outer: int, all_reduce: bool) -> Tiling:
+    """The tiling of a sum of matmuls; a scattered result has `outer` runs of rows for each rank."""
+    k = sum(gemm.k for gemm in gemms)
+    return sum_tiling(gemms[0].m, gemms[0].n, k, ranks, 1 if all_reduce else ranks * outer, all_reduce)
