@@ -80,7 +80,8 @@ class NvlinkExecutor:
 
     def __init__(self) -> None:
         self.link: DeviceLink | None = None
-        self._captured: list[DeviceLink] = []  # replaced ones that a CUDA graph uses for as long as it is replayed
+        # Links that may have work: replaced ones that a CUDA graph uses for as long as it is replayed, then the current one.
+        self._links: list[DeviceLink] = []
         self.heap: NvlinkHeap | None = None
         self._stopped: DeviceLink | None = None  # its kernels have been told to give up
         self._stopped_at = 0.0
@@ -102,14 +103,13 @@ class NvlinkExecutor:
         assert isinstance(heap, NvlinkHeap)
         self.heap, self.ranks = heap, ranks
         if self.link is not None and self.link.memory is heap.memory:
-            for link in self._links():
+            for link in self._links:
                 link.set_timeout(timeout_s)
             return
         services = (kernel("service", name) for name in ("tsk_open", "tsk_acknowledge"))
-        old, self.link = self.link, DeviceLink(heap.memory, heap.half_bytes, timeout_s, *services)
-        if old is not None and old.was_captured:
-            self._captured.append(old)
-        heap.retire(keep=[link.memory for link in self._captured])
+        self.link = DeviceLink(heap.memory, heap.half_bytes, timeout_s, *services)
+        self._links = [*(link for link in self._links if link.was_captured), self.link]
+        heap.retire(keep=[link.memory for link in self._links])
         _watchdog.watch(self)
 
     def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> HostChannel:
@@ -142,7 +142,7 @@ class NvlinkExecutor:
         compiled()
 
     def failed(self) -> tuple[int, str] | None:
-        link = next((link for link in self._links() if link.has_record()), None)
+        link = next((link for link in self._links if link.has_record()), None)
         if link is None:
             return None
         found = link.read_record()
@@ -170,12 +170,8 @@ class NvlinkExecutor:
             "first error; outputs of the ops that ran since are NaN"
         )
 
-    def _links(self) -> list[DeviceLink]:
-        """Those that may have work."""
-        return [*self._captured, *([] if self.link is None else [self.link])]
-
     def stop(self) -> None:
-        for link in self._links():
+        for link in self._links:
             link.stop()
 
     def describe(self, heap: GroupHeap, ranks: tuple[int, ...]) -> GroupMemory:
@@ -192,7 +188,7 @@ class NvlinkExecutor:
             log.error("%s", failure[1])
             heap.abort(*failure)
         # Replays of a captured graph are invisible here: a group with one may have work at any time.
-        captured = any(each.was_captured for each in self._links())
+        captured = any(each.was_captured for each in self._links)
         if link.is_idle() and not captured:
             return
         record = heap.aborted()
