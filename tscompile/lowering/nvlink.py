@@ -27,9 +27,8 @@ from .executors import Memo
 from .interrupt import raise_in_main_thread
 
 _LOOK_EVERY_S = 0.2
-_RAISE_AFTER_S = (
-    5.0  # a program that launches ops hears of a failure from the next launch; one that replays graphs does not
-)
+# A program that launches ops hears of a failure from the next launch; one that only replays graphs does not.
+_RAISE_AFTER_S = 5.0
 _MASK = 0x7FFFFFFF
 _HEARSAY_S = 5 * _LOOK_EVERY_S  # a few rounds of the other rank's watchdog
 # Launches of a site that are timed: events cost the host as much as the launch does, and the first ones warm up.

@@ -18,7 +18,7 @@ from ...language import context
 from ...nvshmem import stream
 from ...nvshmem.device import CONTROL_BYTES, SLOTS
 from ...nvshmem.stream import Step, Steps, Values, steps_of
-from .kernels.config import DATA_FLAGS as DATA_FLAGS
+from .kernels.config import DATA_FLAGS
 from .lasting import lasting
 from .launch import Kernel
 
@@ -91,8 +91,8 @@ class DeviceLink:
         self._streams = (ctypes.c_void_p * 3)(0, self.side.cuda_stream, self._alarm.cuda_stream)
         self.record = lasting(lambda: torch.zeros(8, dtype=torch.int64).pin_memory(), self.device)
         # Claims of a kernel, for eager and for captured calls; epochs of tiles that landed, for each slot.
-        self.counters = [self._words(16, torch.int32) for _ in range(2)]
-        self.landed = [self._words(DATA_FLAGS, torch.int32) for _ in range(SLOTS)]
+        self.counters = [self._words(16) for _ in range(2)]
+        self.landed = [self._words(DATA_FLAGS) for _ in range(SLOTS)]
         self.contexts = [self._context(slot) for slot in range(SLOTS)]
         self.context_addresses = [tensor.data_ptr() for tensor in self.contexts]
         self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
@@ -131,8 +131,8 @@ class DeviceLink:
         )
         return lasting(lambda: words.to(self.device), self.device)
 
-    def _words(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        return lasting(lambda: torch.zeros(count, dtype=dtype, device=self.device), self.device)
+    def _words(self, count: int) -> torch.Tensor:
+        return lasting(lambda: torch.zeros(count, dtype=torch.int32, device=self.device), self.device)
 
     def open(self, site: Site) -> DeviceChannel:
         """The next call of the group on the current stream."""
