@@ -82,7 +82,7 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 # N from 2560 to 8192, K from 2560 to 8192; the formulas meet most measured times within 8 %]
 TILE_K = 64  # a step of k
 TILE = (128, 256)  # rows and columns that one SM computes at a time; those of a sum may have fewer
-TILE_US_PER_K = widths.TILE_US_PER_K[256]
+TILE_US_PER_K = widths.tile_us_per_k(256)
 LAUNCH_US = 6.0
 ORIGINAL_US = 5.0  # between the two ops of the original sequence
 NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
@@ -126,7 +126,7 @@ def _sum_gemm(problem: FusionProblem) -> _Gemm:
     """Terms of a sum share tiles."""
     all_reduce = problem.kind == "matmul_all_reduce"
     tiling = widths.terms_tiling(problem.gemms, problem.group_size, problem.pieces, all_reduce)
-    return _Gemm(tiling.tiles, sum(gemm.k for gemm in problem.gemms) * widths.TILE_US_PER_K[tiling.width])
+    return _Gemm(tiling.tiles, sum(gemm.k for gemm in problem.gemms) * widths.tile_us_per_k(tiling.width))
 
 
 def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: float) -> float:

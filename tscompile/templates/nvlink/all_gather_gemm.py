@@ -21,12 +21,12 @@ from ..template import register_template, torch_dtype
 from .channel import MAIN, SIDE, Call, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch, block_kernels, block_launches, blocks_of
 from .jit import kernel
-from .kernels.config import MAX_OPERANDS, GemmConfig
+from .kernels.config import MAX_OPERANDS, GemmConfig, depth
 from .lasting import lasting_tables
 from .operands import aligned_pointer, is_transposed, pointer_of
 from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
-from .widths import SWIZZLED_WIDTHS, TILE_WIDTHS, tile_width
+from .widths import tile_width
 
 
 @register_template("all_gather_matmul", "nvlink")
@@ -102,9 +102,8 @@ def _config(dtype: str, ranks: int, shard: Sequence[int], weights: Sequence[Tens
     pieces, width = shard
     rows = pieces * (width // weights[0].shape[0]) * ranks
     transposed = is_transposed(weights[0])
-    choices = TILE_WIDTHS if transposed else SWIZZLED_WIDTHS
-    tile_n = tile_width(-(-rows // TILE_M), [weight.shape[1] for weight in weights], choices)
-    return GemmConfig(dtype, transposed, len(weights), bias, tile_n)
+    tile_n = tile_width(-(-rows // TILE_M), [weight.shape[1] for weight in weights], transposed)
+    return GemmConfig(dtype, transposed, len(weights), bias, tile_n, depth(tile_n))
 
 
 class _Recipe:

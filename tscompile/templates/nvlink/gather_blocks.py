@@ -16,12 +16,12 @@ from ...problem import GatherUse, Plan
 from ..template import torch_dtype
 from .channel import DeviceLink
 from .jit import kernel
-from .kernels.config import BlocksConfig
+from .kernels.config import BlocksConfig, depth
 from .lasting import lasting_tables
 from .operands import aligned_sizes
 from .refusal import block_sizes, serves_blocks
 from .tiles import TILE_M, block_tiles, contraction_tiles
-from .widths import SWIZZLED_WIDTHS, TILE_WIDTHS, tile_width
+from .widths import tile_width
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ class _Served:
             count = sizes.pieces * ranks
             tile_rows = count * -(-sizes.inner // TILE_M) if left else tile_rows
             widths = widths if left else [sizes.inner] * count
+        tile_n = tile_width(tile_rows, widths, not right_first)
         return BlocksConfig(
             dtype,
             not right_first,
             bias=self.bias,
-            tile_n=tile_width(tile_rows, widths, SWIZZLED_WIDTHS if right_first else TILE_WIDTHS),
+            tile_n=tile_n,
+            stages=depth(tile_n),
             left_transposed=left_first,
             gathered_left=left,
             contracts=contracts,

@@ -15,7 +15,7 @@ from ...problem import FusionProblem, Gemm, Plan
 from ..template import register_template, torch_dtype
 from .channel import MAIN, Call, DeviceChannel, DeviceLink
 from .jit import kernel
-from .kernels.config import STAGES, GemmConfig
+from .kernels.config import GemmConfig, depth, pieces_of
 from .lasting import lasting_tables
 from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
@@ -127,8 +127,9 @@ class _Recipe:
 def _kernel(plan: Plan, rhs: Sequence[Tensor], biases: Sequence[Tensor | None], width: int) -> tuple[Any, ...]:
     """The kernel for tiles of `width` columns, as jit.py names it."""
     has_bias = any(bias is not None for bias in biases)
-    config = GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, STAGES[width])
-    return "reduce", config, _is_all_reduce(plan)
+    all_reduce = _is_all_reduce(plan)
+    stages = depth(width, pieces_of(width, all_reduce))
+    return "reduce", GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, stages), all_reduce
 
 
 def _is_all_reduce(plan: Plan) -> bool:

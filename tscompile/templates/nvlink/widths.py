@@ -10,28 +10,32 @@ from ...problem import Gemm
 from .kernels.config import DATA_FLAGS, SMS
 from .tiles import TILE_M
 
-# Of a gather; narrower ones lose more in the tensor cores than they win in waves.
-TILE_WIDTHS = (256, 240, 224)
-# The same for a right operand [K, N]: TMA swizzles columns by 64, and loads a ragged rest in many small boxes.
-SWIZZLED_WIDTHS = (256,)
-# Time of a tile of 128 rows on one SM per unit of k, all SMs busy, by its columns, us. [measured 2026-11-20, H200, bfloat16: a GEMM
-# [8192, 7168, 4096] with tiles of 256, sums of 512 to 2048 rows with each width]
-TILE_US_PER_K = {256: 0.0122, 192: 0.0112, 128: 0.0093}
-WIDEST = max(TILE_US_PER_K)
+# TMA swizzles the columns of a right operand [K, N] by 64, and wgmma takes multiples of 8 of one [N, K]; epilogues want 16.
+SWIZZLED_WIDTHS = (256, 192, 128)
+DENSE_WIDTHS = tuple(range(256, 127, -16))
+SUM_WIDTHS = SWIZZLED_WIDTHS
+WIDEST = 256
+# A tile of 128 rows costs one SM as much per step of k as that many columns more than it has. [measured 2026-11-20, H200, bfloat16, all SMs
+# busy: GEMMs of 512 to 8192 rows with tiles of 128, 192 and 256 columns; and the time of a column per unit of k]
+_EXTRA_COLUMNS = 18
+_COLUMN_US_PER_K = 4.45e-5
 PULL_US_PER_MIB = 3.1  # of what one rank receives over NVLink; measured as above
 _MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
 
 
-def tile_width(rows: int, widths: Sequence[int], choices: Sequence[int] = TILE_WIDTHS) -> int:
-    """Columns of a tile for `rows` tile rows over matrices of these widths: fewest wave-columns, then the widest."""
-    if max(widths) <= 128:
-        return 128
+def tile_us_per_k(width: int) -> float:
+    """Time of a tile of 128 rows and `width` columns on one SM per unit of k, all SMs busy."""
+    return (width + _EXTRA_COLUMNS) * _COLUMN_US_PER_K
 
-    def cost(tile: int) -> tuple[int, int]:
+
+def tile_width(rows: int, widths: Sequence[int], transposed: bool) -> int:
+    """Columns of a tile for `rows` tile rows over matrices of these widths: the least time, then the widest."""
+
+    def cost(tile: int) -> tuple[float, int]:
         waves = math.ceil(rows * sum(math.ceil(width / tile) for width in widths) / SMS)
-        return waves * tile, -tile
+        return waves * tile_us_per_k(tile), -tile
 
-    return min(choices, key=cost)
+    return min(DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS, key=cost)
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ def sum_tiling(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool
 
     def us(choice: Tiling) -> tuple[float, int]:
         waves = max(1, -(-choice.tiles // SMS))
-        return max(waves * k * TILE_US_PER_K[choice.width] + transport / waves, transport), -choice.width
+        return max(waves * k * tile_us_per_k(choice.width) + transport / waves, transport), -choice.width
 
-    narrower = (tiling(width) for width in TILE_US_PER_K if width < WIDEST)
+    narrower = (tiling(width) for width in SUM_WIDTHS if width < WIDEST)
     return min((tiling(WIDEST), *(choice for choice in narrower if choice.tiles <= _MOST_TILES)), key=us)
 
 

@@ -15,9 +15,9 @@ from .gemm import (
     ROWS,
     THREADS,
     call,
-    load_columns,
-    load_rows,
+    load_tile,
     multiply,
+    pass_end,
     prelude,
     ref,
     value,
@@ -79,7 +79,8 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
             full = T.alloc_barrier([1] * S)
             empty = T.alloc_barrier([256] * S)
             thread = T.get_thread_binding()
-            it = T.alloc_var("int32")
+            stage = T.alloc_var("int32")
+            phase = T.alloc_var("int32")
             turn = T.alloc_var("int32")
             tile = T.alloc_var("int32")
             ready = T.alloc_var("int32")
@@ -88,7 +89,8 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
             group = T.alloc_var("int32")
             own = T.alloc_var("int32")
             steps = T.ceildiv(K, bK)
-            it = 0
+            stage = 0
+            phase = 0
             turn = 0
             ready = 0
             if thread < 32:
@@ -98,34 +100,25 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                     col = word(table, tile, COL)
                     own = word(table, tile, OWNER)
                     group = word(table, tile, GROUP)
-                    for k in T.serial(steps):
-                        T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                        if k == 0:
-                            call("tsk_pass", turn, tile)
-                            ready = value("tsk_wait_ranks", context, word(table, tile, MASK), ready, epoch, site)
-                        if own != 0:
-                            load_rows(X, row, k * bK, As, full, it % S, config)
-                        else:
-                            load_rows(A, row, k * bK, As, full, it % S, config)
-                        for g in numbers:
-                            if group == g:
-                                load_columns((B0, B1, B2)[g], col, k * bK, Bs, full, it % S, config)
-                        if T.shuffle_elect(32):
-                            T.barrier_arrive(full[it % S])
-                        it = it + 1
+                    T.barrier_wait(empty[stage], phase ^ 1)
+                    call("tsk_pass", turn, tile)
+                    ready = value("tsk_wait_ranks", context, word(table, tile, MASK), ready, epoch, site)
+                    # A loop for each source and weight: a choice at every stage would take as long as the loads.
+                    for g in numbers:
+                        if group == g:
+                            if own != 0:
+                                load_tile(X, (B0, B1, B2)[g], row, col, As, Bs, full, empty, stage, phase, config)
+                            else:
+                                load_tile(A, (B0, B1, B2)[g], row, col, As, Bs, full, empty, stage, phase, config)
                     turn = turn + 1
                     # Not sooner: a CTA that holds a tile which it cannot start yet keeps it from the others.
                     tile = value("tsk_claim", counters, tiles)
-                T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                call("tsk_pass", turn, -1)
-                if T.shuffle_elect(32):
-                    T.barrier_arrive(full[it % S])
+                pass_end(full, empty, turn, stage, phase)
             elif thread >= 128:
                 T.barrier_wait(full[0], 0)
                 tile = value("tsk_passed", 0)
                 while tile >= 0:
-                    multiply(As, Bs, Cl, full, empty, it, steps, config)
-                    it = it + steps
+                    multiply(As, Bs, Cl, full, empty, stage, phase, steps, config)
                     for g in numbers:
                         if word(table, tile, GROUP) == g:
                             if bias:
@@ -141,7 +134,7 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                                 (N0, N1, N2)[g],
                             )
                     turn = turn + 1
-                    T.barrier_wait(full[it % S], (it // S) & 1)
+                    T.barrier_wait(full[stage], phase)
                     tile = value("tsk_passed", turn)
                 if collects:
                     call("tsk_join")

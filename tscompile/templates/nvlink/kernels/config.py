@@ -7,8 +7,25 @@ from dataclasses import dataclass
 SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
 DATA_FLAGS = 24 << 10  # of a slot; those of a sum are two for each tile that a rank sums, for each rank
 MAX_OPERANDS = 3  # weights of one gather, or terms of one sum, that a kernel takes
-STAGES = {256: 4, 192: 5, 128: 6}  # of a sum, by tile width: what fits beside what is pulled into 227 KiB
+TILE_M, TILE_K = 128, 64  # rows of a tile, and its step of k
+SHARED_BYTES = 226 << 10  # of a CTA for stages and pieces; what is left of 227 KiB holds barriers and rings
+MAX_STAGES = 7  # below the length of the rings in tile.h
 DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of tile.h
+
+
+def piece_rows(tile_n: int, all_reduce: bool) -> int:
+    """Rows of a tile that a pulling warp moves at a time: 32 KiB at most are on their way to the pulling warps."""
+    return 16 if all_reduce and tile_n > 128 else 32
+
+
+def pieces_of(tile_n: int, all_reduce: bool) -> int:
+    """Elements of the pieces of a CTA: two for each pulling warp, of which an all_reduce has two."""
+    return (4 if all_reduce else 2) * piece_rows(tile_n, all_reduce) * tile_n
+
+
+def depth(tile_n: int, pieces: int = 0) -> int:
+    """Stages of the load pipeline that fit beside `pieces` elements."""
+    return min(MAX_STAGES, (SHARED_BYTES // 2 - pieces) // ((TILE_M + tile_n) * TILE_K))
 
 
 @dataclass(frozen=True)
@@ -19,7 +36,7 @@ class GemmConfig:
     transposed: the right operand lies as [N, K] (a Linear's weight used as `x @ W.T`), not as [K, N].
     operands: weights of one gather, or terms of one sum (1 to MAX_OPERANDS).
     bias: a bias row per result is added before rounding.
-    tile_n: columns of a tile; rows are 128 and the k step is 64.
+    tile_n: columns of a tile.
     stages: depth of the load pipeline.
     """
 
@@ -30,8 +47,8 @@ class GemmConfig:
     tile_n: int = 256
     stages: int = 4
 
-    tile_m = 128
-    tile_k = 64
+    tile_m = TILE_M
+    tile_k = TILE_K
     left_transposed = False  # the left operand lies as [M, K]
 
     @property

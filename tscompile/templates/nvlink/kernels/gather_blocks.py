@@ -20,9 +20,11 @@ from .gemm import (
     ROW,
     ROWS,
     THREADS,
+    bounded,
     call,
-    load_block,
+    loads_issued,
     multiply,
+    pass_end,
     prelude,
     ref,
     value,
@@ -38,28 +40,101 @@ def blocked(k_first: bool, along_k: bool, blocks: Any, inner: Any, width: Any) -
 
 
 @T.macro
-def load_stage(
-    X: Any,
+def load_block(
+    A: Any,
+    block: Any,
+    at: Any,
+    k: Any,
+    Ss: Any,
+    full: Any,
+    stage: Any,
+    k_first: Any,
+    along_k: Any,
+    size: Any,
+    config: Any,
+) -> None:
+    """Load rows or columns [at, at + size), steps [k, k + tile_k) of an operand that consists of blocks into a stage of Ss.
+
+    A is [blocks, k, rows] (k_first) or [rows, blocks, k] if the blocks lie along k: then `k` counts from the start of the block.
+    Otherwise it is [k, blocks, rows] (k_first) or [blocks, rows, k], and `at` does. What lies beyond the block is loaded as zeros.
+    """
+    if k_first and along_k:
+        T.tma_copy(
+            A[block, k : k + config.tile_k, at : at + size],
+            Ss[bounded(stage, config), :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+    elif k_first:
+        T.tma_copy(
+            A[k : k + config.tile_k, block, at : at + size],
+            Ss[bounded(stage, config), :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+    elif along_k:
+        T.tma_copy(
+            A[at : at + size, block, k : k + config.tile_k],
+            Ss[bounded(stage, config), :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+    else:
+        T.tma_copy(
+            A[block, at : at + size, k : k + config.tile_k],
+            Ss[bounded(stage, config), :, :],
+            barrier=full[stage],
+            leader_scope_threads=32,
+        )
+
+
+@T.macro
+def load_steps(
     A: Any,
     B: Any,
-    own: Any,
     block: Any,
-    place: Any,
+    local_block: Any,
     at: Any,
     local_at: Any,
-    k: Any,
+    steps: Any,
     Gs: Any,
     Ls: Any,
     full: Any,
-    stage: Any,
+    empty: Any,
+    stage: T.Ref,
+    phase: T.Ref,
     config: Any,
 ) -> None:
-    """Load a stage of the gathered operand, from the own shard X or from the slot A, and one of the local operand B."""
-    if own != 0:
-        load_block(X, block, at, k, Gs, full, stage, config.k_first[0], config.contracts, config.tiles[0], config)
-    else:
-        load_block(A, block, at, k, Gs, full, stage, config.k_first[0], config.contracts, config.tiles[0], config)
-    load_block(B, place, local_at, k, Ls, full, stage, config.k_first[1], True, config.tiles[1], config)
+    """Loading warp: all of k of a block of the gathered operand A and of one of the local operand B, stage by stage."""
+    for k in T.serial(steps):
+        T.barrier_wait(empty[stage], phase ^ 1)
+        load_block(
+            A,
+            block,
+            at,
+            k * config.tile_k,
+            Gs,
+            full,
+            stage,
+            config.k_first[0],
+            config.contracts,
+            config.tiles[0],
+            config,
+        )
+        load_block(
+            B,
+            local_block,
+            local_at,
+            k * config.tile_k,
+            Ls,
+            full,
+            stage,
+            config.k_first[1],
+            True,
+            config.tiles[1],
+            config,
+        )
+        loads_issued(full, stage, phase, config)
 
 
 def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
@@ -115,7 +190,8 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
             full = T.alloc_barrier([1] * S)
             empty = T.alloc_barrier([256] * S)
             thread = T.get_thread_binding()
-            it = T.alloc_var("int32")
+            stage = T.alloc_var("int32")
+            phase = T.alloc_var("int32")
             turn = T.alloc_var("int32")
             tile = T.alloc_var("int32")
             ready = T.alloc_var("int32")
@@ -126,7 +202,8 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
             block = T.alloc_var("int32")
             place = T.alloc_var("int32")
             steps = T.ceildiv(k_inner, bK)
-            it = 0
+            stage = 0
+            phase = 0
             turn = 0
             ready = 0
             if thread < 32:
@@ -139,32 +216,33 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
                         own = word(table, at, OWNER)
                         block = word(table, at, BLOCK)
                         place = word(table, at, PLACE) if contracts else 0
-                        for k in T.serial(steps):
-                            T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                            if k == 0:
-                                if j == 0:
-                                    call("tsk_pass", turn, tile)
-                                ready = value("tsk_wait_ranks", context, word(table, at, MASK), ready, epoch, site)
-                            if config.gathered_left:
-                                load_stage(X, A, B, own, block, place, row, col, k * bK, As, Bs, full, it % S, config)
+                        T.barrier_wait(empty[stage], phase ^ 1)
+                        if j == 0:
+                            call("tsk_pass", turn, tile)
+                        ready = value("tsk_wait_ranks", context, word(table, at, MASK), ready, epoch, site)
+                        # Two loops, as in all_gather.py.
+                        if config.gathered_left:
+                            if own != 0:
+                                load_steps(
+                                    X, B, block, place, row, col, steps, As, Bs, full, empty, stage, phase, config
+                                )
                             else:
-                                load_stage(X, A, B, own, block, place, col, row, k * bK, Bs, As, full, it % S, config)
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(full[it % S])
-                            it = it + 1
+                                load_steps(
+                                    A, B, block, place, row, col, steps, As, Bs, full, empty, stage, phase, config
+                                )
+                        elif own != 0:
+                            load_steps(X, B, block, place, col, row, steps, Bs, As, full, empty, stage, phase, config)
+                        else:
+                            load_steps(A, B, block, place, col, row, steps, Bs, As, full, empty, stage, phase, config)
                     turn = turn + 1
                     # Not sooner: a CTA that holds a tile which it cannot start yet keeps it from the others.
                     tile = value("tsk_claim", counters, tiles)
-                T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                call("tsk_pass", turn, -1)
-                if T.shuffle_elect(32):
-                    T.barrier_arrive(full[it % S])
+                pass_end(full, empty, turn, stage, phase)
             elif thread >= 128:
                 T.barrier_wait(full[0], 0)
                 tile = value("tsk_passed", 0)
                 while tile >= 0:
-                    multiply(As, Bs, Cl, full, empty, it, k_blocks * steps, config)
-                    it = it + k_blocks * steps
+                    multiply(As, Bs, Cl, full, empty, stage, phase, k_blocks * steps, config)
                     row = word(table, tile, PLACE if in_rows else ROW)
                     col = word(table, tile, PLACE if in_columns else COL)
                     if bias:
@@ -181,7 +259,7 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
                         N,
                     )
                     turn = turn + 1
-                    T.barrier_wait(full[it % S], (it // S) & 1)
+                    T.barrier_wait(full[stage], phase)
                     tile = value("tsk_passed", turn)
                 if collects:
                     call("tsk_join")

@@ -49,97 +49,83 @@ def ref(element: Any) -> Any:
     return T.access_ptr(element, "rw")
 
 
+def bounded(stage: Any, config: Any) -> Any:
+    """A stage's index into its buffers. TileLang folds a swizzled buffer's address only where it knows bounds: for a variable without
+    any it computes quotients and remainders at every load, which makes the loading warp, and so narrow tiles, a third slower."""
+    return T.max(T.min(stage, config.stages - 1), 0)
+
+
 # A macro's code is expanded into the kernel that calls it; its arguments are TileLang buffers, variables and Python constants.
 
 
 @T.macro
-def load_rows(A: Any, row: Any, k: Any, As: Any, full: Any, stage: Any, config: Any) -> None:
-    """Load rows [row, row + tile_m) of columns [k, k + tile_k) of A into a stage."""
-    T.tma_copy(
-        A[row : row + config.tile_m, k : k + config.tile_k],
-        As[stage, :, :],
-        barrier=full[stage],
-        leader_scope_threads=32,
-    )
+def advance(stage: T.Ref, phase: T.Ref, config: Any) -> None:
+    """Go to the next stage of the ring; `phase` is the parity of the rounds. Counters, since a remainder takes longer than a load."""
+    stage = stage + 1
+    if stage == config.stages:
+        stage = 0
+        phase = phase ^ 1
 
 
 @T.macro
-def load_columns(B: Any, col: Any, k: Any, Bs: Any, full: Any, stage: Any, config: Any) -> None:
-    """Load columns [col, col + tile_n) of the right operand, steps [k, k + tile_k), into a stage."""
-    if config.transposed:
-        T.tma_copy(
-            B[col : col + config.tile_n, k : k + config.tile_k],
-            Bs[stage, :, :],
-            barrier=full[stage],
-            leader_scope_threads=32,
-        )
-    else:
-        T.tma_copy(
-            B[k : k + config.tile_k, col : col + config.tile_n],
-            Bs[stage, :, :],
-            barrier=full[stage],
-            leader_scope_threads=32,
-        )
+def loads_issued(full: Any, stage: T.Ref, phase: T.Ref, config: Any) -> None:
+    """Loading warp: the stage is full once its loads have landed; the next one is next."""
+    if T.shuffle_elect(32):
+        T.barrier_arrive(full[stage])
+    advance(stage, phase, config)
 
 
 @T.macro
-def load_block(
-    A: Any,
-    block: Any,
-    at: Any,
-    k: Any,
-    As: Any,
-    full: Any,
-    stage: Any,
-    k_first: Any,
-    along_k: Any,
-    size: Any,
-    config: Any,
+def pass_end(full: Any, empty: Any, turn: Any, stage: Any, phase: Any) -> None:
+    """Loading warp: there are no more tiles."""
+    T.barrier_wait(empty[stage], phase ^ 1)
+    call("tsk_pass", turn, -1)
+    if T.shuffle_elect(32):
+        T.barrier_arrive(full[stage])
+
+
+@T.macro
+def load_tile(
+    A: Any, B: Any, row: Any, col: Any, As: Any, Bs: Any, full: Any, empty: Any, stage: T.Ref, phase: T.Ref, config: Any
 ) -> None:
-    """Load rows or columns [at, at + size), steps [k, k + tile_k) of an operand that consists of blocks into a stage.
-
-    A is [blocks, k, rows] (k_first) or [rows, blocks, k] if the blocks lie along k: then `k` counts from the start of the block.
-    Otherwise it is [k, blocks, rows] (k_first) or [blocks, rows, k], and `at` does. What lies beyond the block is loaded as zeros.
-    """
-    if k_first and along_k:
+    """Loading warp: rows [row, row + tile_m) of A and columns [col, col + tile_n) of B, all of k, stage by stage."""
+    for k in T.serial(T.ceildiv(A.shape[1], config.tile_k)):
+        T.barrier_wait(empty[stage], phase ^ 1)
         T.tma_copy(
-            A[block, k : k + config.tile_k, at : at + size],
-            As[stage, :, :],
+            A[row : row + config.tile_m, k * config.tile_k : (k + 1) * config.tile_k],
+            As[bounded(stage, config), :, :],
             barrier=full[stage],
             leader_scope_threads=32,
         )
-    elif k_first:
-        T.tma_copy(
-            A[k : k + config.tile_k, block, at : at + size],
-            As[stage, :, :],
-            barrier=full[stage],
-            leader_scope_threads=32,
-        )
-    elif along_k:
-        T.tma_copy(
-            A[at : at + size, block, k : k + config.tile_k],
-            As[stage, :, :],
-            barrier=full[stage],
-            leader_scope_threads=32,
-        )
-    else:
-        T.tma_copy(
-            A[block, at : at + size, k : k + config.tile_k],
-            As[stage, :, :],
-            barrier=full[stage],
-            leader_scope_threads=32,
-        )
+        if config.transposed:
+            T.tma_copy(
+                B[col : col + config.tile_n, k * config.tile_k : (k + 1) * config.tile_k],
+                Bs[bounded(stage, config), :, :],
+                barrier=full[stage],
+                leader_scope_threads=32,
+            )
+        else:
+            T.tma_copy(
+                B[k * config.tile_k : (k + 1) * config.tile_k, col : col + config.tile_n],
+                Bs[bounded(stage, config), :, :],
+                barrier=full[stage],
+                leader_scope_threads=32,
+            )
+        loads_issued(full, stage, phase, config)
 
 
 @T.macro
-def multiply(As: Any, Bs: Any, Cl: Any, full: Any, empty: Any, first: Any, steps: Any, config: Any) -> None:
-    """Cl = the product of `steps` stages from stage number `first` on; one wgmma group stays in flight."""
+def multiply(
+    As: Any, Bs: Any, Cl: Any, full: Any, empty: Any, stage: T.Ref, phase: T.Ref, steps: Any, config: Any
+) -> None:
+    """Cl = the product of `steps` stages from `stage` on; one wgmma group stays in flight."""
+    before = T.alloc_var("int32", init=0)
     T.clear(Cl)
     for k in T.serial(steps):
-        T.barrier_wait(full[(first + k) % config.stages], ((first + k) // config.stages) & 1)
+        T.barrier_wait(full[stage], phase)
         T.wgmma_gemm(
-            As[(first + k) % config.stages, :, :],
-            Bs[(first + k) % config.stages, :, :],
+            As[bounded(stage, config), :, :],
+            Bs[bounded(stage, config), :, :],
             Cl,
             transpose_A=config.left_transposed,
             transpose_B=config.transposed,
@@ -147,6 +133,8 @@ def multiply(As: Any, Bs: Any, Cl: Any, full: Any, empty: Any, first: Any, steps
         )
         if k > 0:
             T.wait_wgmma(1)
-            T.barrier_arrive(empty[(first + k - 1) % config.stages])
+            T.barrier_arrive(empty[before])
+        before = stage
+        advance(stage, phase, config)
     T.wait_wgmma(0)
-    T.barrier_arrive(empty[(first + steps - 1) % config.stages])
+    T.barrier_arrive(empty[before])

@@ -10,7 +10,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from .config import DTYPE_CODES, SMS, GemmConfig
+from .config import DTYPE_CODES, SMS, GemmConfig, piece_rows, pieces_of
 from .gemm import (
     COL,
     GROUP,
@@ -22,9 +22,9 @@ from .gemm import (
     ROWS,
     THREADS,
     call,
-    load_columns,
-    load_rows,
+    load_tile,
     multiply,
+    pass_end,
     prelude,
     ref,
     value,
@@ -45,8 +45,6 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
     dtype, transposed, terms = config.dtype, config.transposed, config.operands
     bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
     NF, DT = config.registers, DTYPE_CODES[config.dtype]
-    # 32 KiB at most: two pieces are on their way to each pulling warp, of which an all_reduce has two.
-    piece_rows = 16 if all_reduce and bN > 128 else 32
     M, N = T.dynamic("M"), T.dynamic("N")
     K0, K1, K2 = T.dynamic("K0"), T.dynamic("K1"), T.dynamic("K2")
     B_shapes = [(N, k) if transposed else (k, N) for k in (K0, K1, K2)]
@@ -85,14 +83,15 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
         with T.Kernel(SMS, threads=THREADS, prelude=text):
             As = T.alloc_shared((S, bM, bK), dtype)
             Bs = T.alloc_shared((S, bN, bK) if transposed else (S, bK, bN), dtype)
-            pieces = T.alloc_shared(((4 if all_reduce else 2) * piece_rows * bN,), dtype)
+            pieces = T.alloc_shared((pieces_of(bN, all_reduce),), dtype)
             Cl = T.alloc_fragment((bM, bN), "float32")
             full = T.alloc_barrier([1] * S)
             empty = T.alloc_barrier([256] * S)
             noted = T.alloc_barrier([256])
             taken = T.alloc_barrier([32])
             thread = T.get_thread_binding()
-            it = T.alloc_var("int32")
+            stage = T.alloc_var("int32")
+            phase = T.alloc_var("int32")
             turn = T.alloc_var("int32")
             tile = T.alloc_var("int32")
             row = T.alloc_var("int32")
@@ -100,7 +99,8 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
             notes = T.alloc_var("int32")
             kind = T.alloc_var("int32")
             steps = T.alloc_var("int32")
-            it = 0
+            stage = 0
+            phase = 0
             turn = 0
             notes = 0
             steps = 0
@@ -111,29 +111,19 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                 while tile >= 0:
                     row = word(table, tile, ROW)
                     col = word(table, tile, COL)
-                    T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
+                    T.barrier_wait(empty[stage], phase ^ 1)
                     call("tsk_pass", turn, tile)
                     for t in numbers:
-                        for k in T.serial(T.ceildiv((K0, K1, K2)[t], bK)):
-                            T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                            load_rows((A0, A1, A2)[t], row, k * bK, As, full, it % S, config)
-                            load_columns((B0, B1, B2)[t], col, k * bK, Bs, full, it % S, config)
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(full[it % S])
-                            it = it + 1
+                        load_tile((A0, A1, A2)[t], (B0, B1, B2)[t], row, col, As, Bs, full, empty, stage, phase, config)
                     turn = turn + 1
                     # Not sooner: a CTA that holds a tile which it cannot start yet keeps it from the others.
                     tile = value("tsk_claim", counters, entries)
-                T.barrier_wait(empty[it % S], ((it // S) & 1) ^ 1)
-                call("tsk_pass", turn, -1)
-                if T.shuffle_elect(32):
-                    T.barrier_arrive(full[it % S])
+                pass_end(full, empty, turn, stage, phase)
             elif thread >= 128:
                 T.barrier_wait(full[0], 0)
                 tile = value("tsk_passed", 0)
                 while tile >= 0:
-                    multiply(As, Bs, Cl, full, empty, it, steps, config)
-                    it = it + steps
+                    multiply(As, Bs, Cl, full, empty, stage, phase, steps, config)
                     if config.bias:
                         call("TSK_BIAS", NF, DT, V, word(table, tile, COL), N)
                     if word(table, tile, OWNER) == 0:
@@ -183,7 +173,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                                 N,
                             )
                     turn = turn + 1
-                    T.barrier_wait(full[it % S], (it // S) & 1)
+                    T.barrier_wait(full[stage], phase)
                     tile = value("tsk_passed", turn)
                 T.barrier_wait(taken[0], (notes & 1) ^ 1)
                 call("tsk_leave_note", 0, 0, 0)
@@ -211,7 +201,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                 call(
                     "TSK_PULL",
                     NF,
-                    piece_rows,
+                    piece_rows(bN, all_reduce),
                     int(all_reduce),
                     context,
                     counters,
