@@ -26,7 +26,7 @@ from .lasting import lasting_tables
 from .operands import aligned_pointer, is_transposed, pointer_of
 from .refusal import gather_refusal, serves_use
 from .tiles import TILE_M, gather_tiles
-from .widths import tile_width
+from .widths import gather_width
 
 
 @register_template("all_gather_matmul", "nvlink")
@@ -100,9 +100,9 @@ def _batches(plan: Plan, others: Sequence[Tensor], biases: Sequence[Tensor | Non
 def _config(dtype: str, ranks: int, shard: Sequence[int], weights: Sequence[Tensor], bias: bool) -> GemmConfig:
     """What the kernel of a batch is compiled for; `shard` is the shape of the shard."""
     pieces, width = shard
-    rows = pieces * (width // weights[0].shape[0]) * ranks
-    transposed = is_transposed(weights[0])
-    tile_n = tile_width(-(-rows // TILE_M), [weight.shape[1] for weight in weights], transposed)
+    k, transposed = int(weights[0].shape[0]), is_transposed(weights[0])
+    tile_rows = -(-pieces * (width // k) * ranks // TILE_M)
+    tile_n = gather_width(tile_rows, [weight.shape[1] for weight in weights], k, ranks, transposed)
     return GemmConfig(dtype, transposed, len(weights), bias, tile_n, depth(tile_n))
 
 

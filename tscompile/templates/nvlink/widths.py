@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...problem import Gemm
-from .kernels.config import DATA_FLAGS, SMS
+from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS
 from .tiles import TILE_M
 
 # TMA swizzles the columns of a right operand [K, N] by 64, and wgmma takes multiples of 8 of one [N, K]; epilogues want 16.
@@ -15,10 +15,11 @@ SWIZZLED_WIDTHS = (256, 192, 128)
 DENSE_WIDTHS = tuple(range(256, 127, -16))
 SUM_WIDTHS = SWIZZLED_WIDTHS
 WIDEST = 256
-# A tile of 128 rows costs one SM as much per step of k as that many columns more than it has. [measured 2026-11-20, H200, bfloat16, all SMs
-# busy: GEMMs of 512 to 8192 rows with tiles of 128, 192 and 256 columns; and the time of a column per unit of k]
+# A tile of 128 rows takes an SM as long as if it had that many columns more, and a column so long per unit of k. [measured 2026-11-20,
+# H200, bfloat16, all SMs busy: GEMMs of 512 to 8192 rows with tiles of 128, 192 and 256 columns]
 _EXTRA_COLUMNS = 18
 _COLUMN_US_PER_K = 4.45e-5
+PASS_US = 10.0
 PULL_US_PER_MIB = 3.1  # of what one rank receives over NVLink; measured as above
 _MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
 
@@ -28,14 +29,35 @@ def tile_us_per_k(width: int) -> float:
     return (width + _EXTRA_COLUMNS) * _COLUMN_US_PER_K
 
 
-def tile_width(rows: int, widths: Sequence[int], transposed: bool) -> int:
-    """Columns of a tile for `rows` tile rows over matrices of these widths: the least time, then the widest."""
+def tile_width(tile_rows: int, widths: Sequence[int], transposed: bool) -> int:
+    """Columns of a tile for `tile_rows` rows of tiles over matrices of these widths: the least time, then the widest."""
+    return _quickest(tile_rows, widths, transposed, lambda waves, _, tile: waves * tile_us_per_k(tile))
+
+
+def gather_width(tile_rows: int, widths: Sequence[int], k: int, ranks: int, transposed: bool) -> int:
+    """The same for gathered rows of `k` elements of 2 bytes, whose last shard's tiles come after all transport."""
+    transport = transport_us(tile_rows * TILE_M * k * ITEM_BYTES * (ranks - 1) / ranks)
+
+    def us(waves: int, tiles: int, tile: int) -> float:
+        wave = k * tile_us_per_k(tile)
+        return max(waves * wave, transport + math.ceil(tiles / ranks / SMS) * wave)
+
+    return _quickest(tile_rows, widths, transposed, us)
+
+
+def _quickest(tile_rows: int, widths: Sequence[int], transposed: bool, us: Callable[[int, int, int], float]) -> int:
+    """The width for which `us(waves, tiles, width)` is least, the widest of several."""
 
     def cost(tile: int) -> tuple[float, int]:
-        waves = math.ceil(rows * sum(math.ceil(width / tile) for width in widths) / SMS)
-        return waves * tile_us_per_k(tile), -tile
+        tiles = tile_rows * sum(math.ceil(width / tile) for width in widths)
+        return us(math.ceil(tiles / SMS), tiles, tile), -tile
 
     return min(DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS, key=cost)
+
+
+def transport_us(nbytes: float) -> float:
+    """Time of one pass over NVLink, in which one rank receives `nbytes`: by copy engines or by warps."""
+    return PASS_US + nbytes / (1 << 20) * PULL_US_PER_MIB
 
 
 @dataclass(frozen=True)

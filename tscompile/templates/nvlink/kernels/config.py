@@ -7,6 +7,7 @@ from dataclasses import dataclass
 SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
 DATA_FLAGS = 24 << 10  # of a slot; those of a sum are two for each tile that a rank sums, for each rank
 MAX_OPERANDS = 3  # weights of one gather, or terms of one sum, that a kernel takes
+ITEM_BYTES = 2  # of an element
 TILE_M, TILE_K = 128, 64  # rows of a tile, and its step of k
 SHARED_BYTES = 226 << 10  # of a CTA for stages and pieces; what is left of 227 KiB holds barriers and rings
 MAX_STAGES = 7  # below the length of the rings in tile.h
@@ -14,8 +15,8 @@ DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of tile.h
 
 
 def piece_rows(tile_n: int, all_reduce: bool) -> int:
-    """Rows of a tile that a pulling warp moves at a time: 32 KiB at most are on their way to the pulling warps."""
-    return 16 if all_reduce and tile_n > 128 else 32
+    """Rows of a tile that a pulling warp moves at a time: 32 KiB at most are on their way to the pulling warps of a CTA."""
+    return (16 if all_reduce else 32) * (1 if tile_n > 128 else 2)
 
 
 def pieces_of(tile_n: int, all_reduce: bool) -> int:
@@ -25,7 +26,7 @@ def pieces_of(tile_n: int, all_reduce: bool) -> int:
 
 def depth(tile_n: int, pieces: int = 0) -> int:
     """Stages of the load pipeline that fit beside `pieces` elements."""
-    return min(MAX_STAGES, (SHARED_BYTES // 2 - pieces) // ((TILE_M + tile_n) * TILE_K))
+    return min(MAX_STAGES, (SHARED_BYTES // ITEM_BYTES - pieces) // ((TILE_M + tile_n) * TILE_K))
 
 
 @dataclass(frozen=True)

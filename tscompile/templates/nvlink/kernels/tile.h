@@ -179,17 +179,19 @@ template <int NF, int DT> TSL void tsk_stage(float *acc, TskAddress tile) {
 template <int NF, int DT> TSL void tsk_add_parts(float *acc, TskAddress context, TskAddress landing, int64_t index, int64_t tiles) {
   const TslContext *c = tsl_context(context.p);
   const int size = (int)c->size, rank = (int)c->rank;
+  // As many loads on their way as registers allow: they come from L2 or HBM, and nothing else covers their latency.
+  constexpr int LOADS = NF > 96 ? 6 : NF > 64 ? 12 : 16;
   #pragma unroll 1
   for (int i = 1; i < size; ++i) {
     const int peer = (rank + i) % size;
     const char *p = (char *)landing.p + (peer * tiles + index) * (NF * 512ll) + TSK_THREAD * 16;
     #pragma unroll
-    for (int j = 0; j < NF / 8; j += 4) {
-      uint4 v[4];
+    for (int j = 0; j < NF / 8; j += LOADS) {
+      uint4 v[LOADS];
       #pragma unroll
-      for (int u = 0; u < 4; ++u) if (j + u < NF / 8) v[u] = tsl_ld_v4(p + (j + u) * 4096);
+      for (int u = 0; u < LOADS; ++u) if (j + u < NF / 8) v[u] = tsl_ld_v4(p + (j + u) * 4096);
       #pragma unroll
-      for (int u = 0; u < 4; ++u) if (j + u < NF / 8) tsk_add8<DT>(acc + (j + u) * 8, v[u]);
+      for (int u = 0; u < LOADS; ++u) if (j + u < NF / 8) tsk_add8<DT>(acc + (j + u) * 8, v[u]);
     }
   }
 }
