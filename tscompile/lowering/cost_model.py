@@ -81,8 +81,7 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 # [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: M from 512 to 8192,
 # N from 2560 to 8192, K from 2560 to 8192; the formulas meet most measured times within 8 %]
 TILE_K = 64  # a step of k
-TILE = (128, 256)  # rows and columns that one SM computes at a time; those of a sum may have fewer
-TILE_US_PER_K = widths.tile_us_per_k(256)
+TILE = (128, 256)  # rows and columns that one SM computes at a time, at most
 LAUNCH_US = 6.0
 ORIGINAL_US = 5.0  # between the two ops of the original sequence
 NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
@@ -117,16 +116,18 @@ class _Gemm:
         return LAUNCH_US + self.waves * self.wave_us
 
 
-def _gather_gemm(gemms: Sequence[Gemm]) -> _Gemm:
+def _gather_gemm(gemms: Sequence[Gemm], ranks: int) -> _Gemm:
     """Weights of a gather in one kernel: they share waves."""
-    return _Gemm(sum(_tiles(gemm) for gemm in gemms), max(gemm.k for gemm in gemms) * TILE_US_PER_K)
+    k, tile_rows = max(gemm.k for gemm in gemms), -(-gemms[0].m // TILE[0])
+    width = widths.gather_width(tile_rows, [gemm.n for gemm in gemms], k, ranks, transposed=True)
+    return _Gemm(sum(tile_rows * -(-gemm.n // width) for gemm in gemms), widths.tile_us(width, k))
 
 
 def _sum_gemm(problem: FusionProblem) -> _Gemm:
     """Terms of a sum share tiles."""
     all_reduce = problem.kind == "matmul_all_reduce"
     tiling = widths.terms_tiling(problem.gemms, problem.group_size, problem.pieces, all_reduce)
-    return _Gemm(tiling.tiles, sum(gemm.k for gemm in problem.gemms) * widths.tile_us_per_k(tiling.width))
+    return _Gemm(tiling.tiles, widths.tile_us(tiling.width, sum(gemm.k for gemm in problem.gemms)))
 
 
 def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: float) -> float:
@@ -143,8 +144,8 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: flo
     others.sort(key=lambda other: other[0].contracts_ranks)
     if not rows:  # the kernel of blocks runs them
         others = [(use, _in_blocks(problem, use, gemm)) for use, gemm in others]
-    after = [_gather_gemm([gemm]) for _, gemm in others]
-    first = _gather_gemm(rows) if rows else after.pop(0)
+    after = [_gather_gemm([gemm], problem.group_size) for _, gemm in others]
+    first = _gather_gemm(rows, problem.group_size) if rows else after.pop(0)
     if rows or not others[0][0].contracts_ranks:  # the tiles that wait for the shard that comes last
         tail = -(-first.tiles // problem.group_size // SMS) * first.wave_us
     else:  # every tile needs it: the last part of the first wave, and all other waves
@@ -189,4 +190,4 @@ def _cublas_us(gemm: Gemm) -> float:
     """cuBLAS cuts a matmul of less than one wave into smaller pieces, so that all SMs work."""
     tiles = _tiles(gemm)
     waves = tiles / SMS if tiles < SMS else -(-tiles // SMS)
-    return LAUNCH_US + waves * gemm.k * TILE_US_PER_K
+    return LAUNCH_US + waves * widths.tile_us(TILE[1], gemm.k)

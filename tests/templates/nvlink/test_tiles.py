@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tscompile.templates.nvlink import gemm_reduce, tiles
 from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS
 from tscompile.templates.nvlink.tiles import Reduction, all_reduce_tiles, gather_tiles, scatter_tiles
-from tscompile.templates.nvlink.widths import TILE_US_PER_K, Tiling
+from tscompile.templates.nvlink.widths import SUM_WIDTHS, Tiling
 
 from .protocol import Actor, Claims, Gatherer, Stuck, reduce_all, run_all, tile_count
 
@@ -215,7 +215,7 @@ def check_fit(tables: list[Reduction], limit: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8])
-@pytest.mark.parametrize("width", TILE_US_PER_K)
+@pytest.mark.parametrize("width", SUM_WIDTHS)
 @pytest.mark.parametrize(("m", "n"), [(8192, 4096), (1000, 1304), (130, 8), (8, 8), (128 * 40, 264)])
 def test_tables_of_real_sizes_fit_together(
     monkeypatch: pytest.MonkeyPatch, ranks: int, m: int, n: int, width: int

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.direct_ops import sweep
 from tests.fused_programs import REDUCE, SCATTER
 from tscompile.templates.nvlink import gemm_reduce
-from tscompile.templates.nvlink.widths import TILE_US_PER_K, sum_tiling
+from tscompile.templates.nvlink.widths import SUM_WIDTHS, sum_tiling
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def test_the_sweep_on_gpus_has_tiles_of_all_widths(kind: str, ranks: int) -> Non
         for shape in sweep(ranks, tiny=False)
         if shape.kind == kind
     }
-    assert found == {(width, plain) for width in TILE_US_PER_K for plain in (False, True)}
+    assert found == {(width, plain) for width in SUM_WIDTHS for plain in (False, True)}

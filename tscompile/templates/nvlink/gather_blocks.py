@@ -83,7 +83,8 @@ class _Served:
             count = sizes.pieces * ranks
             tile_rows = count * -(-sizes.inner // TILE_M) if left else tile_rows
             widths = widths if left else [sizes.inner] * count
-        tile_n = tile_width(tile_rows, widths, not right_first)
+        k = sizes.pieces * ranks * sizes.inner if contracts else sizes.width
+        tile_n = tile_width(tile_rows, widths, k, not right_first)
         return BlocksConfig(
             dtype,
             not right_first,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...problem import Gemm
@@ -15,44 +15,42 @@ SWIZZLED_WIDTHS = (256, 192, 128)
 DENSE_WIDTHS = tuple(range(256, 127, -16))
 SUM_WIDTHS = SWIZZLED_WIDTHS
 WIDEST = 256
-# A tile of 128 rows takes an SM as long as if it had that many columns more, and a column so long per unit of k. [measured 2026-11-20,
-# H200, bfloat16, all SMs busy: GEMMs of 512 to 8192 rows with tiles of 128, 192 and 256 columns]
+# A tile of 128 rows takes an SM as long as if it had that many columns more; a column takes so long per unit of k, and there is a pause
+# before the next tile. [measured 2026-11-20, H200, bfloat16, all SMs busy: GEMMs of 512 to 8192 rows, tiles of 128 to 256 columns]
 _EXTRA_COLUMNS = 18
 _COLUMN_US_PER_K = 4.45e-5
+_PAUSE_US = 1.0
 PASS_US = 10.0
 PULL_US_PER_MIB = 3.1  # of what one rank receives over NVLink; measured as above
 _MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
 
 
-def tile_us_per_k(width: int) -> float:
-    """Time of a tile of 128 rows and `width` columns on one SM per unit of k, all SMs busy."""
-    return (width + _EXTRA_COLUMNS) * _COLUMN_US_PER_K
+def tile_us(width: int, k: int) -> float:
+    """Time of a tile of 128 rows, `width` columns and `k` products on one SM, all SMs busy."""
+    return (width + _EXTRA_COLUMNS) * k * _COLUMN_US_PER_K + _PAUSE_US
 
 
-def tile_width(tile_rows: int, widths: Sequence[int], transposed: bool) -> int:
-    """Columns of a tile for `tile_rows` rows of tiles over matrices of these widths: the least time, then the widest."""
-    return _quickest(tile_rows, widths, transposed, lambda waves, _, tile: waves * tile_us_per_k(tile))
+def tile_width(
+    tile_rows: int, widths: Sequence[int], k: int, transposed: bool, transport: float = 0.0, ranks: int = 1
+) -> int:
+    """Columns of a tile for `tile_rows` rows of tiles over matrices of these widths: the least time, then the widest.
+
+    Args:
+        transport: us until the last rank's rows are there, whose tiles then follow.
+    """
+
+    def us(tile: int) -> tuple[float, int]:
+        tiles = tile_rows * sum(math.ceil(width / tile) for width in widths)
+        wave = tile_us(tile, k)
+        return max(math.ceil(tiles / SMS) * wave, transport + math.ceil(tiles / ranks / SMS) * wave), -tile
+
+    return min(DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS, key=us)
 
 
 def gather_width(tile_rows: int, widths: Sequence[int], k: int, ranks: int, transposed: bool) -> int:
-    """The same for gathered rows of `k` elements of 2 bytes, whose last shard's tiles come after all transport."""
+    """`tile_width` for gathered rows of `k` elements of 2 bytes."""
     transport = transport_us(tile_rows * TILE_M * k * ITEM_BYTES * (ranks - 1) / ranks)
-
-    def us(waves: int, tiles: int, tile: int) -> float:
-        wave = k * tile_us_per_k(tile)
-        return max(waves * wave, transport + math.ceil(tiles / ranks / SMS) * wave)
-
-    return _quickest(tile_rows, widths, transposed, us)
-
-
-def _quickest(tile_rows: int, widths: Sequence[int], transposed: bool, us: Callable[[int, int, int], float]) -> int:
-    """The width for which `us(waves, tiles, width)` is least, the widest of several."""
-
-    def cost(tile: int) -> tuple[float, int]:
-        tiles = tile_rows * sum(math.ceil(width / tile) for width in widths)
-        return us(math.ceil(tiles / SMS), tiles, tile), -tile
-
-    return min(DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS, key=cost)
+    return tile_width(tile_rows, widths, k, transposed, transport, ranks)
 
 
 def transport_us(nbytes: float) -> float:
@@ -92,7 +90,7 @@ def sum_tiling(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool
 
     def us(choice: Tiling) -> tuple[float, int]:
         waves = max(1, -(-choice.tiles // SMS))
-        return max(waves * k * tile_us_per_k(choice.width) + transport / waves, transport), -choice.width
+        return max(waves * tile_us(choice.width, k) + transport / waves, transport), -choice.width
 
     narrower = (tiling(width) for width in SUM_WIDTHS if width < WIDEST)
     return min((tiling(WIDEST), *(choice for choice in narrower if choice.tiles <= _MOST_TILES)), key=us)

@@ -179,8 +179,7 @@ template <int NF, int DT> TSL void tsk_stage(float *acc, TskAddress tile) {
 template <int NF, int DT> TSL void tsk_add_parts(float *acc, TskAddress context, TskAddress landing, int64_t index, int64_t tiles) {
   const TslContext *c = tsl_context(context.p);
   const int size = (int)c->size, rank = (int)c->rank;
-  // As many loads on their way as registers allow: they come from L2 or HBM, and nothing else covers their latency.
-  constexpr int LOADS = NF > 96 ? 6 : NF > 64 ? 12 : 16;
+  constexpr int LOADS = 6;   // on their way: as many as registers allow, since nothing else covers their latency
   #pragma unroll 1
   for (int i = 1; i < size; ++i) {
     const int peer = (rank + i) % size;
