@@ -188,7 +188,7 @@ def all_gather_matmul(
         k, free = other.shape if use.side == "lhs" else reversed(other.shape)
         m, n = (elements // k, free) if use.side == "lhs" else (free, elements // k)
         gemms.append(Gemm(m, n, k))
-    problem = _problem(plan.kind, shard, gemms, elements, group, return_gathered=gathered)
+    problem = _problem(plan.kind, shard, gemms, elements, group, return_gathered=gathered, pieces=shard.shape[0])
     return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
 
 

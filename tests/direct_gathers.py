@@ -88,15 +88,19 @@ class LiveGather(LiveOp):
         return [*results, whole] if self.shape.gathered else results
 
 
+_INNER, _WIDTH, _FREE, _ODD = 256, 520, 392, 37
+UNSERVED = Gather((RIGHT,), 1, _ODD, _WIDTH, _FREE)  # whose result has no aligned rows: the original ops
+
+
 def sweep(tiny: bool) -> list[Gather]:
     """Every use in every layout, mixes, and sizes that are no multiples of a tile or of a step of k."""
-    inner, width, free = (8, 16, 24) if tiny else (256, 520, 392)
+    inner, width, free = (8, 16, 24) if tiny else (_INNER, _WIDTH, _FREE)
     shapes = []
     for number, use in enumerate(use for use in GATHER_USES if use != ROWS):
         for stored_transposed in (False, True):
             pieces = 3 if stored_transposed == bool(number % 2) else 1
             shapes.append(Gather((use,), pieces, inner, width, free, stored_transposed, bias=number % 3 == 0))
-    odd = 5 if tiny else 37
+    odd = 5 if tiny else _ODD
     return [
         *shapes,
         Gather((LEFT_SUM,), 2, odd, width, free),  # rows of a rank that end within a step of k
@@ -105,7 +109,7 @@ def sweep(tiny: bool) -> list[Gather]:
         Gather((("lhs", False, "cols"),), 2, 72, width, free, stored_transposed=True),
         Gather((RIGHT,), 2, 3 * inner + 8, width, free, bias=True),  # columns of a rank that end within a tile
         Gather((RIGHT,), 1, 8, width, free),
-        Gather((RIGHT,), 1, odd, width, free),  # not served: the original ops
+        Gather((RIGHT,), 1, odd, width, free) if tiny else UNSERVED,
         Gather((LEFT_SUM,), 2, inner, width, free, gathered=True),
         Gather((LEFT_SUM, LEFT_SUM), 1, inner, width, free),
         Gather((LEFT_SUM, RIGHT, RIGHT_SUM), 2, inner, width, free, gathered=True),
