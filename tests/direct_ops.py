@@ -185,8 +185,9 @@ def sweep(ranks: int, tiny: bool) -> list[Shape]:
         Shape(REDUCE, m * ranks, (n - 8,), k - 8),
     ]
     if not tiny:  # tiles of 256, 192 and 128 columns on GPUs, in both layouts
-        sums = ((4096, 4096, False), (4032, 4088, True), (512, 5120, False), (512, 5120, True), (256, 1024, True))
+        sums = ((4096, 4096, 1024, False), (4032, 4088, 512, True), (4096, 4096, 4096, False), (512, 5120, 4096, False))
+        sums += ((512, 5120, 4096, True), (256, 1024, 4096, True))
         shapes += [
-            Shape(kind, rows, (n,), 4096, plain_layout=plain) for kind in (SCATTER, REDUCE) for rows, n, plain in sums
+            Shape(kind, rows, (n,), k, plain_layout=plain) for kind in (SCATTER, REDUCE) for rows, n, k, plain in sums
         ]
     return shapes

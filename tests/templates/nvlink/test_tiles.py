@@ -92,14 +92,15 @@ def test_what_a_gathers_tile_says_of_itself(sizes: tuple[int, int, int, list[int
 
 
 @st.composite
-def scatters(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
-    """ranks, outer, inner, n, tile_n"""
+def scatters(draw: st.DrawFn) -> tuple[int, int, int, int, int, int]:
+    """ranks, outer, inner, n, tile_n, part"""
     return (
         draw(RANKS),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 13)),
         draw(st.integers(1, 20)),
         draw(st.integers(3, 9)),
+        draw(st.integers(1, 40)),
     )
 
 
@@ -123,10 +124,10 @@ def products_of(ranks: int, m: int, n: int, seed: int) -> list[torch.Tensor]:
 
 @QUICK
 @given(scatters(), st.lists(st.integers(1, 5), min_size=8, max_size=8), SEEDS)
-def test_a_reduce_scatter(sizes: tuple[int, int, int, int, int], workers: list[int], seed: int) -> None:
+def test_a_reduce_scatter(sizes: tuple[int, int, int, int, int, int], workers: list[int], seed: int) -> None:
     """With any number of CTAs and any order of events all ranks end, and have their rows of the sum."""
-    ranks, outer, inner, n, tile_n = sizes
-    tables = [scatter_tiles(rank, ranks, outer, inner, n, tile_n) for rank in range(ranks)]
+    ranks, outer, inner, n, tile_n, _ = sizes
+    tables = [scatter_tiles(rank, *sizes) for rank in range(ranks)]
     products = products_of(ranks, outer * ranks * inner, n, seed)
     world = reduce_all(tables, products, outer * inner, tile_n, workers, seed)
     total = sum(products[1:], start=products[0]).view(outer, ranks, inner, n)
@@ -181,6 +182,16 @@ def test_own_tiles_come_some_parts_behind_those_of_the_peers() -> None:
     assert [pull[2] for pull in made.pulls] == [pull[2] for pull in made.results] == list(range(6))
 
 
+def test_a_scatter_sends_to_all_peers_in_turn_and_sums_last() -> None:
+    made = scatter_tiles(1, 3, 1, 4 * 2, 16, 8, 6)  # four tiles of each rank, two in a part
+    assert [(row[3], row[6], row[7] % 4) for row in made.rows] == [
+        *((0, peer, index) for part in (0, 2) for peer in (2, 0) for index in (part, part + 1)),
+        *((1, 0, index) for index in range(4)),
+    ]
+    # Those that begin first, which are the ranks before this one, are pulled first.
+    assert [pull[0] for pull in made.pulls] == [0, 0, 2, 2] * 2
+
+
 def check_fit(tables: list[Reduction], limit: int) -> None:
     """Tables of all ranks name the same tiles, flags and places."""
     ranks, count = len(tables), tables[0].tiles
@@ -227,7 +238,7 @@ def test_tables_of_real_sizes_fit_together(
         inner = max(1, m // ranks // outer)
         count = outer * tile_count(inner, n, width)
         assert gemm_reduce._scratch(Tiling(ranks * count, width), ranks, False) == (ranks - 1) * count * 128 * width * 2
-        made = [scatter_tiles(rank, ranks, outer, inner, n, width) for rank in range(ranks)]
+        made = [scatter_tiles(rank, ranks, outer, inner, n, width, gemm_reduce._SCATTER_PART) for rank in range(ranks)]
         assert made[0].tiles == count
         check_fit(made, min(2 * ranks * count, DATA_FLAGS))
         assert not any(table.results for table in made)
@@ -242,9 +253,9 @@ def test_tables_of_real_sizes_fit_together(
 @QUICK
 @given(scatters(), all_reduces())
 def test_tables_of_all_ranks_fit_together(
-    scatter: tuple[int, int, int, int, int], reduce: tuple[int, int, int, int, int, int]
+    scatter: tuple[int, int, int, int, int, int], reduce: tuple[int, int, int, int, int, int]
 ) -> None:
-    ranks, outer, inner, n, tile_n = scatter
+    ranks, outer, inner, n, tile_n, _ = scatter
     check_fit(
         [scatter_tiles(rank, *scatter) for rank in range(ranks)], 2 * ranks * outer * tile_count(inner, n, tile_n)
     )

@@ -9,26 +9,55 @@ from hypothesis import strategies as st
 from tests.direct_ops import sweep
 from tests.fused_programs import REDUCE, SCATTER
 from tscompile.templates.nvlink import gemm_reduce
-from tscompile.templates.nvlink.widths import SUM_WIDTHS, sum_tiling
+from tscompile.templates.nvlink.widths import (
+    DENSE_WIDTHS,
+    SUM_WIDTHS,
+    SWIZZLED_WIDTHS,
+    gather_width,
+    sum_tiling,
+    tile_us,
+    tile_width,
+)
 
 
 @pytest.mark.parametrize(
     ("m", "n", "k", "scattered", "reduced"),
     [
+        (8192, 4096, 7168, 256, 256),
         (8192, 4096, 3584, 256, 256),
-        (8192, 4096, 2752, 256, 256),
         (8192, 8192, 2560, 256, 256),
-        (2048, 4096, 7168, 256, 256),
-        (2048, 4096, 3584, 256, 256),  # measured: 169 us, where tiles of 128 take 204
-        (1024, 4096, 3584, 256, 256),
+        (2048, 4096, 7168, 256, 128),
+        (2048, 4096, 3584, 128, 128),  # measured: 117 and 160 us, where tiles of 256 take 133 and 177
         (512, 4096, 7168, 128, 128),  # 64 tiles of 256 for 132 SMs
-        (512, 4096, 1792, 128, 128),
         (512, 5120, 3584, 192, 192),  # the most SMs in one wave
     ],
 )
 def test_small_sums_have_narrow_tiles(m: int, n: int, k: int, scattered: int, reduced: int) -> None:
     assert sum_tiling(m, n, k, 4, 4, False).width == scattered
     assert sum_tiling(m, n, k, 4, 1, True).width == reduced
+
+
+@pytest.mark.parametrize(
+    ("rows", "widths", "k", "plain", "linear"),
+    [
+        (8192, [7168], 4096, 256, 256),
+        (8192, [2752], 4096, 128, 240),
+        (2048, [7168], 4096, 128, 224),
+        (8192, [1536], 4096, 192, 192),  # the transport takes longer than the matmul: what follows it must be short
+    ],
+)
+def test_gathers_have_tiles_of_the_least_time(rows: int, widths: list[int], k: int, plain: int, linear: int) -> None:
+    assert gather_width(rows // 128, widths, k, 4, transposed=False) == plain
+    assert gather_width(rows // 128, widths, k, 4, transposed=True) == linear
+
+
+@given(st.integers(1, 1000), st.lists(st.integers(1, 1 << 14), min_size=1, max_size=3), st.integers(1, 1 << 15))
+def test_a_tile_takes_the_time_of_its_columns(rows: int, widths: list[int], k: int) -> None:
+    assert tile_us(256, k) > tile_us(128, k) > tile_us(256, k) / 2
+    for transposed, choices in ((True, DENSE_WIDTHS), (False, SWIZZLED_WIDTHS)):
+        assert tile_width(rows, widths, k, transposed) in choices
+        # However long the transport takes, what follows it is the tiles of one rank.
+        assert tile_width(8 * rows, widths, k, transposed, 1e9, 8) == tile_width(rows, widths, k, transposed)
 
 
 @given(

@@ -211,8 +211,11 @@ def _reduction(rank: int, places: list[list[_Place]], part: int, lag: int, gathe
     return Reduction(rows, pulls, results, tiles)
 
 
-def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n: int) -> Reduction:
-    """Tiles of a result [(outer, ranks, inner), n] that is scattered to [(outer, inner), n]."""
+def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n: int, part: int) -> Reduction:
+    """Tiles of a result [(outer, ranks, inner), n] that is scattered to [(outer, inner), n]. The own tiles come last.
+
+    `part` tiles of all ranks together make a part: in small ones tiles leave for all peers, and arrive from all, at any time.
+    """
     tile_rows = -(-inner // TILE_M)
     blocks = [(o, i * TILE_M) for o in range(outer) for i in range(tile_rows)]
     walk = _walk(_bands(len(blocks), _BAND), -(-n // tile_n))
@@ -224,7 +227,7 @@ def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n:
             row = (o * ranks + owner) * inner + start
             owned.append((row, c * tile_n, min(TILE_M, inner - start), o * inner + start))
         places.append(owned)
-    return _reduction(rank, places, max(1, len(places[0])), 0, False)
+    return _reduction(rank, places, max(1, part // ranks), len(places[0]), False)
 
 
 def all_reduce_tiles(rank: int, ranks: int, m: int, n: int, tile_n: int, part: int, lag: int) -> Reduction:
