@@ -116,11 +116,18 @@ class _Gemm:
         return LAUNCH_US + self.waves * self.wave_us
 
 
-def _gather_gemm(gemms: Sequence[Gemm], ranks: int) -> _Gemm:
-    """Weights of a gather in one kernel: they share waves."""
+def _rows_gemm(gemms: Sequence[Gemm], ranks: int) -> _Gemm:
+    """Matmuls of gathered rows in one kernel: they share waves."""
     k, tile_rows = max(gemm.k for gemm in gemms), -(-gemms[0].m // TILE[0])
     width = widths.gather_width(tile_rows, [gemm.n for gemm in gemms], k, ranks, transposed=True)
     return _Gemm(sum(tile_rows * -(-gemm.n // width) for gemm in gemms), widths.tile_us(width, k))
+
+
+def _blocks_gemm(gemm: Gemm) -> _Gemm:
+    """A matmul in the kernel of blocks."""
+    tile_rows = -(-gemm.m // TILE[0])
+    width = widths.tile_width(tile_rows, [gemm.n], gemm.k, transposed=True)
+    return _Gemm(tile_rows * -(-gemm.n // width), widths.tile_us(width, gemm.k))
 
 
 def _sum_gemm(problem: FusionProblem) -> _Gemm:
@@ -144,8 +151,8 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: flo
     others.sort(key=lambda other: other[0].contracts_ranks)
     if not rows:  # the kernel of blocks runs them
         others = [(use, _in_blocks(problem, use, gemm)) for use, gemm in others]
-    after = [_gather_gemm([gemm], problem.group_size) for _, gemm in others]
-    first = _gather_gemm(rows, problem.group_size) if rows else after.pop(0)
+    after = [_blocks_gemm(gemm) for _, gemm in others]
+    first = _rows_gemm(rows, problem.group_size) if rows else after.pop(0)
     if rows or not others[0][0].contracts_ranks:  # the tiles that wait for the shard that comes last
         tail = -(-first.tiles // problem.group_size // SMS) * first.wave_us
     else:  # every tile needs it: the last part of the first wave, and all other waves
