@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.direct_ops import LiveOp, Pool, Shape
 from tests.fused_programs import GATHER, PROGRAMS, REDUCE, SCATTER, Draw
 from tests.gpu.conftest import World
 from tscompile.backend import tilescale
+from tscompile.lowering import nvlink
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +59,22 @@ def test_odd_and_even_captures_among_eager_calls(world: World, ops: int) -> None
         for _ in range(order.randint(0, 3)):
             worst = torch.maximum(worst, order.choice(pools).call(step).nan_to_num(nan=1e9))
     assert worst.item() <= 1, f"error is {worst.item():.2f} of its limit"
+
+
+def test_a_capture_takes_its_time(world: World) -> None:
+    """The watchdog looks at its event meanwhile, which must not end the capture."""
+    pool = Pool(LiveOp(shapes(world)[0], torch.bfloat16, world.device))
+    pool.call(0)  # from now on the watchdog has an event to look at
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pool.op.x.copy_(pool.inputs[1])
+        time.sleep(5 * nvlink._LOOK_EVERY_S)
+        output = pool.op.call()[0]
+    output.fill_(float("nan"))
+    graph.replay()
+    error = pool.judge(1, output).nan_to_num(nan=1e9)
+    assert error.item() <= 1, f"error is {error.item():.2f} of its limit"
 
 
 def test_two_graphs_alternate(world: World) -> None:

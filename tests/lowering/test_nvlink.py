@@ -142,6 +142,27 @@ def test_the_watchdog_spreads_a_failure_to_the_hosts_and_theirs_to_the_gpu(ranks
     assert second.stopped()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_watchdogs_thread_leaves_captures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA ends a capture of any thread if another one looks at an event, unless that one has said that it may."""
+    events: list[str] = []
+    looked = threading.Event()
+
+    class Executor:
+        def look(self) -> None:
+            events.append("look")
+            looked.set()
+            raise SystemExit  # ends the thread
+
+    driver = type("Driver", (), {"relax_captures": lambda self: events.append("relax")})()
+    monkeypatch.setattr(nvlink.stream, "load", lambda: driver)
+    monkeypatch.setattr(nvlink, "_LOOK_EVERY_S", 0.0)
+    executor, watchdog = Executor(), nvlink._Watchdog()
+    watchdog.watch(executor)  # type: ignore[arg-type]
+    assert looked.wait(10)
+    assert events == ["relax", "look"]
+
+
 def test_the_watchdog_leaves_an_idle_gpu_alone(ranks: list[Rank]) -> None:
     first, second = ranks
     second.enqueue()

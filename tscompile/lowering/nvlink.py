@@ -15,6 +15,7 @@ import torch
 
 from ..errors import HeapError, PeerError
 from ..language.toolchain import ToolchainError, nvcc
+from ..nvshmem import stream
 from ..nvshmem.device import NvlinkHeap
 from ..nvshmem.heap import GroupHeap, HostChannel, site_hash
 from ..nvshmem.world import DEFAULT_HEAP_BYTES
@@ -223,6 +224,11 @@ class _Watchdog:
                 self._thread.start()
 
     def _run(self) -> None:
+        try:
+            stream.load().relax_captures()  # a program may capture a graph at any time
+        except HeapError as error:
+            log.warning("the watchdog of fused ops does not run: %s", error)
+            return
         while True:
             time.sleep(_LOOK_EVERY_S)
             with self._lock:

@@ -13,6 +13,7 @@ typedef int (*record_fn)(void *event, void *stream);
 typedef int (*wait_fn)(void *stream, void *event, unsigned flags);
 typedef int (*create_fn)(void **event, unsigned flags);
 typedef int (*query_fn)(void *event);
+typedef int (*mode_fn)(int *mode);
 typedef int (*module_fn)(void **module, const void *image);
 typedef int (*function_fn)(void **function, void *module, const char *name);
 typedef int (*attribute_fn)(void *function, int attribute, int value);
@@ -28,6 +29,7 @@ static record_fn event_record;
 static wait_fn stream_wait;
 static create_fn event_create;
 static query_fn event_query;
+static mode_fn exchange_mode;
 static module_fn module_load;
 static function_fn module_function;
 static attribute_fn function_attribute;
@@ -48,7 +50,7 @@ struct copy2d {
     void *dst_array;
     size_t dst_pitch, width, height;
 };
-enum { MEMORY_DEVICE = 2, DISABLE_TIMING = 2, MAX_DYNAMIC_SHARED = 8 };
+enum { MEMORY_DEVICE = 2, DISABLE_TIMING = 2, MAX_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2 };
 enum { MAX_RANK = 5, MAX_MAPS = 12, MAX_PARAMETERS = 64, MAP_BYTES = 128, BAD_STEP = -1, BAD_KERNEL = -2 };
 
 /* Arguments of cuTensorMapEncodeTiled: `tensor` and `dims` are indices of values, innermost first; the stride of size d + 1 is the
@@ -89,12 +91,13 @@ int tsc_stream_load(void) {
     stream_wait = (wait_fn)dlsym(driver, "cuStreamWaitEvent");
     event_create = (create_fn)dlsym(driver, "cuEventCreate");
     event_query = (query_fn)dlsym(driver, "cuEventQuery");
+    exchange_mode = (mode_fn)dlsym(driver, "cuThreadExchangeStreamCaptureMode");
     module_load = (module_fn)dlsym(driver, "cuModuleLoadData");
     module_function = (function_fn)dlsym(driver, "cuModuleGetFunction");
     function_attribute = (attribute_fn)dlsym(driver, "cuFuncSetAttribute");
     encode_map = (encode_fn)dlsym(driver, "cuTensorMapEncodeTiled");
     launch_kernel = (launch_fn)dlsym(driver, "cuLaunchKernel");
-    return !(copy_async && copy2d_async && write_value && event_record && stream_wait && event_create && event_query && module_load &&
+    return !(copy_async && copy2d_async && write_value && event_record && stream_wait && event_create && event_query && exchange_mode && module_load &&
              module_function && function_attribute && encode_map && launch_kernel);
 }
 
@@ -112,6 +115,13 @@ void *tsc_event(void) {
 }
 /* 1 unless work that the event was recorded behind is still to run. */
 int tsc_event_done(void *event) { return event_query(event) != 600 /* CUDA_ERROR_NOT_READY */; }
+
+/* From now on calls of this thread leave alone what other threads capture. Without, a look at an event would end any capture that is
+ * going on in the process: cudaStreamCaptureModeGlobal, the default, forbids it to all threads. */
+int tsc_relax_captures(void) {
+    int mode = CAPTURE_RELAXED;
+    return exchange_mode(&mode);
+}
 
 /* Load a cubin into the current context, for good, and find its kernel; returns 0 or the CUresult. */
 int tsc_load_kernel(const void *cubin, const char *name, uint32_t shared, void **function) {

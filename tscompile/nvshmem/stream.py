@@ -96,6 +96,15 @@ class Driver:
         """Whether all work that the event was recorded behind has run."""
         return bool(self._library.tsc_event_done(event))
 
+    def relax_captures(self) -> None:
+        """Let the calling thread make driver calls while another thread captures a graph.
+
+        Raises:
+            HeapError: the driver refused.
+        """
+        if result := self._library.tsc_relax_captures():
+            raise HeapError(f"CUDA does not let a thread look at events beside captures (CUresult {result})")
+
     def load_kernel(self, cubin: bytes, name: str, shared_bytes: int) -> int:
         """The kernel `name` of a cubin, loaded into the current context for good.
 
