@@ -90,10 +90,15 @@ NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
     "matmul_all_reduce": Link(27.0, 4.9),
     "matmul_all_gather": Link(43.0, 2.6),
 }
-PASS = Link(10.0, PULL_US_PER_MIB)  # one pass over NVLink, by copy engine or by pulls, per MiB that one rank receives
+# One pass over NVLink, per MiB that one rank receives: by copy engine, which takes its time over each copy and its flag; by pulls that all
+# end in sums of this rank; by pulls of partial tiles and of sums at the same time.
+PUSH = Link(10.0, PULL_US_PER_MIB)
+COPY_US = 8.0
+PULL = Link(10.0, 4.1)
+PULL_BOTH = Link(10.0, 3.3)
 GATHER_TAIL_US = 10.0
 SCATTER_TAIL_US = 15.0
-SUM_GEMM_FACTOR = 1.07  # of an all_reduce: its GEMM adds, signals and writes results twice
+SUM_GEMM_FACTOR = 1.04  # of an all_reduce: its GEMM adds, signals and writes results twice
 SUM_PULL_WAVES = 1.2  # waves whose transport follows the last one
 SUM_LATENCY_US = 22.0  # from a tile's last product to its sum at every rank
 SUM_TAIL_US = 10.0
@@ -176,14 +181,15 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
     received = total * (ranks - 1) / ranks
     original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + NCCL[problem.kind].us(received * 4 / 3)
     if problem.kind == "all_gather_matmul":
-        return Prediction(_gather_us(problem, uses, PASS.us(received)), original)
+        transport = PUSH.us(received) + COPY_US * (ranks - 1)
+        return Prediction(_gather_us(problem, uses, transport), original)
     gemm = _sum_gemm(problem)
     if problem.kind == "matmul_reduce_scatter":
-        transport = PASS.us(received)
+        transport = PULL.us(received)
         return Prediction(
             max(gemm.us + transport / gemm.waves, transport + SCATTER_TAIL_US) + SCATTER_TAIL_US, original
         )
-    transport = PASS.us(2 * received)
+    transport = PULL_BOTH.us(2 * received)
     exposed = min(1.0, SUM_PULL_WAVES / gemm.waves) * transport
     longest = max(SUM_GEMM_FACTOR * gemm.us + exposed, transport + gemm.wave_us + SUM_LATENCY_US)
     return Prediction(longest + SUM_TAIL_US, original)
