@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import gpu_harness as gpu
-from benchmarks import gpu_report, gpu_results, harness
+from benchmarks import gpu_plan, gpu_report, gpu_results, harness
 from benchmarks.bench_cpu import find_backend
 from benchmarks.gpu_cases import (
     Case,
@@ -131,6 +131,8 @@ def run_case(case: Case, args: argparse.Namespace, timer: gpu.Timer, device: tor
         "transport_s": case.crossing(ranks, dtype.itemsize) / gpu_report.LINK_BYTES_PER_S,
         "errors": errors,
     }
+    if args.dtype in ("bfloat16", "float16") and device.type == "cuda":
+        record |= gpu_plan.planned(record, ranks, args.dtype)
     if not args.check_only:
         raced = gpu.race(sides, timer, args.rounds, SEED, graphs=args.graphs)
         failures |= raced.failures

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_cases, gpu_report, model_report, plot
+from benchmarks import gpu_cases, gpu_plan, gpu_report, model_report, plot
 from benchmarks.gpu_report import GATHER, REDUCE, SCATTER
 
 ENVIRONMENT = {"date": "2026-01-31 10:00 UTC", "gpu": "A GPU", "ranks": 4, "dtype": "bfloat16", "torch": "2.11"}
@@ -35,6 +35,7 @@ def made_up(case: gpu_cases.Case, share: float) -> dict[str, Any]:
         "n": columns,
         "k": k,
     }
+    record |= gpu_plan.planned(record, 4, "bfloat16")
     record |= {"transport_s": transport, "errors": {"tscompile": [1e-3, 1e-3, 2e-3, 2e-3]}, "failures": {}}
     return record | {"host_us": {"tscompile": 20.0}, "rounds": {"eager": [times] * 3, "graph": [graph] * 3}}
 
@@ -71,9 +72,23 @@ def test_targets_find_their_cases() -> None:
     assert rows["AG m >= 4096, local copy"][5] == "met/met"
     assert rows["AG m >= 4096, gathered returned"][5] == "missed/met"
     assert rows["AG m >= 4096, in place"][5] == "not measured/not measured"
-    assert rows["async_tp / fused, mean of AG and RS"][5] == "met/not measured"
+    assert rows["async_tp / as planned, mean of AG and RS"][5] == "met/not measured"
     slow = {row[0]: row for row in gpu_report.acceptance(result(0.3)["cases"])}
-    assert slow["original / fused, lowest of all"][5] == "missed/missed"
+    assert slow["original / as planned, lowest of all"][5] == "missed/missed"
+
+
+def test_what_the_planner_keeps_counts_as_one() -> None:
+    cases = {case["name"]: case for case in result(0.3)["cases"]}
+    kept = [case for case in cases.values() if case["planned"] != "fused"]
+    assert 0 < len(kept) < len(cases) / 2 and {case["m"] for case in kept} <= {128, 256}
+    for case in kept:
+        assert case["planned"].startswith("[no-gain] predicted")
+        assert gpu_report.as_planned(case, "original", "eager") == 1
+    large = cases["matmul_all_reduce 8B down m=8192 n=4096 k=14336"]
+    assert large["predicted_us"][0] < large["predicted_us"][1]
+    assert gpu_report.as_planned(large, "original", "eager") == gpu_report.speedup(large, "original", "eager") != 1
+    del large["planned"]
+    assert gpu_report.as_planned(large, "original", "eager") is None
 
 
 def test_failures_and_hangs_show() -> None:

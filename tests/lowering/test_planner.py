@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import benchmarks
+from benchmarks.gpu_plan import question
 from tscompile.lowering import cost_model, planner
 from tscompile.options import Options
 from tscompile.problem import Fuse, FusionProblem, GatherUse, Gemm, Keep, Plan
@@ -246,12 +247,8 @@ MEASURED = {case["name"]: case for case in json.loads(RESULTS.read_text())["case
 def test_predictions_meet_what_was_measured(name: str) -> None:
     """Large ones within a seventh, small ones within a quarter or a third. No site is fused that ran slower so, and large ones are."""
     case = MEASURED[name]
-    kind, m, k, columns = case["op"], case["m"], case["k"], case["n"]
-    asked = gpu_problem(kind, m, columns[0], k)
-    asked = replace(asked, gemms=tuple(Gemm(m, n, k) for n in columns), gemm_dtypes=("bfloat16",) * len(columns))
-    plan = gpu_plan(kind)
-    plan = replace(plan, uses=plan.uses * len(columns))
-    large = m >= 1024
+    asked, plan = question(case, 4, "bfloat16")
+    large = case["m"] >= 1024
     rounds = case["rounds"]["eager" if large else "graph"]  # small ones would tell of the host
     fused, original = (1e6 * statistics.median(times[side] for times in rounds) for side in ("tscompile", "original"))
     predicted = cost_model.predict(asked, plan.uses)
