@@ -90,7 +90,7 @@ NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
     "matmul_all_reduce": Link(27.0, 4.9),
     "matmul_all_gather": Link(43.0, 2.6),
 }
-# One pass over NVLink, per MiB that one rank receives: by copy engine, to which each copy and its flag is a cost of its own; by pulls of
+# One pass over NVLink, per MiB that one rank receives: by copy engine, which adds a cost for each copy and its flag; by pulls of
 # partial tiles alone; by pulls of partial tiles and of sums at the same time.
 PUSH = Link(10.0, PULL_US_PER_MIB)
 COPY_US = 8.0
