@@ -301,36 +301,51 @@ TSL_ENTRY_SHUFFLE(u64, unsigned long long)
 
 // ---- bulk copies by TMA ------------------------------------------------------------------------------------------------------
 
-TSL uint32_t tsl_shared(TslAddress p) { return (uint32_t)__cvta_generic_to_shared((const void *)p); }
+TSL uint32_t tsl_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// Shared memory and barriers by their 32-bit addresses. What one thread stores is in flight until it waits for the groups it has committed.
+TSL void tsl_bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier) : "memory");
+}
+TSL void tsl_bulk_store(void *to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+TSL void tsl_bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+TSL void tsl_bulk_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }    // where it goes
+TSL void tsl_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // shared memory is free again
+TSL void tsl_mbarrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+TSL uint32_t tsl_mbarrier_try(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done;
+}
 TSL int tsl_x_bulk_put(TslAddress dst, TslAddress shared, uint32_t bytes) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(tsl_shared(shared)), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  tsl_bulk_store((void *)dst, tsl_shared((const void *)shared), bytes);
+  tsl_bulk_commit();
   return 0;
 }
-TSL int tsl_x_bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); return 0; }             // written at the peer
-TSL int tsl_x_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); return 0; }   // source reusable
+TSL int tsl_x_bulk_wait() { tsl_bulk_written(); return 0; }
+TSL int tsl_x_bulk_wait_read() { tsl_bulk_read(); return 0; }
 TSL int tsl_x_mbarrier_init(TslAddress b, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(tsl_shared(b)), "r"(count) : "memory");
+  tsl_mbarrier_init(tsl_shared((const void *)b), count);
   asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
   return 0;
 }
 TSL int tsl_x_bulk_get(TslAddress shared, TslAddress src, uint32_t bytes, TslAddress b) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(tsl_shared(b)), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(tsl_shared(shared)),
-               "l"(src), "r"(bytes), "r"(tsl_shared(b)) : "memory");
+  tsl_bulk_load(tsl_shared((const void *)shared), (const void *)src, bytes, tsl_shared((const void *)b));
   return 0;
 }
 TSL int tsl_x_mbarrier_wait(TslAddress c, TslAddress b, uint32_t parity, int peer, uint32_t site) {
   const uint64_t start = tsl_now_ns(), limit = tsl_context((const void *)c)->timeout_ns;
-  uint32_t done = 0;
   while (true) {
     #pragma unroll 1
-    for (int i = 0; i < 16; ++i) {
-      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                   : "=r"(done) : "r"(tsl_shared(b)), "r"(parity) : "memory");
-      if (done) return 1;
-    }
+    for (int i = 0; i < 16; ++i)
+      if (tsl_mbarrier_try(tsl_shared((const void *)b), parity)) return 1;
     if (tsl_aborted((const void *)c)) return 0;
     if (tsl_now_ns() - start > limit) {
       tsl_give_up((const void *)c, peer, site, parity, parity ^ 1);

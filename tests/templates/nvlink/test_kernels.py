@@ -295,7 +295,7 @@ def test_no_flag_is_set_without_its_fences(config: GemmConfig, all_reduce: bool)
 
 def test_a_pull_reads_after_its_flag_and_tells_after_its_writes() -> None:
     ptx = compiled(reduce_kernel, *REDUCES[0]).ptx
-    pull = ptx[ptx.index("mbarrier.init.shared.b64 [%r", ptx.index("fence.acq_rel.sys")) :]
+    pull = ptx[ptx.index("mbarrier.init.shared::cta.b64 [%r", ptx.index("fence.acq_rel.sys")) :]
     before(
         pull,
         r"ld\.acquire\.sys\.global\.u32",

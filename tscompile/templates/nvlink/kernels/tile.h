@@ -270,20 +270,8 @@ TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard
 // column and rows of the output for a sum.
 enum { TSK_PEER, TSK_FLAG, TSK_FROM, TSK_TO, TSK_TO_COL, TSK_TO_ROWS };
 
-TSL uint32_t tsk_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-TSL void tsk_bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
 TSL void tsk_bulk_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-  } while (!done);
-}
-TSL void tsk_bulk_store(void *to, uint32_t from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+  while (!tsl_mbarrier_try(barrier, parity)) {}
 }
 
 // A pulling warp's two pieces of shared memory and their barriers; `loads` counts the pieces that went through them.
@@ -291,9 +279,9 @@ struct TskRing { uint32_t shared, barrier, loads; };
 TSL TskRing tsk_ring_of_pieces(TskAddress buffer, uint32_t piece) {
   __shared__ __align__(8) uint64_t barriers[4];
   const int warp = (threadIdx.x >> 5) & 1;
-  const TskRing ring = {tsk_shared(buffer) + warp * 2 * piece, tsk_shared(barriers + warp * 2), 0};
+  const TskRing ring = {tsl_shared(buffer.p) + warp * 2 * piece, tsl_shared(barriers + warp * 2), 0};
   if ((threadIdx.x & 31) == 0) {
-    for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(ring.barrier + i * 8) : "memory");
+    for (int i = 0; i < 2; ++i) tsl_mbarrier_init(ring.barrier + i * 8, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     tsl_fence_async();
   }
@@ -311,7 +299,7 @@ TSL void tsk_bring(TskRing &ring, TskAddress context, const int *row, const char
   if (lane == 0) {
     tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)row[TSK_FLAG]), now, row[TSK_PEER], site);
     tsl_fence_async();
-    for (uint32_t p = 0; p < 2; ++p) tsk_bulk_load(ring.shared + ((ring.loads + p) & 1) * PIECE, from + p * PIECE, PIECE, ring.barrier + ((ring.loads + p) & 1) * 8);
+    for (uint32_t p = 0; p < 2; ++p) tsl_bulk_load(ring.shared + ((ring.loads + p) & 1) * PIECE, from + p * PIECE, PIECE, ring.barrier + ((ring.loads + p) & 1) * 8);
   }
   __syncwarp();
   #pragma unroll 1
@@ -319,10 +307,10 @@ TSL void tsk_bring(TskRing &ring, TskAddress context, const int *row, const char
     const uint32_t half = ring.loads & 1, piece = ring.shared + half * PIECE, barrier = ring.barrier + half * 8;
     tsk_bulk_wait(barrier, (ring.loads >> 1) & 1);
     store(p, piece);
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    tsl_bulk_commit();
+    tsl_bulk_read();
     __syncwarp();
-    if (lane == 0 && p + 2 < PIECES) tsk_bulk_load(piece, from + (p + 2) * PIECE, PIECE, barrier);
+    if (lane == 0 && p + 2 < PIECES) tsl_bulk_load(piece, from + (p + 2) * PIECE, PIECE, barrier);
   }
 }
 // Partial tiles for the sums of this rank, to `landing`; then their epochs to `landed`, for the multiplying warps.
@@ -335,9 +323,9 @@ TSL void tsk_pull_tiles(TskRing &ring, TskAddress context, TskAddress counter, T
     char *to = (char *)landing.p + (int64_t)row[TSK_TO] * TILE;
     const char *from = (const char *)tsl_context(context.p)->data[row[TSK_PEER]] + (int64_t)row[TSK_FROM] * TILE;
     tsk_bring<NF, ROWS>(ring, context, row, from, now, site, [&](int p, uint32_t piece) {
-      if (lane == 0) tsk_bulk_store(to + p * PIECE, piece, PIECE);
+      if (lane == 0) tsl_bulk_store(to + p * PIECE, piece, PIECE);
     });
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    tsl_bulk_written();
     __syncwarp();
     if (lane == 0) {
       tsl_fence_async();
@@ -359,10 +347,10 @@ TSL void tsk_pull_sums(TskRing &ring, TskAddress context, TskAddress counter, Ts
     const char *from = (const char *)tsl_context(context.p)->data[row[TSK_PEER]] + result_offset + (int64_t)row[TSK_FROM] * TILE;
     tsk_bring<NF, ROWS>(ring, context, row, from, now, site, [&](int p, uint32_t piece) {
       const int r = p * ROWS + lane;
-      if (lane < ROWS && r < rows) tsk_bulk_store(to + (int64_t)r * n * 2, piece + lane * WIDTH, bytes);
+      if (lane < ROWS && r < rows) tsl_bulk_store(to + (int64_t)r * n * 2, piece + lane * WIDTH, bytes);
     });
   }
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  tsl_bulk_written();
 }
 // What warps 2 and 3 do. For an all_reduce warp 2 pulls partial tiles and warp 3 sums, so that neither waits behind the other; sums wait for
 // partial tiles alone, so warp 2 may go on with them at the end. Else warp 2 pulls partial tiles. `buffer`: two pieces of ROWS rows a warp.
