@@ -30,7 +30,7 @@ def environment(device: torch.device, dtype: str) -> dict[str, Any]:
         "nvshmem": _version("nvidia-nvshmem-cu13") or _version("nvidia-nvshmem-cu12"),
         "tilelang": _version("tilelang"),
         "tscompile": _version("tscompile"),
-        "commit": _said("git", "-C", str(root), "rev-parse", "--short=12", "HEAD"),
+        "commit": _said("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"),
         "python": sys.version.split()[0],
     }
 

@@ -160,6 +160,8 @@ def test_the_watchdogs_thread_leaves_captures_alone(monkeypatch: pytest.MonkeyPa
     executor, watchdog = Executor(), nvlink._Watchdog()
     watchdog.watch(executor)  # type: ignore[arg-type]
     assert looked.wait(10)
+    assert watchdog._thread is not None
+    watchdog._thread.join(10)
     assert events == ["relax", "look"]
 
 

@@ -188,21 +188,27 @@ def test_predictions_are_finite_and_grow(device: str, kind: str, m: int, n: int,
     predicted = cost_model.predict(base)
     for us in (predicted.fused_us, predicted.original_us):
         assert math.isfinite(us) and us > 0
-    for larger in (
-        replace(base, comm_bytes=base.comm_bytes + (64 << 20)),
-        replace(base, gemms=base.gemms * 2),
-        *(replace(base, gemms=(Gemm(*(2 * s if i == j else s for i, s in enumerate((m, n, k)))),)) for j in range(3)),
+    wide = replace(base, comm_bytes=base.comm_bytes + (64 << 20))
+    double = [
+        replace(base, gemms=(Gemm(*(2 * s if i == j else s for i, s in enumerate((m, n, k)))),)) for j in range(3)
+    ]
+    # Twice the rows or columns may let tiles of another width fill the SMs better; never by as much as there is more to do.
+    for larger, least in (
+        (wide, 1),
+        (replace(base, gemms=base.gemms * 2), 0.98),
+        (double[2], 1),
+        *((d, 0.75) for d in double),
     ):
         grown = cost_model.predict(larger)
-        # Tiles of another width may serve a little more work a little better.
-        assert grown.fused_us >= 0.98 * predicted.fused_us and grown.original_us >= predicted.original_us
+        assert grown.fused_us >= least * predicted.fused_us and grown.original_us >= predicted.original_us
     # With more ranks the last shard is a smaller part of a gather, so only the original must grow.
     wider = cost_model.predict(replace(base, group_size=ranks + 1))
     assert wider.original_us >= predicted.original_us
     # Whatever is exposed of the communication, the original pays for more of it.
     # A bare reduction over NVLink is NCCL's: it takes pulls a little longer per byte.
     more = cost_model.predict(replace(base, comm_bytes=base.comm_bytes + (64 << 20)))
-    assert 1.15 * (more.original_us - predicted.original_us) > more.fused_us - predicted.fused_us
+    factor = 1.12 if kind == "matmul_reduce_scatter" else 1.02
+    assert factor * (more.original_us - predicted.original_us) > more.fused_us - predicted.fused_us
     # Work that no transport hides costs more: no cost is clipped away.
     heavy = replace(base, gemms=(Gemm(1 << 17, 1 << 15, 1 << 16),))
     assert cost_model.predict(heavy).fused_us > predicted.fused_us
@@ -239,7 +245,9 @@ def test_blocks_that_end_within_a_step_cost_what_is_computed() -> None:
     assert times[0] == times[1] and times[2] > 3 * times[1]
 
 
-RESULTS = sorted((Path(benchmarks.__file__).parent / "results").glob("gpu-ops-4xh200-*.json"))[-1]
+RESULTS = (
+    Path(benchmarks.__file__).parent / "results/gpu-ops-4xh200-2026-11-20.json"
+)  # what the constants are fitted to
 MEASURED = {case["name"]: case for case in json.loads(RESULTS.read_text())["cases"]}
 
 

@@ -7,13 +7,12 @@ Every constant has its unit and where it was measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..problem import FusionProblem, GatherUse, Gemm
 from ..templates.nvlink import widths
 from ..templates.nvlink.kernels.config import SMS
 from ..templates.nvlink.refusal import block_sizes, shard_of
-from ..templates.nvlink.widths import PULL_US_PER_MIB
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
 _MIB = float(1 << 20)
@@ -80,7 +79,6 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 
 # [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: M from 512 to 8192,
 # N from 2560 to 8192, K from 2560 to 8192; the formulas meet most measured times within 8 %]
-TILE_K = 64  # a step of k
 TILE = (128, 256)  # rows and columns that one SM computes at a time, at most
 LAUNCH_US = 6.0
 ORIGINAL_US = 5.0  # between the two ops of the original sequence
@@ -90,12 +88,6 @@ NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
     "matmul_all_reduce": Link(27.0, 4.9),
     "matmul_all_gather": Link(43.0, 2.6),
 }
-# One pass over NVLink, per MiB that one rank receives: by copy engine, which adds a cost for each copy and its flag; by pulls of
-# partial tiles alone; by pulls of partial tiles and of sums at the same time.
-PUSH = Link(10.0, PULL_US_PER_MIB)
-COPY_US = 8.0
-PULL = Link(10.0, 4.1)
-PULL_BOTH = Link(10.0, 3.3)
 GATHER_TAIL_US = 10.0
 SCATTER_TAIL_US = 15.0
 SUM_GEMM_FACTOR = 1.04  # of an all_reduce: its GEMM adds, signals and writes results twice
@@ -114,7 +106,7 @@ class _Gemm:
 
     @property
     def waves(self) -> int:
-        return -(-self.tiles // SMS)
+        return max(1, -(-self.tiles // SMS))
 
     @property
     def us(self) -> float:
@@ -128,11 +120,17 @@ def _rows_gemm(gemms: Sequence[Gemm], ranks: int) -> _Gemm:
     return _Gemm(sum(tile_rows * -(-gemm.n // width) for gemm in gemms), widths.tile_us(width, k))
 
 
-def _blocks_gemm(gemm: Gemm) -> _Gemm:
+def _blocks_gemm(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> _Gemm:
     """A matmul in the kernel of blocks."""
-    tile_rows = -(-gemm.m // TILE[0])
-    width = widths.tile_width(tile_rows, [gemm.n], gemm.k, transposed=True)
-    return _Gemm(tile_rows * -(-gemm.n // width), widths.tile_us(width, gemm.k))
+    blocks = block_sizes(use, problem.group_size, shard_of(problem), gemm.k)
+    free = gemm.n if use.side == "lhs" else gemm.m
+    tiling, k = widths.blocks_tiling(use, problem.group_size, blocks, free, transposed=True)
+    return _Gemm(tiling.tiles, widths.tile_us(tiling.width, k))
+
+
+def _plain_gemm(gemm: Gemm) -> _Gemm:
+    """A matmul of the gathered tensor, once that is whole."""
+    return _Gemm(_tiles(gemm), widths.tile_us(TILE[1], gemm.k))
 
 
 def _sum_gemm(problem: FusionProblem) -> _Gemm:
@@ -154,9 +152,7 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: flo
         else:
             others.append((use, gemm))
     others.sort(key=lambda other: other[0].contracts_ranks)
-    if not rows:  # the kernel of blocks runs them
-        others = [(use, _in_blocks(problem, use, gemm)) for use, gemm in others]
-    after = [_blocks_gemm(gemm) for _, gemm in others]
+    after = [_plain_gemm(gemm) if rows else _blocks_gemm(problem, use, gemm) for use, gemm in others]
     first = _rows_gemm(rows, problem.group_size) if rows else after.pop(0)
     if rows or not others[0][0].contracts_ranks:  # the tiles that wait for the shard that comes last
         tail = -(-first.tiles // problem.group_size // SMS) * first.wave_us
@@ -165,31 +161,20 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: flo
     return max(first.us, transport + tail) + GATHER_TAIL_US + sum(gemm.us for gemm in after)
 
 
-def _in_blocks(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> Gemm:
-    """The matmul with every block of the gathered operand rounded up to whole steps of k, or tiles."""
-    pieces, inner, _ = block_sizes(use, problem.group_size, shard_of(problem), gemm.k)
-    unit = TILE_K if use.contracts_ranks else TILE[0] if use.side == "lhs" else TILE[1]
-    size = pieces * problem.group_size * -(-inner // unit) * unit
-    if use.contracts_ranks:
-        return replace(gemm, k=size)
-    return replace(gemm, m=size) if use.side == "lhs" else replace(gemm, n=size)
-
-
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
     ranks = problem.group_size
     total = problem.comm_bytes / _MIB
     received = total * (ranks - 1) / ranks
     original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + NCCL[problem.kind].us(received * 4 / 3)
     if problem.kind == "all_gather_matmul":
-        transport = PUSH.us(received) + COPY_US * (ranks - 1)
-        return Prediction(_gather_us(problem, uses, transport), original)
+        return Prediction(_gather_us(problem, uses, widths.push_us(received, ranks)), original)
     gemm = _sum_gemm(problem)
     if problem.kind == "matmul_reduce_scatter":
-        transport = PULL.us(received)
+        transport = widths.pull_us(received, all_reduce=False)
         return Prediction(
             max(gemm.us + transport / gemm.waves, transport + SCATTER_TAIL_US) + SCATTER_TAIL_US, original
         )
-    transport = PULL_BOTH.us(2 * received)
+    transport = widths.pull_us(2 * received, all_reduce=True)
     exposed = min(1.0, SUM_PULL_WAVES / gemm.waves) * transport
     longest = max(SUM_GEMM_FACTOR * gemm.us + exposed, transport + gemm.wave_us + SUM_LATENCY_US)
     return Prediction(longest + SUM_TAIL_US, original)

@@ -227,8 +227,7 @@ class _Watchdog:
         try:
             stream.load().relax_captures()  # a program may capture a graph at any time
         except HeapError as error:
-            log.warning("the watchdog of fused ops does not run: %s", error)
-            return
+            log.warning("CUDA graphs that are captured now may fail: %s", error)
         while True:
             time.sleep(_LOOK_EVERY_S)
             with self._lock:

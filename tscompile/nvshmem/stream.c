@@ -97,8 +97,8 @@ int tsc_stream_load(void) {
     function_attribute = (attribute_fn)dlsym(driver, "cuFuncSetAttribute");
     encode_map = (encode_fn)dlsym(driver, "cuTensorMapEncodeTiled");
     launch_kernel = (launch_fn)dlsym(driver, "cuLaunchKernel");
-    return !(copy_async && copy2d_async && write_value && event_record && stream_wait && event_create && event_query && exchange_mode && module_load &&
-             module_function && function_attribute && encode_map && launch_kernel);
+    return !(copy_async && copy2d_async && write_value && event_record && stream_wait && event_create && event_query && exchange_mode &&
+             module_load && module_function && function_attribute && encode_map && launch_kernel);
 }
 
 /* For the test that stream.py mirrors the structs. */

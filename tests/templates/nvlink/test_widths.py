@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.direct_ops import sweep
-from tests.fused_programs import REDUCE, SCATTER
+from tests.fused_programs import GATHER, REDUCE, SCATTER
 from tscompile.templates.nvlink import gemm_reduce
 from tscompile.templates.nvlink.widths import (
     DENSE_WIDTHS,
@@ -75,6 +75,16 @@ def test_any_sum_has_tiles(m: int, n8: int, k8: int, ranks: int, outer: int, all
     assert tiling.tiles == pieces * -(-(m // pieces) // 128) * -(-8 * n8 // tiling.width)
     # A narrower tile is never the reason why a sum has too many flags.
     assert tiling.width == 256 or gemm_reduce._scratch(tiling, ranks, all_reduce) >= 0
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_sweep_on_gpus_gathers_into_tiles_of_all_widths(ranks: int) -> None:
+    found = {
+        (shape.plain_layout, gather_width(-(-shape.m * ranks // 128), shape.n, shape.k, ranks, not shape.plain_layout))
+        for shape in sweep(ranks, tiny=False)
+        if shape.kind == GATHER
+    }
+    assert found == {(False, width) for width in DENSE_WIDTHS} | {(True, width) for width in SWIZZLED_WIDTHS}
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -20,8 +20,8 @@ from .kernels.config import BlocksConfig, depth
 from .lasting import lasting_tables
 from .operands import aligned_sizes
 from .refusal import block_sizes, serves_blocks
-from .tiles import TILE_M, block_tiles, contraction_tiles
-from .widths import tile_width
+from .tiles import block_tiles, contraction_tiles
+from .widths import blocks_tiling
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,8 @@ class _Served:
         """What its kernel is compiled for."""
         sizes, left, contracts = self.sizes, self.use.side == "lhs", self.use.contracts_ranks
         left_first, right_first = (sizes.k_first, sizes.local_k_first)[:: 1 if left else -1]
-        rows, columns = self.shape(ranks)
-        tile_rows, widths = -(-rows // TILE_M), [columns]
-        if not contracts:
-            count = sizes.pieces * ranks
-            tile_rows = count * -(-sizes.inner // TILE_M) if left else tile_rows
-            widths = widths if left else [sizes.inner] * count
-        k = sizes.pieces * ranks * sizes.inner if contracts else sizes.width
-        tile_n = tile_width(tile_rows, widths, k, not right_first)
+        blocks = (sizes.pieces, sizes.inner, sizes.width)
+        tile_n = blocks_tiling(self.use, ranks, blocks, sizes.free, not right_first)[0].width
         return BlocksConfig(
             dtype,
             not right_first,

@@ -1,7 +1,7 @@
 """matmul_reduce_scatter and matmul_all_reduce over NVLink: one GEMM over all terms that sums in its epilogue.
 
 Tiles that peers sum come first; the peers pull them while the rest is computed. Tiles that this rank sums come last (for an all_reduce
-in parts, one part later than the peers') and add what has landed to their accumulators.
+in parts, some parts later than the peers') and add what has landed to their accumulators.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from ...problem import FusionProblem, Gemm, Plan
 from ..template import register_template, torch_dtype
 from .channel import MAIN, Call, DeviceChannel, DeviceLink
 from .jit import kernel
-from .kernels.config import GemmConfig, depth, pieces_of
+from .kernels.config import ITEM_BYTES, GemmConfig, depth, pieces_of
 from .lasting import lasting_tables
 from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
 from .tiles import TILE_M, all_reduce_tiles, scatter_tiles
 from .widths import Tiling, has_flags, terms_tiling
 
-_ITEM = 2  # bytes of an element
 # Of a reduce_scatter: tiles of all ranks together in a part. Peers in turn are up to 14 % faster than one after the other, measured at
 # 512 to 8192 rows: the links of all of them are in use at any time.
 _SCATTER_PART = 32
@@ -74,7 +73,7 @@ class _Recipe:
             "result_entries": len(results),
             "tiles": made.tiles,
             "scale": coefficients[0] / (link.size if plan.reduce_op == "avg" else 1),
-            "result_offset": (link.size - 1) * made.tiles * TILE_M * width * _ITEM,
+            "result_offset": (link.size - 1) * made.tiles * TILE_M * width * ITEM_BYTES,
         }
         self._kernel = kernel(*_kernel(plan, rhs, biases, width))
         place = self._kernel.place
@@ -151,7 +150,7 @@ def _scratch(tiling: Tiling, size: int, all_reduce: bool) -> int:
     """Bytes of a slot: partial tiles for every peer, and for an all_reduce the sums; negative if there are more tiles than flags."""
     if not has_flags(tiling, size):
         return -1
-    return (size - 1 + all_reduce) * -(-tiling.tiles // size) * TILE_M * tiling.width * _ITEM
+    return (size - 1 + all_reduce) * -(-tiling.tiles // size) * TILE_M * tiling.width * ITEM_BYTES
 
 
 @register_template("matmul_reduce_scatter", "nvlink")

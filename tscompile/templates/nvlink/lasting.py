@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ...nvshmem import stream
+
 _T = TypeVar("_T")
 
 
@@ -30,6 +32,7 @@ def lasting(make: Callable[[], _T], device: torch.device) -> _T:
         if device.type != "cuda":
             return make()
         with torch.cuda.device(device):
+            stream.load().relax_captures()  # the calling thread may capture, and allocating would end that
             made = make()
             torch.cuda.current_stream().synchronize()
             return made

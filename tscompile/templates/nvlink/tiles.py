@@ -227,7 +227,8 @@ def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n:
             row = (o * ranks + owner) * inner + start
             owned.append((row, c * tile_n, min(TILE_M, inner - start), o * inner + start))
         places.append(owned)
-    return _reduction(rank, places, max(1, part // ranks), len(places[0]), False)
+    after_all = len(places[0])  # there are no more parts than tiles
+    return _reduction(rank, places, max(1, part // ranks), after_all, False)
 
 
 def all_reduce_tiles(rank: int, ranks: int, m: int, n: int, tile_n: int, part: int, lag: int) -> Reduction:

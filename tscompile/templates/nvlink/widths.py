@@ -1,4 +1,4 @@
-"""How wide tiles are. Pure functions of sizes: all ranks choose alike, and the cost model predicts the same kernel."""
+"""How wide tiles are. Pure functions of sizes, so all ranks choose alike, and the cost model asks them, too."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...problem import Gemm
-from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS
+from ...problem import GatherUse, Gemm
+from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS, TILE_K
 from .tiles import TILE_M
 
 # TMA swizzles the columns of a right operand [K, N] by 64, and wgmma takes multiples of 8 of one [N, K]; epilogues want 16.
 SWIZZLED_WIDTHS = (256, 192, 128)
 DENSE_WIDTHS = tuple(range(256, 127, -16))
-SUM_WIDTHS = SWIZZLED_WIDTHS
+SUM_WIDTHS = SWIZZLED_WIDTHS  # in both layouts: whoever predicts a sum knows its sizes alone
 WIDEST = 256
 # A tile of 128 rows takes an SM as long as if it had that many columns more; a column takes so long per unit of k, and there is a pause
 # before the next tile. [measured 2026-11-20, H200, bfloat16, all SMs busy: GEMMs of 512 to 8192 rows, tiles of 128 to 256 columns]
 _EXTRA_COLUMNS = 18
 _COLUMN_US_PER_K = 4.45e-5
 _PAUSE_US = 1.0
-PASS_US = 10.0
-PULL_US_PER_MIB = 3.1  # of what one rank receives over NVLink; measured as above
+# One pass over NVLink: us until the first byte, and per MiB that one rank receives: by copy engine, which adds a cost for each copy and
+# its flag; by pulls of partial tiles alone; by pulls of partial tiles and of sums at the same time. [measured as above, 4 GPUs]
+_PASS_US = 10.0
+_COPY_US = 8.0
+_PUSH_US_PER_MIB = 3.1
+_PULL_US_PER_MIB = 4.1
+_PULL_BOTH_US_PER_MIB = 3.3
+_TAIL_US_PER_MIB = (
+    3.1  # of what follows the last wave of a sum, where widths are compared; races of widths agree with it
+)
 _MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
 
 
@@ -49,18 +57,23 @@ def tile_width(
 
 def gather_width(tile_rows: int, widths: Sequence[int], k: int, ranks: int, transposed: bool) -> int:
     """`tile_width` for gathered rows of `k` elements of 2 bytes."""
-    transport = transport_us(tile_rows * TILE_M * k * ITEM_BYTES * (ranks - 1) / ranks)
-    return tile_width(tile_rows, widths, k, transposed, transport, ranks)
+    received = tile_rows * TILE_M * k * ITEM_BYTES * (ranks - 1) / ranks / (1 << 20)
+    return tile_width(tile_rows, widths, k, transposed, push_us(received, ranks), ranks)
 
 
-def transport_us(nbytes: float) -> float:
-    """Time of one pass over NVLink, in which one rank receives `nbytes`: by copy engines or by warps."""
-    return PASS_US + nbytes / (1 << 20) * PULL_US_PER_MIB
+def push_us(mib: float, ranks: int) -> float:
+    """Until the shards of all peers are there, `mib` MiB in all."""
+    return _PASS_US + _COPY_US * (ranks - 1) + _PUSH_US_PER_MIB * mib
+
+
+def pull_us(mib: float, all_reduce: bool) -> float:
+    """Of pulls to one rank, `mib` MiB of partial tiles, and for an all_reduce of sums, in all."""
+    return _PASS_US + (_PULL_BOTH_US_PER_MIB if all_reduce else _PULL_US_PER_MIB) * mib
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """tiles: of a sum, of all ranks together. width: columns of a tile."""
+    """tiles: of the whole result; of a sum, of all ranks together. width: columns of a tile."""
 
     tiles: int
     width: int
@@ -82,8 +95,8 @@ def sum_tiling(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool
         pieces: runs of rows in which tiles start anew; a scattered result has some for each rank.
     """
     tile_rows = pieces * -(-m // (pieces * TILE_M))
-    received = m * n * 2 / (1 << 20) * (ranks - 1) / ranks * (2 if all_reduce else 1)
-    transport = received * PULL_US_PER_MIB
+    received = m * n * ITEM_BYTES / (1 << 20) * (ranks - 1) / ranks * (2 if all_reduce else 1)
+    transport = received * _TAIL_US_PER_MIB
 
     def tiling(width: int) -> Tiling:
         return Tiling(tile_rows * -(-n // width), width)
@@ -100,3 +113,25 @@ def terms_tiling(gemms: Sequence[Gemm], ranks: int, outer: int, all_reduce: bool
     """The tiling of a sum of matmuls; a scattered result has `outer` runs of rows for each rank."""
     k = sum(gemm.k for gemm in gemms)
     return sum_tiling(gemms[0].m, gemms[0].n, k, ranks, 1 if all_reduce else ranks * outer, all_reduce)
+
+
+def blocks_tiling(
+    use: GatherUse, ranks: int, blocks: tuple[int, int, int], free: int, transposed: bool
+) -> tuple[Tiling, int]:
+    """The tiling of a use in the kernel of blocks, and its k with every block rounded up to whole steps.
+
+    Args:
+        blocks: (pieces, inner, width) as refusal.block_sizes has them. free: size of the local operand beside k.
+        transposed: the right operand lies as [N, K].
+    """
+    pieces, inner, width = blocks
+    count = pieces * ranks
+    k = count * -(-inner // TILE_K) * TILE_K if use.contracts_ranks else width
+    across = width if use.contracts_ranks else inner
+    if use.side == "lhs":
+        tile_rows, columns = -(-across // TILE_M), [free]
+        tile_rows *= 1 if use.contracts_ranks else count
+    else:
+        tile_rows, columns = -(-free // TILE_M), [across] * (1 if use.contracts_ranks else count)
+    chosen = tile_width(tile_rows, columns, k, transposed)
+    return Tiling(tile_rows * sum(-(-column // chosen) for column in columns), chosen), k

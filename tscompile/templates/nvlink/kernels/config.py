@@ -24,9 +24,9 @@ def pieces_of(tile_n: int, all_reduce: bool) -> int:
     return (4 if all_reduce else 2) * piece_rows(tile_n, all_reduce) * tile_n
 
 
-def depth(tile_n: int, pieces: int = 0) -> int:
-    """Stages of the load pipeline that fit beside `pieces` elements."""
-    return min(MAX_STAGES, (SHARED_BYTES // ITEM_BYTES - pieces) // ((TILE_M + tile_n) * TILE_K))
+def depth(tile_n: int, beside: int = 0) -> int:
+    """Stages of the load pipeline that fit into shared memory beside that many elements."""
+    return min(MAX_STAGES, (SHARED_BYTES // ITEM_BYTES - beside) // ((TILE_M + tile_n) * TILE_K))
 
 
 @dataclass(frozen=True)

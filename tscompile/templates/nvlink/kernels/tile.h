@@ -293,6 +293,7 @@ TSL TskRing tsk_ring_of_pieces(TskAddress buffer, uint32_t piece) {
 template <int NF, int ROWS, typename Store>
 TSL void tsk_bring(TskRing &ring, TskAddress context, const int *row, const char *from, uint32_t now, int site, Store store) {
   constexpr int PIECES = 128 / ROWS;
+  static_assert(PIECES >= 2, "two pieces are on their way from the start");
   constexpr uint32_t PIECE = ROWS * NF * 4;
   const TslContext *c = tsl_context(context.p);
   const int lane = threadIdx.x & 31;
@@ -337,6 +338,7 @@ TSL void tsk_pull_tiles(TskRing &ring, TskAddress context, TskAddress counter, T
 // Finished sums of the peers, to the output [.., n].
 template <int NF, int ROWS>
 TSL void tsk_pull_sums(TskRing &ring, TskAddress context, TskAddress counter, TskAddress list, int total, TskAddress out, int64_t result_offset, int n, uint32_t now, int site) {
+  static_assert(ROWS <= 32, "a lane stores a row");
   constexpr uint32_t WIDTH = NF * 4, TILE = NF * 512;   // bytes: of a row of a tile, and of a tile
   const int lane = threadIdx.x & 31;
   for (int item = tsk_claim(counter, total); item >= 0; item = tsk_claim(counter, total)) {
@@ -361,7 +363,7 @@ TSL void tsk_pull(TskAddress context, TskAddress counters, TskAddress pulls, int
   const uint32_t now = tsk_epoch(context, epoch);
   TskRing ring = tsk_ring_of_pieces(buffer, ROWS * NF * 4);
   if (threadIdx.x < 96) tsk_pull_tiles<NF, ROWS>(ring, context, claims, pulls, pull_total, landing, landed, now, site);
-  if (ALL) tsk_pull_sums<NF, ROWS>(ring, context, claims + 1, results, result_total, out, result_offset, n, now, site);
+  if constexpr (ALL) tsk_pull_sums<NF, ROWS>(ring, context, claims + 1, results, result_total, out, result_offset, n, now, site);
 }
 
 // ---- end of a kernel ----------------------------------------------------------------------------------------------------------
