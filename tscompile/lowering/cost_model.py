@@ -77,8 +77,8 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
     return Prediction(matmul_us + fused, matmul_us + GLOO[problem.kind].us(sent))
 
 
-# [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: M from 512 to 8192,
-# N from 2560 to 8192, K from 2560 to 8192; the formulas meet most measured times within 8 %]
+# [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: the 52 sizes of
+# benchmarks/results/gpu-ops-4xh200-2026-11-20.json, 128 to 8192 rows; most times are met within 8 %]
 TILE = (128, 256)  # rows and columns that one SM computes at a time, at most
 LAUNCH_US = 6.0
 ORIGINAL_US = 5.0  # between the two ops of the original sequence
