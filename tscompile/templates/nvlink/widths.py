@@ -27,9 +27,7 @@ _COPY_US = 8.0
 _PUSH_US_PER_MIB = 3.1
 _PULL_US_PER_MIB = 4.1
 _PULL_BOTH_US_PER_MIB = 3.3
-_TAIL_US_PER_MIB = (
-    3.1  # of what follows the last wave of a sum, where widths are compared; races of widths agree with it
-)
+_TAIL_US_PER_MIB = 3.1  # of what follows the last wave of a sum, as far as its widths are compared
 _MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
 
 
