@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.gpu_report import GATHER
 from tscompile.lowering import planner
 from tscompile.options import Options
 from tscompile.problem import Fuse, FusionProblem, GatherUse, Gemm, Keep, Plan
-
-GATHER = "all_gather_matmul"
 
 
 def question(case: Mapping[str, Any], ranks: int, dtype: str) -> tuple[FusionProblem, Plan]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..problem import FusionProblem, GatherUse, Gemm
 from ..templates.nvlink import widths
-from ..templates.nvlink.kernels.config import SMS
+from ..templates.nvlink.kernels.config import SMS, TILE_M
 from ..templates.nvlink.refusal import block_sizes, shard_of
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
@@ -79,7 +79,6 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 
 # [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: the 52 sizes of
 # benchmarks/results/gpu-ops-4xh200-2026-11-20.json, 128 to 8192 rows; most times are met within 8 %]
-TILE = (128, 256)  # rows and columns that one SM computes at a time, at most
 LAUNCH_US = 6.0
 ORIGINAL_US = 5.0  # between the two ops of the original sequence
 NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
@@ -115,7 +114,7 @@ class _Gemm:
 
 def _rows_gemm(gemms: Sequence[Gemm], ranks: int) -> _Gemm:
     """Matmuls of gathered rows in one kernel: they share waves."""
-    k, tile_rows = max(gemm.k for gemm in gemms), -(-gemms[0].m // TILE[0])
+    k, tile_rows = max(gemm.k for gemm in gemms), -(-gemms[0].m // TILE_M)
     width = widths.gather_width(tile_rows, [gemm.n for gemm in gemms], k, ranks, transposed=True)
     return _Gemm(sum(tile_rows * -(-gemm.n // width) for gemm in gemms), widths.tile_us(width, k))
 
@@ -130,13 +129,12 @@ def _blocks_gemm(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> _Gemm:
 
 def _plain_gemm(gemm: Gemm) -> _Gemm:
     """A matmul of the gathered tensor, once that is whole."""
-    return _Gemm(_tiles(gemm), widths.tile_us(TILE[1], gemm.k))
+    return _Gemm(_tiles(gemm), widths.tile_us(widths.WIDEST, gemm.k))
 
 
 def _sum_gemm(problem: FusionProblem) -> _Gemm:
     """Terms of a sum share tiles."""
-    all_reduce = problem.kind == "matmul_all_reduce"
-    tiling = widths.terms_tiling(problem.gemms, problem.group_size, problem.pieces, all_reduce)
+    tiling = widths.problem_tiling(problem)
     return _Gemm(tiling.tiles, widths.tile_us(tiling.width, sum(gemm.k for gemm in problem.gemms)))
 
 
@@ -181,11 +179,11 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
 
 
 def _tiles(gemm: Gemm) -> int:
-    return -(-gemm.m // TILE[0]) * -(-gemm.n // TILE[1])
+    return -(-gemm.m // TILE_M) * -(-gemm.n // widths.WIDEST)
 
 
 def _cublas_us(gemm: Gemm) -> float:
     """cuBLAS cuts a matmul of less than one wave into smaller pieces, so that all SMs work."""
     tiles = _tiles(gemm)
     waves = tiles / SMS if tiles < SMS else -(-tiles // SMS)
-    return LAUNCH_US + waves * widths.tile_us(TILE[1], gemm.k)
+    return LAUNCH_US + waves * widths.tile_us(widths.WIDEST, gemm.k)

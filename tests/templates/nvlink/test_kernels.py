@@ -21,7 +21,7 @@ from tscompile.templates.nvlink.kernels.config import (
     BlocksConfig,
     GemmConfig,
     depth,
-    pieces_of,
+    pulled_rows,
 )
 from tscompile.templates.nvlink.kernels.gather_blocks import gather_blocks_kernel
 from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS, THREADS
@@ -35,7 +35,7 @@ LOADER, MULTIPLIER = "if (((int)threadIdx.x) < 32) {\n", "if (128 <= ((int)threa
 
 
 def summing(dtype: str, transposed: bool, operands: int, bias: bool, tile_n: int, all_reduce: bool):
-    stages = depth(tile_n, pieces_of(tile_n, all_reduce))
+    stages = depth(tile_n, pulled_rows(tile_n) * tile_n)
     return GemmConfig(dtype, transposed, operands, bias, tile_n, stages), all_reduce
 
 

@@ -21,11 +21,11 @@ from ..template import register_template, torch_dtype
 from .channel import MAIN, SIDE, Call, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch, block_kernels, block_launches, blocks_of
 from .jit import kernel
-from .kernels.config import MAX_OPERANDS, GemmConfig, depth
+from .kernels.config import MAX_OPERANDS, TILE_M, GemmConfig, depth
 from .lasting import lasting_tables
 from .operands import aligned_pointer, is_transposed, pointer_of
 from .refusal import gather_refusal, serves_use
-from .tiles import TILE_M, gather_tiles
+from .tiles import gather_tiles
 from .widths import gather_width
 
 

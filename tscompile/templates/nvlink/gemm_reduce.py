@@ -15,11 +15,11 @@ from ...problem import FusionProblem, Gemm, Plan
 from ..template import register_template, torch_dtype
 from .channel import MAIN, Call, DeviceChannel, DeviceLink
 from .jit import kernel
-from .kernels.config import ITEM_BYTES, GemmConfig, depth, pieces_of
+from .kernels.config import ITEM_BYTES, TILE_M, GemmConfig, depth, pulled_rows
 from .lasting import lasting_tables
 from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
-from .tiles import TILE_M, all_reduce_tiles, scatter_tiles
+from .tiles import all_reduce_tiles, scatter_tiles
 from .widths import Tiling, has_flags, terms_tiling
 
 # Of a reduce_scatter: tiles of all ranks together in a part. Peers in turn are up to 14 % faster than one after the other, measured at
@@ -129,9 +129,9 @@ class _Recipe:
 def _kernel(plan: Plan, rhs: Sequence[Tensor], biases: Sequence[Tensor | None], width: int) -> tuple[Any, ...]:
     """The kernel for tiles of `width` columns, as jit.py names it."""
     has_bias = any(bias is not None for bias in biases)
-    all_reduce = _is_all_reduce(plan)
-    stages = depth(width, pieces_of(width, all_reduce))
-    return "reduce", GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, stages), all_reduce
+    stages = depth(width, pulled_rows(width) * width)
+    config = GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, stages)
+    return "reduce", config, _is_all_reduce(plan)
 
 
 def _is_all_reduce(plan: Plan) -> bool:

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TILE_M = 128
+from .kernels.config import TILE_M
+
 _BAND = 8  # tile rows that are walked together along the columns, so that their operands stay in L2
 _SHARED_BAND = 4  # of an all_reduce, whose tables walk a band of each rank at the same time
 _MAX_WASTE = 1.1  # rows computed over rows needed, above which tiles may span the shards of several ranks

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...problem import GatherUse, Gemm
-from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS, TILE_K
-from .tiles import TILE_M
+from ...problem import FusionProblem, GatherUse, Gemm
+from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS, TILE_K, TILE_M
 
 # TMA swizzles the columns of a right operand [K, N] by 64, and wgmma takes multiples of 8 of one [N, K]; epilogues want 16.
 SWIZZLED_WIDTHS = (256, 192, 128)
@@ -111,6 +110,12 @@ def terms_tiling(gemms: Sequence[Gemm], ranks: int, outer: int, all_reduce: bool
     """The tiling of a sum of matmuls; a scattered result has `outer` runs of rows for each rank."""
     k = sum(gemm.k for gemm in gemms)
     return sum_tiling(gemms[0].m, gemms[0].n, k, ranks, 1 if all_reduce else ranks * outer, all_reduce)
+
+
+def problem_tiling(problem: FusionProblem) -> Tiling:
+    """The same for the planner's problem."""
+    all_reduce = problem.kind == "matmul_all_reduce"
+    return terms_tiling(problem.gemms, problem.group_size, problem.pieces, all_reduce)
 
 
 def blocks_tiling(

@@ -14,14 +14,14 @@ MAX_STAGES = 7  # below the length of the rings in tile.h
 DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of tile.h
 
 
+def pulled_rows(tile_n: int) -> int:
+    """Rows of tiles that are on their way to the pulling warps of a CTA: 32 KiB at most."""
+    return 64 if tile_n > 128 else 128
+
+
 def piece_rows(tile_n: int, all_reduce: bool) -> int:
-    """Rows of a tile that a pulling warp moves at a time: 32 KiB at most are on their way to the pulling warps of a CTA."""
-    return (16 if all_reduce else 32) * (1 if tile_n > 128 else 2)
-
-
-def pieces_of(tile_n: int, all_reduce: bool) -> int:
-    """Elements of the pieces of a CTA: two for each pulling warp, of which an all_reduce has two."""
-    return (4 if all_reduce else 2) * piece_rows(tile_n, all_reduce) * tile_n
+    """Rows that a pulling warp moves at a time: two such pieces are on their way to each, and an all_reduce has two pulling warps."""
+    return pulled_rows(tile_n) // (4 if all_reduce else 2)
 
 
 def depth(tile_n: int, beside: int = 0) -> int:

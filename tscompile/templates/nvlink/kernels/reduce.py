@@ -10,7 +10,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from .config import DTYPE_CODES, SMS, GemmConfig, piece_rows, pieces_of
+from .config import DTYPE_CODES, SMS, GemmConfig, piece_rows, pulled_rows
 from .gemm import (
     COL,
     GROUP,
@@ -83,7 +83,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
         with T.Kernel(SMS, threads=THREADS, prelude=text):
             As = T.alloc_shared((S, bM, bK), dtype)
             Bs = T.alloc_shared((S, bN, bK) if transposed else (S, bK, bN), dtype)
-            pieces = T.alloc_shared((pieces_of(bN, all_reduce),), dtype)
+            pieces = T.alloc_shared((pulled_rows(bN) * bN,), dtype)
             Cl = T.alloc_fragment((bM, bN), "float32")
             full = T.alloc_barrier([1] * S)
             empty = T.alloc_barrier([256] * S)
