@@ -23,9 +23,10 @@ PASS_CONFIGS = {
 }
 
 
-def prelude() -> str:
-    """Text of the device functions, which stands in each kernel."""
-    return (language_prelude("cuda") or "") + files(__package__).joinpath("tile.h").read_text()
+def prelude(*more: str) -> str:
+    """Text of the device functions, which stands in each kernel: those that all use, and the files `more`."""
+    texts = (files(__package__).joinpath(name).read_text() for name in ("tile.h", *more))
+    return (language_prelude("cuda") or "") + "".join(texts)
 
 
 def call(name: str, *args: Any) -> Any:

@@ -139,8 +139,9 @@ template <int NF> TSL void tsk_scale(float *acc, float factor) {
 }
 
 // Store the tile to a row-major matrix [.., n] at (row, col), as far as `rows` and the columns below `end` go; both n and `end` are
-// multiples of 8 and the base 16-byte aligned. If COPY, the whole tile goes to `copy` as well, row-major and contiguous.
-template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress out, int row, int col, int rows, int end, int n, TskAddress copy) {
+// multiples of 8 and the base 16-byte aligned. word(i): the values of registers 2i and 2i + 1 of the accumulator. If COPY, the whole
+// tile goes to `copy` as well, row-major and contiguous.
+template <int NF, bool COPY, typename Words> TSL void tsk_store_words(Words word, TskAddress out, int row, int col, int rows, int end, int n, TskAddress copy) {
   const int t = TSK_THREAD, w = t >> 5, l = t & 31, q = l & 3, first = w * 16 + (l >> 2);
   #pragma unroll
   for (int jb = 0; jb < NF / 16; ++jb) {
@@ -148,7 +149,7 @@ template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress ou
     for (int h = 0; h < 2; ++h) {
       uint32_t a[4];
       #pragma unroll
-      for (int j = 0; j < 4; ++j) a[j] = tsk_pack<DT>(acc[(jb * 4 + j) * 4 + h * 2], acc[(jb * 4 + j) * 4 + h * 2 + 1]);
+      for (int j = 0; j < 4; ++j) a[j] = word((jb * 4 + j) * 2 + h);
       tsk_quad_transpose(a, q);
       const int c = col + jb * 32 + q * 8, r = first + h * 8;
       uint4 v; v.x = a[0]; v.y = a[1]; v.z = a[2]; v.w = a[3];
@@ -162,11 +163,15 @@ template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress ou
       #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int c = col + j * 8 + q * 2, r = first + h * 8;
-        const uint32_t x = tsk_pack<DT>(acc[j * 4 + h * 2], acc[j * 4 + h * 2 + 1]);
+        const uint32_t x = word(j * 2 + h);
         if (c < end && r < rows) *(uint32_t *)((char *)out.p + ((uint64_t)(row + r) * n + c) * 2) = x;
         if (COPY) *(uint32_t *)((char *)copy.p + (r * (NF * 2) + j * 8 + q * 2) * 2) = x;
       }
   }
+}
+
+template <int NF, int DT, bool COPY> TSL void tsk_rows(float *acc, TskAddress out, int row, int col, int rows, int end, int n, TskAddress copy) {
+  tsk_store_words<NF, COPY>([&](int i) { return tsk_pack<DT>(acc[2 * i], acc[2 * i + 1]); }, out, row, col, rows, end, n, copy);
 }
 
 // Tiles that travel keep the registers' order: thread t's i-th 16 bytes lie at i * 4096 + t * 16, so stores and loads are whole lines.
