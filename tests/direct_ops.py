@@ -182,13 +182,22 @@ def sweep(ranks: int, tiny: bool) -> list[Shape]:
         Shape(REDUCE, m * ranks, (n,), k, bias=True),
         Shape(REDUCE, 8 * ranks * (m // 8) + odd, (n,), k),
         Shape(REDUCE, odd, (n,), k),
+        Shape(REDUCE, odd, (n,), k, bias=True, average=True),
+        Shape(SCATTER, rows[0] * ranks, (n,), k, bias=True, average=True),
         Shape(REDUCE, m * ranks, (n - 8,), k - 8),
     ]
     if not tiny:  # tiles of all widths on GPUs, in both layouts
         shapes += [Shape(GATHER, 1024, (n,), 512) for n in (2112, 2368, 2624, 2880, 3136, 3392, 3648, 3904)]
         shapes += [Shape(GATHER, 1024, (n,), 512, plain_layout=True) for n in (2112, 3904)]
-        sums = ((4096, 4096, 1024, False), (4032, 4088, 512, True), (4096, 4096, 4096, False), (512, 5120, 4096, False))
-        sums += ((512, 5120, 4096, True), (256, 1024, 4096, True))
+        sums = (
+            (4096, 4096, 1024, False),
+            (4032, 4088, 512, True),
+            (4096, 4096, 4096, False),
+            (1024, 5120, 4096, False),
+        )
+        sums += ((2048, 3072, 1024, True), (2048, 4096, 1024, True), (1024, 5120, 2048, True))
+        sums += ((512, 5120, 4096, False), (512, 5120, 4096, True), (512, 8192, 1024, False), (256, 1024, 4096, True))
+        sums += ((512, 2048, 512, False), (128, 8192, 1024, True), (128, 256, 2048, False), (512, 4096, 1024, True))
         shapes += [
             Shape(kind, rows, (n,), k, plain_layout=plain) for kind in (SCATTER, REDUCE) for rows, n, k, plain in sums
         ]

@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +17,6 @@ from benchmarks.gpu_plan import question
 from tscompile.lowering import cost_model, planner
 from tscompile.options import Options
 from tscompile.problem import Fuse, FusionProblem, GatherUse, Gemm, Keep, Plan
-from tscompile.templates.nvlink import gemm_reduce
 
 PROBLEM = FusionProblem(
     kind="all_gather_matmul",
@@ -225,16 +223,6 @@ def test_no_decision_reads_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     assert decisions[0] == decisions[1] == decisions[2]
     assert "rank" not in {field.name for field in fields(FusionProblem)}
-
-
-@pytest.mark.parametrize("outer", [1, 2, 5])
-@pytest.mark.parametrize(("m", "n", "k"), [(512, 2560, 1024), (1024, 4096, 1792), (4096, 512, 7168)])
-def test_the_model_predicts_the_tiling_that_runs(m: int, n: int, k: int, outer: int) -> None:
-    m *= outer
-    asked = replace(gpu_problem("matmul_reduce_scatter", m, n, k), pieces=outer)
-    ranks = asked.group_size
-    a, b = torch.empty(m, k, device="meta"), torch.empty(k, n, device="meta")
-    assert cost_model._sum_gemm(asked).tiles == gemm_reduce._tiling([a], [b], ranks, outer, False).tiles
 
 
 def test_blocks_that_end_within_a_step_cost_what_is_computed() -> None:

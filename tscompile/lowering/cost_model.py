@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..problem import FusionProblem, GatherUse, Gemm
-from ..templates.nvlink import widths
+from ..templates.nvlink import sums, widths
 from ..templates.nvlink.kernels.config import SMS, TILE_M
 from ..templates.nvlink.refusal import block_sizes, shard_of
 
@@ -79,7 +79,6 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 
 # [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: the 52 sizes of
 # benchmarks/results/gpu-ops-4xh200-2026-11-20.json, 128 to 8192 rows; most times are met within 8 %]
-LAUNCH_US = 6.0
 ORIGINAL_US = 5.0  # between the two ops of the original sequence
 NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
     "all_gather_matmul": Link(43.0, 2.6),
@@ -88,11 +87,6 @@ NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
     "matmul_all_gather": Link(43.0, 2.6),
 }
 GATHER_TAIL_US = 10.0
-SCATTER_TAIL_US = 15.0
-SUM_GEMM_FACTOR = 1.04  # of an all_reduce: its GEMM adds, signals and writes results twice
-SUM_PULL_WAVES = 1.2  # waves whose transport follows the last one
-SUM_LATENCY_US = 22.0  # from a tile's last product to its sum at every rank
-SUM_TAIL_US = 10.0
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 
 
@@ -109,7 +103,7 @@ class _Gemm:
 
     @property
     def us(self) -> float:
-        return LAUNCH_US + self.waves * self.wave_us
+        return widths.LAUNCH_US + self.waves * self.wave_us
 
 
 def _rows_gemm(gemms: Sequence[Gemm], ranks: int) -> _Gemm:
@@ -130,12 +124,6 @@ def _blocks_gemm(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> _Gemm:
 def _plain_gemm(gemm: Gemm) -> _Gemm:
     """A matmul of the gathered tensor, once that is whole."""
     return _Gemm(_tiles(gemm), widths.tile_us(widths.WIDEST, gemm.k))
-
-
-def _sum_gemm(problem: FusionProblem) -> _Gemm:
-    """Terms of a sum share tiles."""
-    tiling = widths.problem_tiling(problem)
-    return _Gemm(tiling.tiles, widths.tile_us(tiling.width, sum(gemm.k for gemm in problem.gemms)))
 
 
 def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: float) -> float:
@@ -166,16 +154,7 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
     original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + NCCL[problem.kind].us(received * 4 / 3)
     if problem.kind == "all_gather_matmul":
         return Prediction(_gather_us(problem, uses, widths.push_us(received, ranks)), original)
-    gemm = _sum_gemm(problem)
-    if problem.kind == "matmul_reduce_scatter":
-        transport = widths.pull_us(received, all_reduce=False)
-        return Prediction(
-            max(gemm.us + transport / gemm.waves, transport + SCATTER_TAIL_US) + SCATTER_TAIL_US, original
-        )
-    transport = widths.pull_us(2 * received, all_reduce=True)
-    exposed = min(1.0, SUM_PULL_WAVES / gemm.waves) * transport
-    longest = max(SUM_GEMM_FACTOR * gemm.us + exposed, transport + gemm.wave_us + SUM_LATENCY_US)
-    return Prediction(longest + SUM_TAIL_US, original)
+    return Prediction(sums.problem_plan(problem).us, original)
 
 
 def _tiles(gemm: Gemm) -> int:
@@ -186,4 +165,4 @@ def _cublas_us(gemm: Gemm) -> float:
     """cuBLAS cuts a matmul of less than one wave into smaller pieces, so that all SMs work."""
     tiles = _tiles(gemm)
     waves = tiles / SMS if tiles < SMS else -(-tiles // SMS)
-    return LAUNCH_US + waves * widths.tile_us(widths.WIDEST, gemm.k)
+    return widths.LAUNCH_US + max(waves * widths.tile_us(widths.WIDEST, gemm.k), widths.read_us(gemm.k, gemm.n))

@@ -18,6 +18,7 @@ from tscompile.templates.nvlink.kernels.config import (
     DTYPE_CODES,
     MAX_OPERANDS,
     MAX_STAGES,
+    SUM_FORMS,
     BlocksConfig,
     GemmConfig,
     depth,
@@ -27,7 +28,9 @@ from tscompile.templates.nvlink.kernels.gather_blocks import gather_blocks_kerne
 from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS, THREADS
 from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
 from tscompile.templates.nvlink.kernels.service import service_kernel
-from tscompile.templates.nvlink.widths import DENSE_WIDTHS, SUM_WIDTHS, SWIZZLED_WIDTHS
+from tscompile.templates.nvlink.kernels.sum_push import sum_push_kernel
+from tscompile.templates.nvlink.sums import PULL_WIDTHS, PUSH_WIDTHS
+from tscompile.templates.nvlink.widths import DENSE_WIDTHS, SWIZZLED_WIDTHS
 
 REGISTERS = 65536 // THREADS // 8 * 8  # that a thread can have with one CTA per SM
 SHARED_BYTES = 227 << 10
@@ -68,6 +71,21 @@ REDUCES = [
     summing("bfloat16", True, 1, False, 128, True),
     summing("float16", False, 3, True, 128, False),
 ]
+PUSHES = [
+    (GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n)), form)
+    for dtype, transposed, operands, bias, tile_n, form in [
+        ("bfloat16", True, 1, False, 64, "one_shot"),
+        ("float16", False, 3, True, 64, "two_shot"),
+        ("bfloat16", False, 2, False, 64, "scatter"),
+        ("bfloat16", True, 2, True, 128, "two_shot"),
+        ("float16", True, 1, False, 128, "scatter"),
+        ("bfloat16", False, 1, False, 192, "one_shot"),
+        ("bfloat16", True, 3, True, 192, "two_shot"),
+        ("bfloat16", True, 3, True, 256, "one_shot"),
+        ("bfloat16", True, 3, True, 256, "scatter"),
+        ("bfloat16", False, 2, True, 256, "two_shot"),
+    ]
+]
 # Half of all forms, such that every pair of side, layouts and what becomes of the ranks occurs.
 BLOCKS = [
     (
@@ -88,6 +106,7 @@ BLOCKS = [
 ]
 ALL = [(all_gather_kernel, *form) for form in GATHERS] + [(reduce_kernel, *form) for form in REDUCES]
 ALL += [(gather_blocks_kernel, *form) for form in BLOCKS]
+ALL += [(sum_push_kernel, *form) for form in PUSHES]
 
 
 def name_of(value: object) -> str:
@@ -104,10 +123,11 @@ every = pytest.mark.parametrize(("build", "config", "flag"), ALL, ids=name_of)
 gathers = pytest.mark.parametrize(("config", "collects"), GATHERS, ids=name_of)
 blocks = pytest.mark.parametrize(("config", "collects"), BLOCKS, ids=name_of)
 reduces = pytest.mark.parametrize(("config", "all_reduce"), REDUCES, ids=name_of)
+pushes = pytest.mark.parametrize(("config", "form"), PUSHES, ids=name_of)
 
 
 @lru_cache
-def compiled(build, config: GemmConfig, flag: bool) -> tl.CudaArtifact:
+def compiled(build, config: GemmConfig, flag: bool | str) -> tl.CudaArtifact:
     return tl.compile_cuda(build(config, flag), pass_configs=PASS_CONFIGS)
 
 
@@ -121,11 +141,12 @@ def branches(source: str) -> tuple[str, str, str]:
 
 
 def test_the_configurations_cover_what_templates_ask_for() -> None:
-    for forms in (GATHERS, REDUCES):
+    for forms in (GATHERS, REDUCES, PUSHES):
         assert {config.dtype for config, _ in forms} == set(DTYPE_CODES)
         assert {config.operands for config, _ in forms} == set(range(1, MAX_OPERANDS + 1))
         for flags in ("transposed", "bias"):
             assert {getattr(config, flags) for config, _ in forms} == {False, True}
+    for forms in (GATHERS, REDUCES):
         assert {flag for _, flag in forms} == {False, True}
     for transposed, widths in ((True, DENSE_WIDTHS), (False, SWIZZLED_WIDTHS)):
         assert {config.tile_n for config, _ in GATHERS if config.transposed is transposed} == set(widths)
@@ -135,7 +156,9 @@ def test_the_configurations_cover_what_templates_ask_for() -> None:
     flags = ("transposed", "left_transposed", "gathered_left", "contracts")
     for one, other in itertools.combinations(flags, 2):
         assert len({(getattr(config, one), getattr(config, other)) for config, _ in BLOCKS}) == 4
-    assert {config.tile_n for config, _ in REDUCES} == set(SUM_WIDTHS)
+    assert {config.tile_n for config, _ in REDUCES} == set(PULL_WIDTHS)
+    assert {config.tile_n for config, _ in PUSHES} == set(PUSH_WIDTHS)
+    assert {form for _, form in PUSHES} == set(SUM_FORMS)
 
 
 def test_rings_are_longer_than_pipelines() -> None:
@@ -147,7 +170,7 @@ def test_rings_are_longer_than_pipelines() -> None:
 
 
 @every
-def test_resources(build, config: GemmConfig, flag: bool) -> None:
+def test_resources(build, config: GemmConfig, flag: bool | str) -> None:
     artifact = compiled(build, config, flag)
     assert artifact.cubin[:4] == b"\x7fELF"
     assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0
@@ -162,16 +185,16 @@ def test_resources(build, config: GemmConfig, flag: bool) -> None:
 
 
 @every
-def test_only_the_tile_table_is_read_by_the_read_only_path(build, config: GemmConfig, flag: bool) -> None:
+def test_only_the_tile_table_is_read_by_the_read_only_path(build, config: GemmConfig, flag: bool | str) -> None:
     """Peers write everything else while the kernel runs, or it changes between launches of a graph."""
     assert read_non_coherently(compiled(build, config, flag), addresses=r"\*|int64_t") == {"table"}
 
 
 @every
-def test_only_the_loading_warp_loads_and_claims(build, config: GemmConfig, flag: bool) -> None:
+def test_only_the_loading_warp_loads_and_claims(build, config: GemmConfig, flag: bool | str) -> None:
     artifact = compiled(build, config, flag)
     loader, multiplier, idle = branches(artifact.source)
-    lefts = config.operands if build is reduce_kernel else 2
+    lefts = config.operands if build in (reduce_kernel, sum_push_kernel) else 2
     assert len(set(re.findall(r"tl::tma_load\((\w+)_desc", loader))) == lefts + config.operands
     for others in (multiplier, idle):
         assert "tma_load" not in others and "tsk_claim" not in others
@@ -320,6 +343,25 @@ def test_a_pull_reads_after_its_flag_and_tells_after_its_writes() -> None:
     assert pull.index("ld.acquire.sys.global.u32") < first
 
 
+@pushes
+def test_a_small_sum_is_exchanged_by_the_multiplying_warps(config: GemmConfig, form: str) -> None:
+    artifact = compiled(sum_push_kernel, config, form)
+    loader, multiplier, idle = branches(artifact.source + "\n    } else {\n")  # the other warps have nothing to do
+    assert "tsk_" not in idle and "TSK_EXCHANGE" not in loader
+    assert multiplier.count("TSK_BIAS") == config.bias
+    before(
+        multiplier, *["TSK_BIAS"] * config.bias, "TSK_EXCHANGE", "tsk_last", "tsk_aborted", "tsk_fill_nan", "tsk_finish"
+    )
+    found = events(artifact.ptx)
+    signals = [i for i, event in enumerate(found) if event == "fence.acq_rel.sys;"]
+    assert len(signals) == {"scatter": 1, "one_shot": 1, "two_shot": 2}[form]
+    for i in signals:  # generic stores, read by generic loads: the system fence, then the flag
+        assert found[i : i + 2] == ["fence.acq_rel.sys;", "st.relaxed.sys"]
+    # What peers have sent is read behind its flag, 16 bytes at a time and not by the read-only path.
+    parts = [match.start() for match in re.finditer(r"ld\.global\.L1::no_allocate\.v4", artifact.ptx)]
+    assert parts and artifact.ptx.index("ld.acquire.sys.global.u32") < parts[0]
+
+
 @pytest.mark.parametrize("name", ["tsk_open", "tsk_acknowledge"])
 def test_service_kernels(name: str) -> None:
     artifact = tl.compile_cuda(service_kernel(name), pass_configs=PASS_CONFIGS)
@@ -337,10 +379,10 @@ def host_of(function) -> str:
         return str(tilelang.lower(function, target=target).host_mod.script())
 
 
-@pytest.mark.parametrize("build", [all_gather_kernel, reduce_kernel])
+@pytest.mark.parametrize("build", [all_gather_kernel, reduce_kernel, sum_push_kernel])
 def test_the_host_reads_each_size_from_its_own_parameter(build) -> None:
     """TileLang reads one shape for all parameters that a loop has bound to one name (tests/language/test_upstream.py)."""
-    host = host_of(build(GemmConfig("bfloat16", True, 3, True), True))
+    host = host_of(build(GemmConfig("bfloat16", True, 3, True), "scatter" if build is sum_push_kernel else True))
     read = dict(re.findall(r"\b(M|MR|K\d?|N\d?)(?:: T\.int32)? = T\.Cast\(\"int32\", (\w+)\[\d\]\)", host))
     names = ("M", "MR", "K", "N0", "N1", "N2") if build is all_gather_kernel else ("M", "N", "K0", "K1", "K2")
     assert set(read) == set(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES
-from tscompile.problem import GatherUse, Plan
+from tscompile.problem import GatherUse, Gemm, Plan
 from tscompile.templates import find_template
 from tscompile.templates.nvlink import all_gather_gemm, gemm_reduce
 from tscompile.templates.nvlink.channel import ACK, SIDE, Site
+from tscompile.templates.nvlink.sums import SumPlan, pull_plan, push_plans
 
 from .fake_gpu import SLOT_BYTES, Gpu, Launched
 
@@ -34,6 +36,17 @@ def run(gpu: Gpu, site: Site, plan: Plan, *args: Any) -> list[torch.Tensor]:
     assert template is not None
     outputs: list[torch.Tensor] = template.run(gpu.link.open(site), plan, *args)
     return outputs
+
+
+@pytest.fixture
+def pulls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are pulled, however small."""
+
+    def plan(gemms: Sequence[Gemm], ranks: int, outer: int, all_reduce: bool) -> SumPlan:
+        k = sum(gemm.k for gemm in gemms)
+        return pull_plan(gemms[0].m, gemms[0].n, k, ranks, 1 if all_reduce else ranks * outer, all_reduce)
+
+    monkeypatch.setattr(gemm_reduce, "terms_plan", plan)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -131,6 +144,7 @@ def test_operands_that_tma_cannot_read_are_copied(gpu: Gpu) -> None:
     assert fused(gpu)[-1].values["X"] != shard.data_ptr()
 
 
+@pytest.mark.usefixtures("pulls")
 @pytest.mark.parametrize("kind", ["matmul_reduce_scatter", "matmul_all_reduce"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_what_a_sum_launches(gpu: Gpu, kind: str, transposed: bool) -> None:
@@ -155,9 +169,9 @@ def test_what_a_sum_launches(gpu: Gpu, kind: str, transposed: bool) -> None:
     assert given["rows"] == len(out) and given["C"] == out.data_ptr()
     tiles = given["tiles"]
     assert tiles == (2 * 3 if kind == "matmul_reduce_scatter" else 3) and config.tile_n == 128
-    assert given["pull_entries"] == 3 * tiles and given["pulls"] != given.get("results")
+    assert given["pulls_entries"] == 3 * tiles and given["pulls"] != given.get("results")
     if all_reduce:
-        assert given["result_entries"] == 3 * tiles and given["result_offset"] == 3 * tiles * 128 * 128 * 2
+        assert given["results_entries"] == 3 * tiles and given["result_offset"] == 3 * tiles * 128 * 128 * 2
     assert (given["epoch"], given["site"], given["ack"]) == (1, 5, ACK)
     assert given["slot"] == gpu.memory.bases[1] + CONTROL_BYTES + SLOT_BYTES
     template = find_template(kind, "nvlink")
@@ -166,6 +180,47 @@ def test_what_a_sum_launches(gpu: Gpu, kind: str, transposed: bool) -> None:
     assert need == (3 + all_reduce) * tiles * 128 * 128 * 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "m", "form", "share"),
+    [
+        ("matmul_reduce_scatter", 512, "scatter", 8 * 5),  # 128 rows of each rank are 8 stripes high
+        ("matmul_reduce_scatter", 128, "scatter", 2 * 5),
+        ("matmul_all_reduce", 40, "one_shot", 8 * 5),
+        ("matmul_all_reduce", 512, "two_shot", 4 * 5 * 2),  # each rank sums two stripes of each tile
+    ],
+)
+def test_what_a_small_sum_launches(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, kind: str, m: int, form: str, share: int
+) -> None:
+    def only(*sizes: Any) -> SumPlan:
+        return next(
+            plan
+            for plan in push_plans(m, 264, 64, 4, 2 if form == "scatter" else 1, form != "scatter")
+            if (plan.form, plan.width) == (form, 64)
+        )
+
+    monkeypatch.setattr(gemm_reduce, "terms_plan", only)
+    plan = Plan(kind, "g/site", "nvlink", BF16, coefficients=(1.0,))
+    outer = [2] if form == "scatter" else []
+    a, b = random(m, 64), random(64, 264)
+    (out,) = run(gpu, Site(5), plan, [a], [b], [None], [], *outer)
+    (launched,) = fused(gpu)
+    assert launched.name == "sum_push" and launched.args[1] == form
+    given = launched.values
+    assert out.shape == (m // 4 if form == "scatter" else m, 264) and given["rows"] == len(out)
+    assert (given["M"], given["N"], given["K0"], given["C"]) == (m, 264, 64, out.data_ptr())
+    assert (given["columns"], given["table_entries"], given["share"]) == (5, -(-m // 128) * 5, share)
+    assert given["inner"] == (m // 8 if form == "scatter" else m)
+    assert (given["epoch"], given["site"], given["ack"]) == (1, 5, ACK)
+    template = find_template(kind, "nvlink")
+    assert template is not None
+    need = template.scratch_bytes(plan, 4, [a], [b], [None], [], *outer)
+    sums = given["table_entries"] * 8 if form == "two_shot" else 0
+    assert need == (4 * share + sums) * 16 * 64 * 2
+    assert [step["kind"] for step in gpu.driver.issued] == [stream.LAUNCH, stream.RECORD]
+
+
+@pytest.mark.usefixtures("pulls")
 def test_every_value_of_a_kernel_is_given(gpu: Gpu) -> None:
     """What no name stands for would be 0, which is an address that faults, or a size of nothing."""
     bias = torch.ones(24, dtype=torch.bfloat16)
@@ -178,7 +233,7 @@ def test_every_value_of_a_kernel_is_given(gpu: Gpu) -> None:
     assert len(fused(gpu)) == 3
     for launched in fused(gpu):
         missing = {name for name, value in launched.values.items() if not value}
-        assert missing <= ({"results", "result_entries"} if launched.args[1:] == (False,) else set()), launched
+        assert missing <= ({"results", "results_entries"} if launched.args[1:] == (False,) else set()), launched
 
 
 def test_another_bias_in_the_same_layout_is_another_recipe(gpu: Gpu) -> None:

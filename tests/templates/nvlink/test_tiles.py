@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tscompile.templates.nvlink import gemm_reduce, tiles
 from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS
+from tscompile.templates.nvlink.sums import PULL_WIDTHS, pulled
 from tscompile.templates.nvlink.tiles import Reduction, all_reduce_tiles, gather_tiles, scatter_tiles
-from tscompile.templates.nvlink.widths import SUM_WIDTHS, Tiling
 
 from .protocol import Actor, Claims, Gatherer, Stuck, reduce_all, run_all, tile_count
 
@@ -226,7 +226,7 @@ def check_fit(tables: list[Reduction], limit: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8])
-@pytest.mark.parametrize("width", SUM_WIDTHS)
+@pytest.mark.parametrize("width", PULL_WIDTHS)
 @pytest.mark.parametrize(("m", "n"), [(8192, 4096), (1000, 1304), (130, 8), (8, 8), (128 * 40, 264)])
 def test_tables_of_real_sizes_fit_together(
     monkeypatch: pytest.MonkeyPatch, ranks: int, m: int, n: int, width: int
@@ -237,14 +237,14 @@ def test_tables_of_real_sizes_fit_together(
     for outer in (1, 3):
         inner = max(1, m // ranks // outer)
         count = outer * tile_count(inner, n, width)
-        assert gemm_reduce._scratch(Tiling(ranks * count, width), ranks, False) == (ranks - 1) * count * 128 * width * 2
+        assert pulled(ranks * count, width, ranks, False, 0.0).scratch_bytes == (ranks - 1) * count * 128 * width * 2
         made = [scatter_tiles(rank, ranks, outer, inner, n, width, gemm_reduce._SCATTER_PART) for rank in range(ranks)]
         assert made[0].tiles == count
         check_fit(made, min(2 * ranks * count, DATA_FLAGS))
         assert not any(table.results for table in made)
     share = -(-tile_count(m, n, width) // ranks)
-    tiling = Tiling(tile_count(m, n, width), width)
-    assert gemm_reduce._scratch(tiling, ranks, True) == ranks * share * 128 * width * 2
+    plan = pulled(tile_count(m, n, width), width, ranks, True, 0.0)
+    assert plan.scratch_bytes == ranks * share * 128 * width * 2
     made = [all_reduce_tiles(rank, ranks, m, n, width, gemm_reduce._PART, gemm_reduce._LAG) for rank in range(ranks)]
     assert made[0].tiles == share
     check_fit(made, min(2 * ranks * share, DATA_FLAGS))
@@ -267,6 +267,6 @@ def test_tables_of_all_ranks_fit_together(
 
 def test_flags_of_data_lie_below_those_of_acknowledgements() -> None:
     largest = DATA_FLAGS // 16  # tiles of each of 8 ranks
-    assert gemm_reduce._scratch(Tiling(8 * largest, 256), 8, True) > 0
-    assert gemm_reduce._scratch(Tiling(8 * largest + 1, 256), 8, True) < 0
+    assert pulled(8 * largest, 256, 8, True, 0.0).scratch_bytes > 0
+    assert pulled(8 * largest + 1, 256, 8, True, 0.0).scratch_bytes < 0
     assert DATA_FLAGS <= ACK

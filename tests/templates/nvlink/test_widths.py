@@ -1,4 +1,4 @@
-"""The width of tiles: which sums get narrow ones, and that every sum gets a tiling that fits."""
+"""The forms of sums and the width of tiles: which sums get narrow ones, and that every sum gets a tiling that fits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from hypothesis import strategies as st
 
 from tests.direct_ops import sweep
 from tests.fused_programs import GATHER, REDUCE, SCATTER
-from tscompile.templates.nvlink import gemm_reduce
+from tscompile.templates.nvlink.sums import PULL, PULL_WIDTHS, PUSH_WIDTHS, plan_sum, pull_plan
 from tscompile.templates.nvlink.widths import (
     DENSE_WIDTHS,
-    SUM_WIDTHS,
     SWIZZLED_WIDTHS,
     gather_width,
-    sum_tiling,
     tile_us,
     tile_width,
 )
@@ -33,8 +31,8 @@ from tscompile.templates.nvlink.widths import (
     ],
 )
 def test_small_sums_have_narrow_tiles(m: int, n: int, k: int, scattered: int, reduced: int) -> None:
-    assert sum_tiling(m, n, k, 4, 4, False).width == scattered
-    assert sum_tiling(m, n, k, 4, 1, True).width == reduced
+    assert pull_plan(m, n, k, 4, 4, False).width == scattered
+    assert pull_plan(m, n, k, 4, 1, True).width == reduced
 
 
 @pytest.mark.parametrize(
@@ -71,10 +69,12 @@ def test_a_tile_takes_the_time_of_its_columns(rows: int, widths: list[int], k: i
 def test_any_sum_has_tiles(m: int, n8: int, k8: int, ranks: int, outer: int, all_reduce: bool) -> None:
     pieces = 1 if all_reduce else ranks * outer
     m -= m % pieces
-    tiling = sum_tiling(m, 8 * n8, 8 * k8, ranks, pieces, all_reduce)
-    assert tiling.tiles == pieces * -(-(m // pieces) // 128) * -(-8 * n8 // tiling.width)
-    # A narrower tile is never the reason why a sum has too many flags.
-    assert tiling.width == 256 or gemm_reduce._scratch(tiling, ranks, all_reduce) >= 0
+    plan = pull_plan(m, 8 * n8, 8 * k8, ranks, pieces, all_reduce)
+    assert plan.tiles == pieces * -(-(m // pieces) // 128) * -(-8 * n8 // plan.width)
+    # A narrower tile is never the reason why a sum has too many flags, nor is a push.
+    assert plan.width == 256 or plan.has_flags
+    chosen = plan_sum(m, 8 * n8, 8 * k8, ranks, outer, all_reduce)
+    assert chosen.us <= plan.us and (chosen.form == PULL or chosen.has_flags)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -89,11 +89,16 @@ def test_the_sweep_on_gpus_gathers_into_tiles_of_all_widths(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("kind", [SCATTER, REDUCE])
-def test_the_sweep_on_gpus_has_tiles_of_all_widths(kind: str, ranks: int) -> None:
-    pieces = ranks if kind == SCATTER else 1
-    found = {
-        (sum_tiling(shape.m, shape.n[0], shape.k, ranks, pieces, kind == REDUCE).width, shape.plain_layout)
+def test_the_sweep_on_gpus_has_sums_of_all_forms(kind: str, ranks: int) -> None:
+    plans = [
+        (plan_sum(shape.m, shape.n[0], shape.k, ranks, 1, kind == REDUCE), shape.plain_layout)
         for shape in sweep(ranks, tiny=False)
         if shape.kind == kind
-    }
-    assert found == {(width, plain) for width in SUM_WIDTHS for plain in (False, True)}
+    ]
+    pulls = {(plan.width, plain) for plan, plain in plans if plan.form == PULL}
+    assert pulls >= {(256, False), (256, True), (128, True)}
+    assert {width for width, _ in pulls} <= set(PULL_WIDTHS)
+    assert {plan.width for plan, _ in plans if plan.form != PULL} == set(PUSH_WIDTHS)
+    # Two ranks have as much to send in one way as in two.
+    pushes = {"scatter"} if kind == SCATTER else {"one_shot", "two_shot"} if ranks > 2 else {"one_shot"}
+    assert {plan.form for plan, _ in plans} == {PULL, *pushes}

@@ -1,7 +1,7 @@
 """matmul_reduce_scatter and matmul_all_reduce over NVLink: one GEMM over all terms that sums in its epilogue.
 
 Tiles that peers sum come first; the peers pull them while the rest is computed. Tiles that this rank sums come last (for an all_reduce
-in parts, some parts later than the peers') and add what has landed to their accumulators.
+in parts, some parts later than the peers') and add what has landed to their accumulators. Small sums are pushed instead (sums.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .kernels.config import ITEM_BYTES, TILE_M, GemmConfig, depth, pulled_rows
 from .lasting import lasting_tables
 from .operands import is_transposed, pointer_of
 from .refusal import sum_refusal, terms_refusal
-from .tiles import all_reduce_tiles, scatter_tiles
-from .widths import Tiling, has_flags, terms_tiling
+from .sums import PULL, SumPlan, terms_plan
+from .tiles import Row, all_reduce_tiles, scatter_tiles, whole_tiles
 
 # Of a reduce_scatter: tiles of all ranks together in a part. Peers in turn are up to 14 % faster than one after the other, measured at
 # 512 to 8192 rows: the links of all of them are in use at any time.
@@ -44,38 +44,28 @@ class _Recipe:
     ) -> None:
         self.link = link
         m, n = lhs[0].shape[0], rhs[0].shape[1]
-        all_reduce = _is_all_reduce(plan)
-        width = _tiling(lhs, rhs, link.size, outer, all_reduce).width
-        if all_reduce:
-            rows, made = m, all_reduce_tiles(link.rank, link.size, m, n, width, _PART, _LAG)
-        else:
-            inner = m // (link.size * outer)
-            rows, made = outer * inner, scatter_tiles(link.rank, link.size, outer, inner, n, width, _SCATTER_PART)
+        chosen = _chosen(plan, lhs, rhs, link.size, outer)
+        form = _pulled if chosen.form == PULL else _pushed
+        tables, self._landing, sizes = form(link, chosen, m, n, outer, _is_all_reduce(plan))
         self._dtype = torch_dtype(plan.dtype)
         self._transposed = is_transposed(rhs[0])
         coefficients = plan.coefficients or (1.0,) * len(lhs)
         self._weights = [c / coefficients[0] for c in coefficients]
         self._has_bias = any(bias is not None for bias in biases)
-        self._tables = lasting_tables([made.rows, made.pulls, made.results], link.device)
-        table, pulls, results = self._tables
+        self._tables = dict(zip(tables, lasting_tables(list(tables.values()), link.device), strict=True))
+        rows = m if _is_all_reduce(plan) else m // link.size
         self._shape = (rows, n)
-        self._landing = link.size * made.tiles * TILE_M * width
         self._fixed: dict[str, float] = {
             "M": m,
             "N": n,
             **{f"K{number}": a.shape[1] for number, a in enumerate(lhs)},
             "rows": rows,
-            "table": table.data_ptr(),
-            "entries": len(table),
-            "pulls": pulls.data_ptr(),
-            "pull_entries": len(pulls),
-            "results": results.data_ptr(),
-            "result_entries": len(results),
-            "tiles": made.tiles,
+            **{name: table.data_ptr() for name, table in self._tables.items()},
+            **{f"{name}_entries": len(table) for name, table in self._tables.items()},
+            **sizes,
             "scale": coefficients[0] / (link.size if plan.reduce_op == "avg" else 1),
-            "result_offset": (link.size - 1) * made.tiles * TILE_M * width * ITEM_BYTES,
         }
-        self._kernel = kernel(*_kernel(plan, rhs, biases, width))
+        self._kernel = kernel(*_kernel(plan, rhs, biases, chosen))
         place = self._kernel.place
         numbers = range(len(lhs))
         self._patched = {"V", "C", "landing", "epoch", *(f"{side}{number}" for side in "AB" for number in numbers)}
@@ -97,7 +87,7 @@ class _Recipe:
         if call is None:
             call = self._calls[channel.slot] = self._call(channel)
         (values,) = call.values
-        alive: list[Tensor] = []  # copies of operands, until the kernel is enqueued
+        alive: list[Tensor] = []  # what the kernel reads and nobody else holds, until it is enqueued
         for (left, right), a, b, weight in zip(self._operands, lhs, rhs, self._weights, strict=True):
             if a.dtype is not self._dtype or weight != 1:
                 a = a.to(self._dtype) * weight
@@ -112,8 +102,11 @@ class _Recipe:
             alive.append(bias)
             values[self._at_bias] = pointer_of(bias, False, alive)
         out = lhs[0].new_empty(self._shape, dtype=self._dtype)
-        landing = out.new_empty(self._landing)
-        values[self._at_out], values[self._at_landing] = out.data_ptr(), landing.data_ptr()
+        values[self._at_out] = out.data_ptr()
+        if self._landing:
+            values[self._at_landing] = out.new_empty(
+                self._landing
+            ).data_ptr()  # free again behind the kernel, on its stream
         values[self._at_epoch] = channel.epoch
         channel.link.issue(call.steps)
         return out
@@ -126,12 +119,39 @@ class _Recipe:
         return sum(rows[1:], start=rows[0]).to(self._dtype)
 
 
-def _kernel(plan: Plan, rhs: Sequence[Tensor], biases: Sequence[Tensor | None], width: int) -> tuple[Any, ...]:
-    """The kernel for tiles of `width` columns, as jit.py names it."""
+_Tables = dict[str, list[Row]]
+
+
+def _pulled(
+    link: DeviceLink, chosen: SumPlan, m: int, n: int, outer: int, all_reduce: bool
+) -> tuple[_Tables, int, dict[str, int]]:
+    """Tables, elements of the landing zone, and sizes that kernels/reduce.py takes."""
+    width, ranks = chosen.width, link.size
+    if all_reduce:
+        made = all_reduce_tiles(link.rank, ranks, m, n, width, _PART, _LAG)
+    else:
+        made = scatter_tiles(link.rank, ranks, outer, m // (ranks * outer), n, width, _SCATTER_PART)
+    tile = TILE_M * width
+    sizes = {"tiles": made.tiles, "result_offset": (ranks - 1) * made.tiles * tile * ITEM_BYTES}
+    return {"table": made.rows, "pulls": made.pulls, "results": made.results}, ranks * made.tiles * tile, sizes
+
+
+def _pushed(
+    link: DeviceLink, chosen: SumPlan, m: int, n: int, outer: int, all_reduce: bool
+) -> tuple[_Tables, int, dict[str, int]]:
+    """The same for kernels/sum_push.py."""
+    inner = m if all_reduce else m // (link.size * outer)
+    sizes = {"inner": inner, "columns": -(-n // chosen.width), "share": chosen.share}
+    return {"table": whole_tiles(m, n, chosen.width)}, 0, sizes
+
+
+def _kernel(plan: Plan, rhs: Sequence[Tensor], biases: Sequence[Tensor | None], chosen: SumPlan) -> tuple[Any, ...]:
+    """The kernel, as jit.py names it."""
     has_bias = any(bias is not None for bias in biases)
-    stages = depth(width, pulled_rows(width) * width)
+    width = chosen.width
+    stages = depth(width, pulled_rows(width) * width if chosen.form == PULL else 0)
     config = GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, stages)
-    return "reduce", config, _is_all_reduce(plan)
+    return ("reduce", config, _is_all_reduce(plan)) if chosen.form == PULL else ("sum_push", config, chosen.form)
 
 
 def _is_all_reduce(plan: Plan) -> bool:
@@ -142,15 +162,8 @@ def _gemms(lhs: Sequence[Tensor], rhs: Sequence[Tensor]) -> tuple[Gemm, ...]:
     return tuple(Gemm(int(a.shape[0]), int(b.shape[1]), int(a.shape[1])) for a, b in zip(lhs, rhs, strict=True))
 
 
-def _tiling(lhs: Sequence[Tensor], rhs: Sequence[Tensor], size: int, outer: int, all_reduce: bool) -> Tiling:
-    return terms_tiling(_gemms(lhs, rhs), size, outer, all_reduce)
-
-
-def _scratch(tiling: Tiling, size: int, all_reduce: bool) -> int:
-    """Bytes of a slot: partial tiles for every peer, and for an all_reduce the sums; negative if there are more tiles than flags."""
-    if not has_flags(tiling, size):
-        return -1
-    return (size - 1 + all_reduce) * -(-tiling.tiles // size) * TILE_M * tiling.width * ITEM_BYTES
+def _chosen(plan: Plan, lhs: Sequence[Tensor], rhs: Sequence[Tensor], size: int, outer: int) -> SumPlan:
+    return terms_plan(_gemms(lhs, rhs), size, outer, _is_all_reduce(plan))
 
 
 @register_template("matmul_reduce_scatter", "nvlink")
@@ -173,8 +186,7 @@ class NvlinkGemmReduce:
     ) -> int:
         if addends or terms_refusal(_gemms(lhs, rhs), plan) is not None:
             return -1
-        all_reduce = _is_all_reduce(plan)
-        return _scratch(_tiling(lhs, rhs, size, outer, all_reduce), size, all_reduce)
+        return _chosen(plan, lhs, rhs, size, outer).scratch_bytes
 
     def kernels(
         self,
@@ -186,7 +198,7 @@ class NvlinkGemmReduce:
         addends: Sequence[Tensor],
         outer: int = 1,
     ) -> list[tuple[Any, ...]]:
-        return [_kernel(plan, rhs, biases, _tiling(lhs, rhs, size, outer, _is_all_reduce(plan)).width)]
+        return [_kernel(plan, rhs, biases, _chosen(plan, lhs, rhs, size, outer))]
 
     def run(
         self,

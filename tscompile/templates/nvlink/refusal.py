@@ -8,7 +8,7 @@ from ...problem import FusionProblem, GatherUse, Gemm, Plan
 from ..template import torch_dtype
 from .kernels.config import DTYPE_CODES, MAX_OPERANDS
 from .operands import aligned_sizes
-from .widths import has_flags, problem_tiling
+from .sums import problem_plan
 
 MAX_RANKS = 8
 CAPABILITY = (9, 0)
@@ -98,9 +98,9 @@ def sum_refusal(problem: FusionProblem, plan: Plan) -> str | None:
     terms = terms_refusal(problem.gemms, plan)
     if terms is not None:
         return terms
-    tiling = problem_tiling(problem)
-    if not has_flags(tiling, problem.group_size):
-        return f"the sum has {tiling.tiles} tiles, more than the flags of a group count"
+    chosen = problem_plan(problem)
+    if not chosen.has_flags:
+        return f"the sum has {chosen.tiles} tiles, more than the flags of a group count"
     return None
 
 

@@ -3,7 +3,8 @@
 A table is a list of rows of eight numbers, in the order in which the tiles are claimed. Words (tile.h has the same enum):
 ROW, COL: first row and column of the tile in the operands. ROWS: how many of its rows are stored. OWNER: 1 if the tile is this
 rank's own matter (its rows lie in its own shard; it sums the tile). INDEX: place of a travelling tile. OUT_ROW: first row in the
-output. MASK: ranks whose data the tile needs, or the peer that it goes to. GROUP: number of the weight, or a flag.
+output. MASK: ranks whose data the tile needs, or the peer that it goes to. GROUP: number of the weight, or a flag, or a tile's place in
+its tile row.
 
 Where the gathered operand is a row of blocks (gather_blocks.py), INDEX is the block in the own shard or in the slot, or where the
 tile's walk over the blocks begins; OUT_ROW is the tile's first row or column in the output on the gathered side, and GROUP the
@@ -244,3 +245,9 @@ def all_reduce_tiles(rank: int, ranks: int, m: int, n: int, tile_n: int, part: i
         row = t * TILE_M
         places[position // share].append((row, c * tile_n, min(TILE_M, m - row), row))
     return _reduction(rank, places, max(1, part // ranks), lag, True)
+
+
+def whole_tiles(m: int, n: int, tile_n: int) -> list[Row]:
+    """Tiles of a small sum [m, n], each the matter of all ranks: INDEX is the tile's number, GROUP its place in its tile row."""
+    walk = _walk(_bands(-(-m // TILE_M), _BAND), -(-n // tile_n))
+    return [(t * TILE_M, c * tile_n, min(TILE_M, m - t * TILE_M), 0, i, 0, 0, c) for i, (t, c) in enumerate(walk)]

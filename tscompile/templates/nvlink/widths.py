@@ -6,33 +6,46 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...problem import FusionProblem, GatherUse, Gemm
-from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS, TILE_K, TILE_M
+from ...problem import GatherUse
+from .kernels.config import ITEM_BYTES, SMS, TILE_K, TILE_M
 
 # TMA swizzles the columns of a right operand [K, N] by 64, and wgmma takes multiples of 8 of one [N, K]; epilogues want 16.
 SWIZZLED_WIDTHS = (256, 192, 128)
 DENSE_WIDTHS = tuple(range(256, 127, -16))
-SUM_WIDTHS = SWIZZLED_WIDTHS  # in both layouts: whoever predicts a sum knows its sizes alone
 WIDEST = 256
 # A tile of 128 rows takes an SM as long as if it had that many columns more; a column takes so long per unit of k, and there is a pause
 # before the next tile. [measured 2026-11-20, H200, bfloat16, all SMs busy: GEMMs of 512 to 8192 rows, tiles of 128 to 256 columns]
 _EXTRA_COLUMNS = 18
 _COLUMN_US_PER_K = 4.45e-5
 _PAUSE_US = 1.0
-# One pass over NVLink: us until the first byte, and per MiB that one rank receives: by copy engine, which adds a cost for each copy and
-# its flag; by pulls of partial tiles alone; by pulls of partial tiles and of sums at the same time. [measured as above, 4 GPUs]
+# Of memory that is read: us per MiB. [measured 2026-11-28, H200: cuBLAS, 128 rows]
+_READ_US_PER_MIB = 0.27
+LAUNCH_US = 6.0
+# One pass over NVLink by copy engine: us until the first byte, for each copy and its flag, and per MiB that one rank receives.
+# [measured 2026-11-20, 4 GPUs]
 _PASS_US = 10.0
 _COPY_US = 8.0
 _PUSH_US_PER_MIB = 3.1
-_PULL_US_PER_MIB = 4.1
-_PULL_BOTH_US_PER_MIB = 3.3
-_TAIL_US_PER_MIB = 3.1  # of what follows the last wave of a sum, as far as its widths are compared
-_MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
 
 
 def tile_us(width: int, k: int) -> float:
     """Time of a tile of 128 rows, `width` columns and `k` products on one SM, all SMs busy."""
     return (width + _EXTRA_COLUMNS) * k * _COLUMN_US_PER_K + _PAUSE_US
+
+
+def waves_of(tiles: int) -> int:
+    """Waves of that many tiles over the SMs; the last one takes as long as a full one."""
+    return max(1, -(-tiles // SMS))
+
+
+def read_us(k: int, n: int) -> float:
+    """Reading a right operand [k, n] of 2-byte elements, without which no GEMM ends however few rows it has."""
+    return k * n * ITEM_BYTES / (1 << 20) * _READ_US_PER_MIB
+
+
+def gemm_us(tiles: int, width: int, k: int, n: int) -> float:
+    """Time of a GEMM by one of the kernels, launch included."""
+    return LAUNCH_US + max(waves_of(tiles) * tile_us(width, k), read_us(k, n))
 
 
 def tile_width(
@@ -63,59 +76,12 @@ def push_us(mib: float, ranks: int) -> float:
     return _PASS_US + _COPY_US * (ranks - 1) + _PUSH_US_PER_MIB * mib
 
 
-def pull_us(mib: float, all_reduce: bool) -> float:
-    """Of pulls to one rank, `mib` MiB of partial tiles, and for an all_reduce of sums, in all."""
-    return _PASS_US + (_PULL_BOTH_US_PER_MIB if all_reduce else _PULL_US_PER_MIB) * mib
-
-
 @dataclass(frozen=True)
 class Tiling:
-    """tiles: of the whole result; of a sum, of all ranks together. width: columns of a tile."""
+    """tiles: of the whole result. width: columns of a tile."""
 
     tiles: int
     width: int
-
-
-def has_flags(tiling: Tiling, ranks: int) -> bool:
-    """True if the flags of a slot suffice for a sum."""
-    return 2 * ranks * -(-tiling.tiles // ranks) <= DATA_FLAGS
-
-
-def sum_tiling(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool) -> Tiling:
-    """The tiling of a sum [m, n] of 2-byte elements.
-
-    Narrow tiles cost more per column, but keep more SMs busy in a small sum, and leave less behind the last wave, whose tiles travel
-    when nothing is left to compute.
-
-    Args:
-        k: of all terms together.
-        pieces: runs of rows in which tiles start anew; a scattered result has some for each rank.
-    """
-    tile_rows = pieces * -(-m // (pieces * TILE_M))
-    received = m * n * ITEM_BYTES / (1 << 20) * (ranks - 1) / ranks * (2 if all_reduce else 1)
-    transport = received * _TAIL_US_PER_MIB
-
-    def tiling(width: int) -> Tiling:
-        return Tiling(tile_rows * -(-n // width), width)
-
-    def us(choice: Tiling) -> tuple[float, int]:
-        waves = max(1, -(-choice.tiles // SMS))
-        return max(waves * tile_us(choice.width, k) + transport / waves, transport), -choice.width
-
-    narrower = (tiling(width) for width in SUM_WIDTHS if width < WIDEST)
-    return min((tiling(WIDEST), *(choice for choice in narrower if choice.tiles <= _MOST_TILES)), key=us)
-
-
-def terms_tiling(gemms: Sequence[Gemm], ranks: int, outer: int, all_reduce: bool) -> Tiling:
-    """The tiling of a sum of matmuls; a scattered result has `outer` runs of rows for each rank."""
-    k = sum(gemm.k for gemm in gemms)
-    return sum_tiling(gemms[0].m, gemms[0].n, k, ranks, 1 if all_reduce else ranks * outer, all_reduce)
-
-
-def problem_tiling(problem: FusionProblem) -> Tiling:
-    """The same for the planner's problem."""
-    all_reduce = problem.kind == "matmul_all_reduce"
-    return terms_tiling(problem.gemms, problem.group_size, problem.pieces, all_reduce)
 
 
 def blocks_tiling(

@@ -11,6 +11,9 @@ ITEM_BYTES = 2  # of an element
 TILE_M, TILE_K = 128, 64  # rows of a tile, and its step of k
 SHARED_BYTES = 226 << 10  # of a CTA for stages and pieces; what is left of 227 KiB holds barriers and rings
 MAX_STAGES = 7  # below the length of the rings in tile.h
+STRIPE_ROWS = 16  # of a tile that one multiplying warp holds
+STRIPES = TILE_M // STRIPE_ROWS
+SUM_FORMS = ("scatter", "two_shot", "one_shot")  # in the order of sum_push.h, which says what each does
 DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of tile.h
 
 

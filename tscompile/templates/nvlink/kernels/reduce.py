@@ -66,11 +66,11 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
         landing: T.int64,
         landed: T.int64,
         table: T.int64,
-        entries: T.int32,
+        table_entries: T.int32,
         pulls: T.int64,
-        pull_entries: T.int32,
+        pulls_entries: T.int32,
         results: T.int64,
-        result_entries: T.int32,
+        results_entries: T.int32,
         context: T.int64,
         counters: T.int64,
         tiles: T.int32,
@@ -107,7 +107,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
             for t in numbers:
                 steps = steps + T.ceildiv((K0, K1, K2)[t], bK)
             if thread < 32:
-                tile = value("tsk_claim", counters, entries)
+                tile = value("tsk_claim", counters, table_entries)
                 while tile >= 0:
                     row = word(table, tile, ROW)
                     col = word(table, tile, COL)
@@ -117,7 +117,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                         load_tile((A0, A1, A2)[t], (B0, B1, B2)[t], row, col, As, Bs, full, empty, stage, phase, config)
                     turn = turn + 1
                     # Not sooner: a CTA that holds a tile which it cannot start yet keeps it from the others.
-                    tile = value("tsk_claim", counters, entries)
+                    tile = value("tsk_claim", counters, table_entries)
                 pass_end(full, empty, turn, stage, phase)
             elif thread >= 128:
                 T.barrier_wait(full[0], 0)
@@ -206,9 +206,9 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                     context,
                     counters,
                     pulls,
-                    pull_entries,
+                    pulls_entries,
                     results,
-                    result_entries,
+                    results_entries,
                     ref(pieces[0]),
                     landing,
                     landed,

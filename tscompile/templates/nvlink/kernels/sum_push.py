@@ -1,15 +1,15 @@
 """Kernel of small matmul_reduce_scatter and matmul_all_reduce: warps send their rows of a tile to the peers straight from registers.
 
-Where a GEMM has no more tiles than there are SMs, nothing is left to compute while partial tiles travel, so what counts is how soon they
-leave and how few steps they take: no staging, no signalling warp, no pull. And a tile may have rows of several owners, which tiles of
-kernels/reduce.py have not, so results of few rows are not padded to a tile for each rank.
+Where a GEMM has no more tiles than there are SMs, nothing is left to compute while partial tiles travel. Then it counts how soon they
+leave and how few steps they take: no staging, no signalling warp, no pull. And a tile may have rows of several owners, which those
+of kernels/reduce.py have not, so results of few rows are not padded to a tile for each rank.
 """
 
 from typing import Any
 
 import tilelang.language as T
 
-from .config import DTYPE_CODES, SMS, GemmConfig
+from .config import DTYPE_CODES, SMS, SUM_FORMS, GemmConfig
 from .gemm import (
     COL,
     GROUP,
@@ -28,19 +28,17 @@ from .gemm import (
 
 # No postponed annotations here: TileLang evaluates those of a prim_func where it stands.
 
-FORMS = ("TSK_SCATTER", "TSK_TWO_SHOT", "TSK_ONE_SHOT")
-
 
 def sum_push_kernel(config: GemmConfig, form: str) -> Any:
     """prim_func of the sum over terms and ranks of A_t @ B_t (+ V on the terms' sum), scattered or to all.
 
     Args:
         config: layout and tile; `operands` is the number of terms.
-        form: one of FORMS; sum_push.h says what each does.
+        form: one of SUM_FORMS; sum_push.h says what each does.
 
     Arguments of the kernel: A_t [M, K_t]; B_t [N, K_t] if transposed else [K_t, N]; then addresses and sizes: V of the bias [N]; C of
-    the output [rows, N]; the tile table (tiles.py); `inner` rows of an owner's run; `columns` tiles of a tile row; `share` stripes that a
-    rank sums; the context; the counters; `scale` a factor on the sum.
+    the output [rows, N]; the tile table (tiles.py); `inner` rows of an owner's run; `columns` tiles of a tile row; `share` stripes that
+    a rank sums; the context; the counters; `scale` a factor on the sum.
     """
     dtype, transposed, terms = config.dtype, config.transposed, config.operands
     bM, bN, bK, S = config.tile_m, config.tile_n, config.tile_k, config.stages
@@ -63,7 +61,7 @@ def sum_push_kernel(config: GemmConfig, form: str) -> Any:
         C: T.int64,
         rows: T.int32,
         table: T.int64,
-        entries: T.int32,
+        table_entries: T.int32,
         inner: T.int32,
         columns: T.int32,
         share: T.int32,
@@ -95,7 +93,7 @@ def sum_push_kernel(config: GemmConfig, form: str) -> Any:
             for t in numbers:
                 steps = steps + T.ceildiv((K0, K1, K2)[t], bK)
             if thread < 32:
-                tile = value("tsk_claim", counters, entries)
+                tile = value("tsk_claim", counters, table_entries)
                 while tile >= 0:
                     row = word(table, tile, ROW)
                     col = word(table, tile, COL)
@@ -105,7 +103,7 @@ def sum_push_kernel(config: GemmConfig, form: str) -> Any:
                         load_tile((A0, A1, A2)[t], (B0, B1, B2)[t], row, col, As, Bs, full, empty, stage, phase, config)
                     turn = turn + 1
                     # Not sooner: a CTA that holds a tile which it cannot start yet keeps it from the others.
-                    tile = value("tsk_claim", counters, entries)
+                    tile = value("tsk_claim", counters, table_entries)
                 pass_end(full, empty, turn, stage, phase)
             elif thread >= 128:
                 T.barrier_wait(full[0], 0)
@@ -118,7 +116,7 @@ def sum_push_kernel(config: GemmConfig, form: str) -> Any:
                         "TSK_EXCHANGE",
                         NF,
                         DT,
-                        FORMS.index(form),
+                        SUM_FORMS.index(form),
                         context,
                         C,
                         word(table, tile, ROW),
