@@ -312,8 +312,9 @@ TSL void tsl_bulk_store(void *to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
 TSL void tsl_bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-TSL void tsl_bulk_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }    // where it goes
-TSL void tsl_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // shared memory is free again
+// All groups but the NEWER last ones that this thread has committed are written where they go, or have left shared memory.
+template <int NEWER = 0> TSL void tsl_bulk_written() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(NEWER) : "memory"); }
+template <int NEWER = 0> TSL void tsl_bulk_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(NEWER) : "memory"); }
 TSL void tsl_mbarrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }

@@ -1,8 +1,9 @@
 """What kernels do with the tables of tiles.py, in plain Python: all ranks of a group under a random scheduler, on tensors of the CPU.
 
-A CTA is a worker, which claims rows of the table, and two pullers, which claim rows of the lists of pulls. A worker claims ahead, as
-the loading warp does, and computes in the order of its claims. Whatever it may do next is left to a random number generator, so a run
-that ends says that no order of events can hold it up for ever; one that cannot go on raises Stuck.
+A CTA is a worker, which claims rows of the table, and pullers, which claim rows of the lists of pulls. A worker claims ahead, as
+the loading warp does, and computes in the order of its claims. A puller moves pieces as tsk_bring does; what it stores is written no
+sooner than it waits for that. Who acts next is left to a random number generator, so a run that ends says that no order of events can
+hold it up for ever; one that cannot go on raises Stuck.
 """
 
 from __future__ import annotations
@@ -61,27 +62,106 @@ class Actor:
         return False
 
 
-class Puller(Actor):
-    """Does the rows of one list, and when none is left those of a second one."""
+class Puller:
+    """Moves the tiles of one list, and then those of the next one, as tsk_bring does, with `slots` pieces of shared memory.
 
-    def __init__(
-        self, first: Claims, perform: Callable[[Row], bool], then: Claims, perform_then: Callable[[Row], bool]
-    ) -> None:
-        super().__init__(first, 1, perform)
-        self._then: tuple[Claims, Callable[[Row], bool]] | None = (then, perform_then)
+    A piece is a row of a tile. In a tile's last pieces the next tile is claimed, and it follows without a pause if its flag is set.
+    """
 
-    @property
-    def done(self) -> bool:
-        return super().done and self._then is None
+    def __init__(self, lists: Sequence[tuple[Claims, Pulled]], slots: int) -> None:
+        self._slots: list[torch.Tensor | None] = [None] * slots
+        self._groups: deque[Copy] = deque()  # on their way, the oldest first
+        self._events = (event for claims, pulled in lists for event in self._bring(claims, pulled))
+        self.done = False
 
     def step(self) -> bool:
-        if super().done and self._then is not None:
-            self._claims, self._perform = self._then
-            self._then, self._drained = None, False
-        return super().step()
+        """One event; False if there is none."""
+        event = next(self._events, None)
+        self.done = event is None
+        return event is not False
+
+    def _bring(self, claims: Claims, pulled: Pulled) -> Iterator[bool]:
+        pieces, slots = tiles.TILE_M, len(self._slots)
+        storing = int(slots > 2)
+        loading = slots - storing
+        coming, last, there, ahead = claims(), None, False, 0
+        yield True
+        while coming is not None:
+            row = coming
+            while not there and not pulled.is_there(row):
+                yield False
+            for piece in range(ahead, loading):
+                self._load(pulled, row, piece)
+            there, ahead = False, 0
+            for piece in range(pieces):
+                yield True
+                follows = piece + loading
+                self._groups.append(Copy(self._slots, pulled, row, piece))
+                self.wait_until_read(storing)
+                if follows < pieces:
+                    self._load(pulled, row, follows)
+                if last is not None:
+                    yield True
+                    self._tell(pulled, last, 1)
+                    last = None
+                if follows == pieces:
+                    coming = claims()
+                if follows >= pieces and coming is not None:
+                    yield True
+                    there = there or pulled.is_there(coming)
+                    while there and ahead <= follows - pieces:
+                        self._load(pulled, coming, ahead)
+                        ahead += 1
+            yield True
+            if self.may_tell_later(there, coming):
+                last = row
+            else:
+                self._tell(pulled, row, 0)
+        self.wait_until_written(0)
+
+    def may_tell_later(self, there: bool, coming: Row | None) -> bool:
+        return there
+
+    def wait_until_read(self, newer: int) -> None:
+        """All groups of copies but the `newer` last ones: their slots are free."""
+        for group in list(self._groups)[: len(self._groups) - newer]:
+            group.read()
+
+    def wait_until_written(self, newer: int) -> None:
+        while len(self._groups) > newer:
+            self._groups.popleft().write()
+
+    def _tell(self, pulled: Pulled, row: Row, newer: int) -> None:
+        if pulled.tells:
+            self.wait_until_written(newer)
+            pulled.tell(row)
+
+    def _load(self, pulled: Pulled, row: Row, piece: int) -> None:
+        slot = piece % len(self._slots)
+        assert self._slots[slot] is None, "a piece is loaded over one that has not been stored"
+        assert pulled.is_there(row)
+        self._slots[slot] = pulled.fetch(row, piece)
 
 
-def run_all(actors: Sequence[Actor], seed: int, after: Callable[[], None] = lambda: None) -> None:
+class Copy:
+    """A group of copies from a slot: it reads the slot and writes its piece as late as the waits allow."""
+
+    def __init__(self, slots: list[torch.Tensor | None], pulled: Pulled, row: Row, piece: int) -> None:
+        self._slots, self._pulled, self._row, self._piece = slots, pulled, row, piece
+        self._data: torch.Tensor | None = None
+
+    def read(self) -> None:
+        if self._data is None:
+            slot = self._piece % len(self._slots)
+            self._data, self._slots[slot] = self._slots[slot], None
+
+    def write(self) -> None:
+        self.read()
+        assert self._data is not None
+        self._pulled.store(self._row, self._piece, self._data)
+
+
+def run_all(actors: Sequence[Actor | Puller], seed: int, after: Callable[[], None] = lambda: None) -> None:
     """Let the actors act until all are done; `after` is called after every event."""
     dice = random.Random(seed)
     while waiting := [actor for actor in actors if not actor.done]:
@@ -112,6 +192,7 @@ class Reducer:
         self.slot: dict[int, torch.Tensor] = {}
         self.sums: dict[int, torch.Tensor] = {}
         self.landing: dict[int, torch.Tensor] = {}
+        self.landed: set[int] = set()
         self.flags: set[int] = set()
         self.out = torch.full((rows, n), NEVER, dtype=product.dtype)
         self.written = torch.zeros((rows, n), dtype=torch.int64)
@@ -140,7 +221,7 @@ class Reducer:
             self.signal(peer, flag)
             return True
         places = [(self.rank + i) % size * count + index for i in range(1, size)]
-        if not all(place in self.landing for place in places):
+        if not self.landed.issuperset(places):
             return False
         for place in places:
             tile += self.landing[place]
@@ -152,43 +233,79 @@ class Reducer:
                 self.signal(other, flag)
         return True
 
-    def pull(self, entry: Row) -> bool:
-        """As a pulling warp does with a partial tile."""
-        peer, flag, source, to, *_ = entry
-        assert peer != self.rank
-        if flag not in self.flags:
-            return False
-        assert to not in self.landing and 0 <= to < len(self.world) * self.table.tiles
-        self.landing[to] = self.world[peer].slot[source]
-        return True
 
-    def pull_sum(self, entry: Row) -> bool:
-        """The same with a sum."""
-        peer, flag, source, to, col, stored, *_ = entry
-        assert peer != self.rank
-        if flag not in self.flags:
-            return False
-        self.store(self.world[peer].sums[source], to, col, stored)
-        return True
+class Pulled:
+    """A list of partial tiles, as a pulling warp of `reducer` moves them, in pieces of a row."""
+
+    tells = True
+
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+
+    def is_there(self, entry: Row) -> bool:
+        return entry[1] in self.reducer.flags
+
+    def fetch(self, entry: Row, piece: int) -> torch.Tensor:
+        return self.source(entry[0])[entry[2]][piece].clone()
+
+    def source(self, peer: int) -> dict[int, torch.Tensor]:
+        assert peer != self.reducer.rank
+        return self.reducer.world[peer].slot
+
+    def store(self, entry: Row, piece: int, data: torch.Tensor) -> None:
+        to, reducer = entry[3], self.reducer
+        assert 0 <= to < len(reducer.world) * reducer.table.tiles
+        assert to not in reducer.landed, "a tile is written after the word that it has landed"
+        reducer.landing.setdefault(to, torch.full(reducer.shape, NEVER))[piece] = data
+
+    def tell(self, entry: Row) -> None:
+        assert entry[3] not in self.reducer.landed
+        self.reducer.landed.add(entry[3])
+        self.reducer.landing.setdefault(entry[3], torch.full(self.reducer.shape, NEVER))
+
+
+class PulledSums(Pulled):
+    """The same of sums, which nobody of the rank waits for."""
+
+    tells = False
+
+    def source(self, peer: int) -> dict[int, torch.Tensor]:
+        assert peer != self.reducer.rank
+        return self.reducer.world[peer].sums
+
+    def store(self, entry: Row, piece: int, data: torch.Tensor) -> None:
+        _, _, _, to, col, stored, *_ = entry
+        if piece < stored:
+            self.reducer.store(data[None], to + piece, col, 1)
 
 
 def reduce_all(
-    tables: list[Reduction], products: list[torch.Tensor], rows: int, tile_n: int, workers: list[int], seed: int
+    tables: list[Reduction],
+    products: list[torch.Tensor],
+    rows: int,
+    tile_n: int,
+    workers: list[int],
+    seed: int,
+    puller: type[Puller] = Puller,
 ) -> list[Reducer]:
     """Run the protocol; `rows` are those of each rank's output, `workers` the CTAs of each rank."""
     world: list[Reducer] = []
     for rank, (table, product) in enumerate(zip(tables, products, strict=True)):
         world.append(Reducer(world, rank, table, product, rows, tile_n))
     dice = random.Random(seed)
-    actors: list[Actor] = []
-    of_rank: list[list[Actor]] = []
+    actors: list[Actor | Puller] = []
+    of_rank: list[list[Actor | Puller]] = []
     for rank in world:
         claims, pulls, results = (Claims(rows) for rows in (rank.table.rows, rank.table.pulls, rank.table.results))
-        mine = []
+        partials, sums = (pulls, Pulled(rank)), (results, PulledSums(rank))
+        mine: list[Actor | Puller] = []
         for _ in range(workers[rank.rank]):
+            slots = dice.choice((1, 2, 4))
             mine.append(Actor(claims, dice.randint(1, 4), rank.compute))
-            second = Actor(results, 1, rank.pull_sum) if rank.table.results else Actor(pulls, 1, rank.pull)
-            mine += [Puller(pulls, rank.pull, results, rank.pull_sum), second]
+            if rank.table.results:
+                mine += [puller([partials, sums], slots), puller([sums], slots)]
+            else:
+                mine.append(puller([partials], slots))
         actors += mine
         of_rank.append(mine)
 

@@ -16,12 +16,15 @@ from tests.language.ptx import before, read_non_coherently
 from tscompile.templates.nvlink.kernels.all_gather import all_gather_kernel
 from tscompile.templates.nvlink.kernels.config import (
     DTYPE_CODES,
+    ITEM_BYTES,
     MAX_OPERANDS,
     MAX_STAGES,
     SUM_FORMS,
+    TILE_M,
     BlocksConfig,
     GemmConfig,
     depth,
+    piece_rows,
     pulled_rows,
 )
 from tscompile.templates.nvlink.kernels.gather_blocks import gather_blocks_kernel
@@ -324,23 +327,52 @@ def test_no_flag_is_set_without_its_fences(config: GemmConfig, all_reduce: bool)
     assert found.count("st.release.sys") == 1  # the acknowledgement
 
 
-def test_a_pull_reads_after_its_flag_and_tells_after_its_writes() -> None:
-    ptx = compiled(reduce_kernel, *REDUCES[0]).ptx
-    pull = ptx[ptx.index("mbarrier.init.shared::cta.b64 [%r", ptx.index("fence.acq_rel.sys")) :]
-    before(
-        pull,
-        r"ld\.acquire\.sys\.global\.u32",
-        r"fence\.proxy\.async;",
-        r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier",
-        r"mbarrier\.try_wait\.parity",
-        r"cp\.async\.bulk\.global\.shared::cta\.bulk_group",
-        r"cp\.async\.bulk\.wait_group 0;",
-        r"fence\.proxy\.async;",
-        r"membar\.gl;",
-        r"st\.volatile\.global\.u32",
-    )
-    first = pull.index("cp.async.bulk.shared::cluster.global.mbarrier")
-    assert pull.index("ld.acquire.sys.global.u32") < first
+PULL_EVENTS = {
+    "claim": r"atom\.global\.add\.u32",
+    "look": r"ld\.acquire\.sys\.global\.u32",
+    "proxy": r"fence\.proxy\.async;",
+    "load": r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier",
+    "loaded": r"mbarrier\.try_wait\.parity",
+    "store": r"cp\.async\.bulk\.global\.shared::cta\.bulk_group",
+    "commit": r"cp\.async\.bulk\.commit_group;",
+    "read but one": r"cp\.async\.bulk\.wait_group\.read 1;",
+    "read": r"cp\.async\.bulk\.wait_group\.read 0;",
+    "written but one": r"cp\.async\.bulk\.wait_group 1;",
+    "written": r"cp\.async\.bulk\.wait_group 0;",
+    "fence": r"membar\.gl;",
+    "tell": r"st\.volatile\.global\.u32",
+}
+
+
+def pull_events(ptx: str) -> list[str]:
+    """What a pulling warp does, as it follows in the text."""
+    pull = ptx[ptx.rindex("mbarrier.init.shared::cta.b64 [%r") :]
+    found = re.finditer("|".join(f"({pattern})" for pattern in PULL_EVENTS.values()), pull)
+    return [list(PULL_EVENTS)[match.lastindex - 1] for match in found if match.lastindex]
+
+
+@reduces
+def test_a_pull_reads_after_its_flag_and_tells_after_its_writes(config: GemmConfig, all_reduce: bool) -> None:
+    found = pull_events(compiled(reduce_kernel, config, all_reduce).ptx)
+    wait = ["look", "look", "proxy"]  # lane 0 looks once, then in a loop
+    # A load takes the place of the piece that has just been stored, or, with four pieces, of the one before.
+    read = "read" if all_reduce else "read but one"
+    first = ["proxy", "claim", *wait, "load", "loaded", "store", "commit", read, "load"]
+    ahead = ["claim", "look", "proxy", "load"]
+    # One group of copies is committed between a tile's last one and the wait for all but one.
+    told = {"late": ["written but one", "proxy", "fence", "tell"], "at once": ["written", "proxy", "fence", "tell"]}
+    partial_tiles = [*first, *told["late"], *ahead, *told["at once"]]
+    sums = [*first[1:], *ahead, "written"] if all_reduce else []
+    assert found == partial_tiles + sums
+
+
+@pytest.mark.parametrize("tile_n", PULL_WIDTHS)
+def test_pieces_of_a_pull(tile_n: int) -> None:
+    rows = piece_rows(tile_n)
+    assert 4 * rows == pulled_rows(tile_n) and 4 * rows * tile_n * ITEM_BYTES <= 32 << 10
+    assert TILE_M // rows % 4 == 0  # every tile begins in the first piece
+    assert rows <= 32  # of a sum a lane stores a row
+    assert rows * tile_n * ITEM_BYTES >= 4 << 10  # smaller copies cost more
 
 
 @pushes

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tscompile.templates.nvlink import gemm_reduce, tiles
 from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS
 from tscompile.templates.nvlink.sums import PULL_WIDTHS, pulled
-from tscompile.templates.nvlink.tiles import Reduction, all_reduce_tiles, gather_tiles, scatter_tiles
+from tscompile.templates.nvlink.tiles import Reduction, Row, all_reduce_tiles, gather_tiles, scatter_tiles
 
-from .protocol import Actor, Claims, Gatherer, Stuck, reduce_all, run_all, tile_count
+from .protocol import Actor, Claims, Gatherer, Puller, Stuck, reduce_all, run_all, tile_count
 
 RANKS = st.integers(2, 8)
 # With tiles of 4 rows: tiny, ragged, whole, and ragged ones whose waste is small enough for tiles of one shard only.
@@ -163,6 +163,34 @@ def test_an_order_that_deadlocks_is_seen(wrong) -> None:
     tables = [wrong(all_reduce_tiles(rank, 2, 16, 8, 4, 2, 1)) for rank in range(2)]
     with pytest.raises(Stuck):
         reduce_all(tables, products_of(2, 16, 8, 0), 16, 4, [1, 1], 0)
+
+
+class Hoarder(Puller):
+    """Tells of a tile behind the first piece of the next one, whether that one's flag is set or not."""
+
+    def may_tell_later(self, there: bool, coming: Row | None) -> bool:
+        return coming is not None
+
+
+class Hasty(Puller):
+    """Tells of a tile while its last copies are on their way."""
+
+    def wait_until_written(self, newer: int) -> None:
+        super().wait_until_written(newer + 1)
+
+
+def test_a_puller_that_keeps_what_it_moved_until_a_peer_signals_is_seen() -> None:
+    tables = [all_reduce_tiles(rank, 2, 16, 8, 4, 2, 0) for rank in range(2)]
+    reduce_all(tables, products_of(2, 16, 8, 0), 16, 4, [1, 1], 0)
+    with pytest.raises(Stuck):
+        reduce_all(tables, products_of(2, 16, 8, 0), 16, 4, [1, 1], 0, Hoarder)
+
+
+def test_a_puller_that_tells_before_its_copies_are_written_is_seen() -> None:
+    tables = [scatter_tiles(rank, 2, 1, 16, 8, 4, 2) for rank in range(2)]
+    reduce_all(tables, products_of(2, 32, 8, 0), 16, 4, [1, 1], 0)
+    with pytest.raises(AssertionError, match="written after"):
+        reduce_all(tables, products_of(2, 32, 8, 0), 16, 4, [1, 1], 0, Hasty)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -22,9 +22,12 @@ def pulled_rows(tile_n: int) -> int:
     return 64 if tile_n > 128 else 128
 
 
-def piece_rows(tile_n: int, all_reduce: bool) -> int:
-    """Rows that a pulling warp moves at a time: two such pieces are on their way to each, and an all_reduce has two pulling warps."""
-    return pulled_rows(tile_n) // (4 if all_reduce else 2)
+def piece_rows(tile_n: int) -> int:
+    """Rows that a pulling warp moves at a time.
+
+    Four such pieces are on their way: all to the one pulling warp of a reduce_scatter, or two to each of the two of an all_reduce.
+    """
+    return pulled_rows(tile_n) // 4
 
 
 def depth(tile_n: int, beside: int = 0) -> int:

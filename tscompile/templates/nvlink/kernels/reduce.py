@@ -201,7 +201,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                 call(
                     "TSK_PULL",
                     NF,
-                    piece_rows(bN, all_reduce),
+                    piece_rows(bN),
                     int(all_reduce),
                     context,
                     counters,

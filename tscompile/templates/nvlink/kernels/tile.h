@@ -271,104 +271,161 @@ TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard
 
 // ---- pulling warps (2 and 3): tiles of the peers, through shared memory, by bulk copies that occupy no registers ----------------
 
-// A row of a list of pulls: peer, its flag here, tile number in the peer's slot; then the tile number in `landing` of a partial tile, or row,
-// column and rows of the output for a sum.
-enum { TSK_PEER, TSK_FLAG, TSK_FROM, TSK_TO, TSK_TO_COL, TSK_TO_ROWS };
+// A row of a list of pulls: peer, its flag here, tile number in the peer's slot; then the tile number in `landing` of a partial tile,
+// or row, column and rows of the output for a sum.
+enum { TSK_PEER, TSK_FLAG, TSK_FROM, TSK_TO, TSK_TO_COL, TSK_TO_ROWS, TSK_PULL_WORDS };
+// A list of pulls. Its tiles lie `offset` bytes behind the start of a peer's slot; a tile is there if its flag has the epoch `now`.
+struct TskPulls { TskAddress context, counter, rows; int total; int64_t offset; uint32_t now; int site; };
+// A tile of the list that this warp has claimed; `item` is negative if none is left.
+struct TskPull { int item, row[TSK_PULL_WORDS]; const char *from; const void *flag; };
+TSL TskPull tsk_claim_pull(const TskPulls &pulls, int64_t bytes) {
+  TskPull tile;
+  tile.item = tsk_claim(pulls.counter, pulls.total);
+  if (tile.item < 0) return tile;
+  const TslContext *c = tsl_context(pulls.context.p);
+  #pragma unroll
+  for (int w = 0; w < TSK_PULL_WORDS; ++w) tile.row[w] = ((const int *)pulls.rows.p)[tile.item * TSK_WORDS + w];
+  tile.from = (const char *)c->data[tile.row[TSK_PEER]] + pulls.offset + tile.row[TSK_FROM] * bytes;
+  tile.flag = (const void *)(c->flags[c->rank] + 4ull * (uint32_t)tile.row[TSK_FLAG]);
+  return tile;
+}
+// Lane 0 looks at the tile's flag, once or until it is set, and may then load the tile.
+TSL bool tsk_is_there(const TskPulls &pulls, const TskPull &tile) {
+  int there = 0;
+  if ((threadIdx.x & 31) == 0) {
+    there = tsl_holds<uint32_t>(TSL_EPOCH, tsl_ld_acquire_sys(tile.flag), pulls.now);
+    if (there) tsl_fence_async();
+  }
+  return __shfl_sync(0xffffffffu, there, 0);
+}
+TSL void tsk_wait_for(const TskPulls &pulls, const TskPull &tile) {
+  if ((threadIdx.x & 31) == 0) {
+    tsl_wait_epoch(pulls.context.p, tile.flag, pulls.now, tile.row[TSK_PEER], pulls.site);
+    tsl_fence_async();
+  }
+  __syncwarp();
+}
 
 TSL void tsk_bulk_wait(uint32_t barrier, uint32_t parity) {
   while (!tsl_mbarrier_try(barrier, parity)) {}
 }
 
-// A pulling warp's two pieces of shared memory and their barriers; `loads` counts the pieces that went through them.
-struct TskRing { uint32_t shared, barrier, loads; };
-TSL TskRing tsk_ring_of_pieces(TskAddress buffer, uint32_t piece) {
+// A pulling warp's SLOTS pieces of shared memory and their barriers; `moved` counts the pieces that went through them.
+struct TskRing { uint32_t shared, barrier, moved; };
+template <int SLOTS> TSL TskRing tsk_ring_of_pieces(TskAddress buffer, uint32_t piece) {
   __shared__ __align__(8) uint64_t barriers[4];
-  const int warp = (threadIdx.x >> 5) & 1;
-  const TskRing ring = {tsl_shared(buffer.p) + warp * 2 * piece, tsl_shared(barriers + warp * 2), 0};
+  const int first = ((threadIdx.x >> 5) & 1) * SLOTS;   // one warp has four pieces, or each of two has two
+  const TskRing ring = {tsl_shared(buffer.p) + first * piece, tsl_shared(barriers + first), 0};
   if ((threadIdx.x & 31) == 0) {
-    for (int i = 0; i < 2; ++i) tsl_mbarrier_init(ring.barrier + i * 8, 1);
+    for (int i = 0; i < SLOTS; ++i) tsl_mbarrier_init(ring.barrier + i * 8, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     tsl_fence_async();
   }
   __syncwarp();
   return ring;
 }
-// Bring the tile at `from` once its flag is set: store(p, piece) issues the copies of piece p, of ROWS rows, from shared memory. At the end
-// shared memory has been read, but the copies may be on their way.
-template <int NF, int ROWS, typename Store>
-TSL void tsk_bring(TskRing &ring, TskAddress context, const int *row, const char *from, uint32_t now, int site, Store store) {
+// Bring the tiles of a list, in pieces of ROWS rows, without a pause between tiles: once all of a tile is on its way, the next one is
+// claimed, and if its flag is set by then, its pieces follow into shared memory as it falls free. Not sooner: a warp that holds a
+// tile keeps it from the others.
+// store(tile, p, piece) issues the copies of piece p from shared memory, by any lanes. tell(tile, newer) comes when all copies of the
+// tile are issued, and `newer` groups of copies behind them, and waits for those of the tile. It comes one piece late if the next tile
+// is on its way by then, and else before the wait for its flag: what has been moved is never kept back until a peer signals, or two
+// ranks could wait for each other.
+template <int NF, int ROWS, int SLOTS, typename Store, typename Tell>
+TSL void tsk_bring(TskRing &ring, const TskPulls &pulls, Store store, Tell tell) {
   constexpr int PIECES = 128 / ROWS;
-  static_assert(PIECES >= 2, "two pieces are on their way from the start");
+  static_assert(PIECES % SLOTS == 0, "every tile begins in the first slot");
   constexpr uint32_t PIECE = ROWS * NF * 4;
-  const TslContext *c = tsl_context(context.p);
+  // The stores of a piece may go on while the next piece arrives; of two slots none can be spared for that. Their wait is not short:
+  // for sm_90a ptxas makes the same instruction of the wait for reading as of that for writing.
+  constexpr int STORING = SLOTS > 2 ? 1 : 0, LOADING = SLOTS - STORING;
   const int lane = threadIdx.x & 31;
-  if (lane == 0) {
-    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)row[TSK_FLAG]), now, row[TSK_PEER], site);
-    tsl_fence_async();
-    for (uint32_t p = 0; p < 2; ++p) tsl_bulk_load(ring.shared + ((ring.loads + p) & 1) * PIECE, from + p * PIECE, PIECE, ring.barrier + ((ring.loads + p) & 1) * 8);
-  }
-  __syncwarp();
-  #pragma unroll 1
-  for (int p = 0; p < PIECES; ++p, ++ring.loads) {
-    const uint32_t half = ring.loads & 1, piece = ring.shared + half * PIECE, barrier = ring.barrier + half * 8;
-    tsk_bulk_wait(barrier, (ring.loads >> 1) & 1);
-    store(p, piece);
-    tsl_bulk_commit();
-    tsl_bulk_read();
-    __syncwarp();
-    if (lane == 0 && p + 2 < PIECES) tsl_bulk_load(piece, from + (p + 2) * PIECE, PIECE, barrier);
+  const auto load = [&](const TskPull &tile, int p) {
+    if (lane == 0) tsl_bulk_load(ring.shared + p % SLOTS * PIECE, tile.from + p * PIECE, PIECE, ring.barrier + p % SLOTS * 8);
+  };
+  TskPull tile, next = tsk_claim_pull(pulls, NF * 512), last = next;
+  bool there = false, untold = false;   // whether `next` may be loaded, and whether `last` waits to be told of
+  int ahead = 0;                        // pieces of `next` that are on their way
+  while (next.item >= 0) {
+    tile = next;
+    if (!there) tsk_wait_for(pulls, tile);
+    #pragma unroll 1
+    for (; ahead < LOADING; ++ahead) load(tile, ahead);
+    ahead = 0;
+    there = false;
+    #pragma unroll 1
+    for (int p = 0; p < PIECES; ++p, ++ring.moved) {
+      const int slot = p % SLOTS, follows = p + LOADING;   // the piece that there is room for now
+      tsk_bulk_wait(ring.barrier + slot * 8, (ring.moved / SLOTS) & 1);
+      store(tile, p, ring.shared + slot * PIECE);
+      tsl_bulk_commit();
+      tsl_bulk_read<STORING>();
+      __syncwarp();
+      if (follows < PIECES) load(tile, follows);
+      if (untold) tell(last, 1);
+      untold = false;
+      if (follows == PIECES) next = tsk_claim_pull(pulls, NF * 512);
+      if (follows >= PIECES && next.item >= 0) {
+        if (!there) there = tsk_is_there(pulls, next);
+        if (there)
+          #pragma unroll 1
+          for (; ahead <= follows - PIECES; ++ahead) load(next, ahead);
+      }
+    }
+    if (there) last = tile; else tell(tile, 0);
+    untold = there;
   }
 }
-// Partial tiles for the sums of this rank, to `landing`; then their epochs to `landed`, for the multiplying warps.
-template <int NF, int ROWS>
-TSL void tsk_pull_tiles(TskRing &ring, TskAddress context, TskAddress counter, TskAddress list, int total, TskAddress landing, TskAddress landed, uint32_t now, int site) {
+// Partial tiles for the sums of this rank, to `landing`, by lane 0; then their epochs to `landed`, for the multiplying warps.
+template <int NF, int ROWS, int SLOTS>
+TSL void tsk_pull_tiles(TskRing &ring, const TskPulls &pulls, TskAddress landing, TskAddress landed) {
   constexpr uint32_t PIECE = ROWS * NF * 4, TILE = NF * 512;
   const int lane = threadIdx.x & 31;
-  for (int item = tsk_claim(counter, total); item >= 0; item = tsk_claim(counter, total)) {
-    const int *row = (const int *)list.p + item * TSK_WORDS;
-    char *to = (char *)landing.p + (int64_t)row[TSK_TO] * TILE;
-    const char *from = (const char *)tsl_context(context.p)->data[row[TSK_PEER]] + (int64_t)row[TSK_FROM] * TILE;
-    tsk_bring<NF, ROWS>(ring, context, row, from, now, site, [&](int p, uint32_t piece) {
-      if (lane == 0) tsl_bulk_store(to + p * PIECE, piece, PIECE);
-    });
-    tsl_bulk_written();
-    __syncwarp();
+  const auto store = [&](const TskPull &tile, int p, uint32_t piece) {
+    if (lane == 0) tsl_bulk_store((char *)landing.p + (int64_t)tile.row[TSK_TO] * TILE + p * PIECE, piece, PIECE);
+  };
+  const auto tell = [&](const TskPull &tile, int newer) {
     if (lane == 0) {
+      if (newer) tsl_bulk_written<1>(); else tsl_bulk_written();
       tsl_fence_async();
       __threadfence();
-      *(volatile uint32_t *)((char *)landed.p + 4ull * row[TSK_TO]) = now;
+      *(volatile uint32_t *)((char *)landed.p + 4ull * tile.row[TSK_TO]) = pulls.now;
     }
-  }
+    __syncwarp();
+  };
+  tsk_bring<NF, ROWS, SLOTS>(ring, pulls, store, tell);
 }
-// Finished sums of the peers, to the output [.., n].
-template <int NF, int ROWS>
-TSL void tsk_pull_sums(TskRing &ring, TskAddress context, TskAddress counter, TskAddress list, int total, TskAddress out, int64_t result_offset, int n, uint32_t now, int site) {
+// Finished sums of the peers, to the output [.., n]. Nobody is told before the kernel ends, so each lane waits for its rows then.
+template <int NF, int ROWS, int SLOTS>
+TSL void tsk_pull_sums(TskRing &ring, const TskPulls &pulls, TskAddress out, int n) {
   static_assert(ROWS <= 32, "a lane stores a row");
-  constexpr uint32_t WIDTH = NF * 4, TILE = NF * 512;   // bytes: of a row of a tile, and of a tile
+  constexpr uint32_t WIDTH = NF * 4;   // bytes of a row of a tile
   const int lane = threadIdx.x & 31;
-  for (int item = tsk_claim(counter, total); item >= 0; item = tsk_claim(counter, total)) {
-    const int *row = (const int *)list.p + item * TSK_WORDS;
-    const int col = row[TSK_TO_COL], rows = row[TSK_TO_ROWS];
+  const auto store = [&](const TskPull &tile, int p, uint32_t piece) {
+    const int r = p * ROWS + lane, col = tile.row[TSK_TO_COL];
+    char *to = (char *)out.p + ((int64_t)(tile.row[TSK_TO] + r) * n + col) * 2;
     const uint32_t bytes = min((uint32_t)(n - col) * 2, WIDTH);
-    char *to = (char *)out.p + ((int64_t)row[TSK_TO] * n + col) * 2;
-    const char *from = (const char *)tsl_context(context.p)->data[row[TSK_PEER]] + result_offset + (int64_t)row[TSK_FROM] * TILE;
-    tsk_bring<NF, ROWS>(ring, context, row, from, now, site, [&](int p, uint32_t piece) {
-      const int r = p * ROWS + lane;
-      if (lane < ROWS && r < rows) tsl_bulk_store(to + (int64_t)r * n * 2, piece + lane * WIDTH, bytes);
-    });
-  }
+    if (lane < ROWS && r < tile.row[TSK_TO_ROWS]) tsl_bulk_store(to, piece + lane * WIDTH, bytes);
+  };
+  tsk_bring<NF, ROWS, SLOTS>(ring, pulls, store, [](const TskPull &, int) {});
   tsl_bulk_written();
 }
-// What warps 2 and 3 do. For an all_reduce warp 2 pulls partial tiles and warp 3 sums, so that neither waits behind the other; sums wait for
-// partial tiles alone, so warp 2 may go on with them at the end. Else warp 2 pulls partial tiles. `buffer`: two pieces of ROWS rows a warp.
+// What warps 2 and 3 do. For an all_reduce warp 2 pulls partial tiles and warp 3 sums, so that neither waits behind the other; sums
+// wait for partial tiles alone, so warp 2 may go on with them at the end. Else warp 2 pulls partial tiles. `buffer`: four pieces of
+// ROWS rows.
 template <int NF, int ROWS, bool ALL>
-TSL void tsk_pull(TskAddress context, TskAddress counters, TskAddress pulls, int pull_total, TskAddress results, int result_total, TskAddress buffer,
-                  TskAddress landing, TskAddress landed, TskAddress out, int64_t result_offset, int n, int epoch, int site) {
+TSL void tsk_pull(TskAddress context, TskAddress counters, TskAddress pulls, int pull_total, TskAddress results, int result_total,
+                  TskAddress buffer, TskAddress landing, TskAddress landed, TskAddress out, int64_t result_offset, int n, int epoch,
+                  int site) {
+  constexpr int SLOTS = ALL ? 2 : 4;
+  if (!ALL && threadIdx.x >= 96) return;
   unsigned int *claims = (unsigned int *)counters.p + 2;
   const uint32_t now = tsk_epoch(context, epoch);
-  TskRing ring = tsk_ring_of_pieces(buffer, ROWS * NF * 4);
-  if (threadIdx.x < 96) tsk_pull_tiles<NF, ROWS>(ring, context, claims, pulls, pull_total, landing, landed, now, site);
-  if constexpr (ALL) tsk_pull_sums<NF, ROWS>(ring, context, claims + 1, results, result_total, out, result_offset, n, now, site);
+  TskRing ring = tsk_ring_of_pieces<SLOTS>(buffer, ROWS * NF * 4);
+  const TskPulls partial = {context, claims, pulls, pull_total, 0, now, site};
+  const TskPulls sums = {context, claims + 1, results, result_total, result_offset, now, site};
+  if (threadIdx.x < 96) tsk_pull_tiles<NF, ROWS, SLOTS>(ring, partial, landing, landed);
+  if constexpr (ALL) tsk_pull_sums<NF, ROWS, SLOTS>(ring, sums, out, n);
 }
 
 // ---- end of a kernel ----------------------------------------------------------------------------------------------------------
