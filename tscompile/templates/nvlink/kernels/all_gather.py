@@ -72,7 +72,7 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
         site: T.int32,
         ack: T.int32,
     ):
-        with T.Kernel(SMS, threads=THREADS, prelude=text) as cta:
+        with T.Kernel(SMS, threads=THREADS, prelude=text):
             As = T.alloc_shared((S, bM, bK), dtype)
             Bs = T.alloc_shared((S, bN, bK) if transposed else (S, bK, bN), dtype)
             Cl = T.alloc_fragment((bM, bN), "float32")
@@ -138,7 +138,7 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                     tile = value("tsk_passed", turn)
                 if collects:
                     call("tsk_join")
-                if value("tsk_last", counters, SMS) != 0:
+                if value("tsk_last", counters) != 0:
                     if value("tsk_aborted", context) != 0:
                         call("tsk_report", context)
                         for g in numbers:
@@ -157,8 +157,6 @@ def all_gather_kernel(config: GemmConfig, collects: bool) -> Any:
                         pieces,
                         epoch,
                         site,
-                        cta,
-                        SMS,
                     )
                     call("tsk_join")
 

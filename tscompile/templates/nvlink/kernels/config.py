@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200
+SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200. Kernels themselves work with any number of them
 DATA_FLAGS = 24 << 10  # of a slot; those of a sum are two for each tile that a rank sums, for each rank
 MAX_OPERANDS = 3  # weights of one gather, or terms of one sum, that a kernel takes
 ITEM_BYTES = 2  # of an element

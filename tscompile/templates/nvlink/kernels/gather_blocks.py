@@ -183,7 +183,7 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
         site: T.int32,
         ack: T.int32,
     ):
-        with T.Kernel(SMS, threads=THREADS, prelude=text) as cta:
+        with T.Kernel(SMS, threads=THREADS, prelude=text):
             As = T.alloc_shared((S, bK, bM) if config.left_transposed else (S, bM, bK), dtype)
             Bs = T.alloc_shared((S, bN, bK) if config.transposed else (S, bK, bN), dtype)
             Cl = T.alloc_fragment((bM, bN), "float32")
@@ -263,7 +263,7 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
                     tile = value("tsk_passed", turn)
                 if collects:
                     call("tsk_join")
-                if value("tsk_last", counters, SMS) != 0:
+                if value("tsk_last", counters) != 0:
                     if value("tsk_aborted", context) != 0:
                         call("tsk_report", context)
                         call("tsk_fill_nan", C, T.cast(span, "int64") * free * 2)
@@ -281,8 +281,6 @@ def gather_blocks_kernel(config: BlocksConfig, collects: bool) -> Any:
                         pieces,
                         epoch,
                         site,
-                        cta,
-                        SMS,
                     )
                     call("tsk_join")
 

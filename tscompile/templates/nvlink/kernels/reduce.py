@@ -179,7 +179,7 @@ def reduce_kernel(config: GemmConfig, all_reduce: bool) -> Any:
                 call("tsk_leave_note", 0, 0, 0)
                 T.barrier_arrive(noted[0])
                 call("tsk_join")
-                if value("tsk_last", counters, SMS) != 0:
+                if value("tsk_last", counters) != 0:
                     if value("tsk_aborted", context) != 0:
                         call("tsk_report", context)
                         call("tsk_fill_nan", C, T.cast(rows, "int64") * N * 2)

@@ -135,7 +135,7 @@ def sum_push_kernel(config: GemmConfig, form: str) -> Any:
                     turn = turn + 1
                     T.barrier_wait(full[stage], phase)
                     tile = value("tsk_passed", turn)
-                if value("tsk_last", counters, SMS) != 0:
+                if value("tsk_last", counters) != 0:
                     if value("tsk_aborted", context) != 0:
                         call("tsk_report", context)
                         call("tsk_fill_nan", C, T.cast(rows, "int64") * N * 2)

@@ -238,10 +238,10 @@ TSL void tsk_signal_peers(TskAddress context, int flag, int epoch) {
 
 // ---- collecting warps (2 and 3): copy what arrived in the slot to the op's own output -------------------------------------------
 
-TSL void tsk_copy_bytes(void *to, const void *from, int64_t bytes, int cta, int ctas) {   // bytes is a multiple of 16
-  const int64_t total = bytes / 16, stride = 64ll * ctas;
+TSL void tsk_copy_bytes(void *to, const void *from, int64_t bytes) {   // by all CTAs; bytes is a multiple of 16
+  const int64_t total = bytes / 16, stride = 64ll * gridDim.x;
   #pragma unroll 1
-  for (int64_t i = (int64_t)cta * 64 + (int)threadIdx.x - 64; i < total; i += stride * 8) {
+  for (int64_t i = (int64_t)blockIdx.x * 64 + (int)threadIdx.x - 64; i < total; i += stride * 8) {
     uint4 v[8];
     #pragma unroll
     for (int u = 0; u < 8; ++u) if (i + u * stride < total) v[u] = tsl_ld_v4((const char *)from + (i + u * stride) * 16);
@@ -255,7 +255,7 @@ TSL void tsk_collect_wait(TskAddress context, int flag, int epoch, int peer, int
   __syncwarp();
 }
 // The gathered tensor [pieces, size, bytes]: the shards of the peers from the slot, in the order of their arrival, the own one from x.
-TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard, int64_t bytes, int pieces, int epoch, int site, int cta, int ctas) {
+TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard, int64_t bytes, int pieces, int epoch, int site) {
   const TslContext *c = tsl_context(context.p);
   const int size = (int)c->size, rank = (int)c->rank;
   for (int i = 0; i < size; ++i) {
@@ -264,7 +264,7 @@ TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard
     for (int p = 0; p < pieces; ++p) {
       const int64_t at = ((int64_t)p * size + source) * bytes;
       const char *from = i ? (const char *)c->data[rank] + at : (char *)shard.p + p * bytes;
-      tsk_copy_bytes((char *)out.p + at, from, bytes, cta, ctas);
+      tsk_copy_bytes((char *)out.p + at, from, bytes);
     }
   }
 }
@@ -434,12 +434,12 @@ TSL void tsk_join() { asm volatile("bar.sync 10, 320;" ::: "memory"); }   // mul
 // counters: [0] claims of tiles, [1] CTAs that are done, [2] claims of pulls of partial tiles, [3] of sums. The last CTA leaves them at
 // zero for the next launch and tells the peers that this rank has read its slot (unless ack_flag is negative); if the group was aborted it fills the output with
 // NaN, since part of it was never computed.
-TSL int tsk_last(TskAddress counters, int ctas) {
+TSL int tsk_last(TskAddress counters) {
   __shared__ int last;
   tsk_sync();
   if (TSK_THREAD == 0) {
     __threadfence();
-    last = atomicAdd((unsigned int *)counters.p + 1, 1u) == (unsigned)ctas - 1;
+    last = atomicAdd((unsigned int *)counters.p + 1, 1u) == gridDim.x - 1;
     if (last) __threadfence();
   }
   tsk_sync();
