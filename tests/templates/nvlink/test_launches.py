@@ -12,7 +12,7 @@ from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import all_gather_gemm, gemm_reduce
+from tscompile.templates.nvlink import gather_rows, gemm_reduce
 from tscompile.templates.nvlink.channel import ACK, SIDE, Site
 
 from .fake_gpu import SLOT_BYTES, Gpu, Launched
@@ -24,7 +24,7 @@ ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made = Gpu(monkeypatch)
-    for module in (all_gather_gemm, gemm_reduce):
+    for module in (gather_rows, gemm_reduce):
         monkeypatch.setattr(module, "kernel", made.driver.kernel)
     return made
 
