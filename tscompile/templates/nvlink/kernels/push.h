@@ -17,26 +17,42 @@ struct TskShard {
   __device__ __forceinline__ int total() const { return (slices - 1) * units(0) + units(slices - 1); }
 };
 
+// Addresses at all ranks, the next rank's first and this one's last: lane i holds the i-th, since a load behind a fence takes as long as the
+// stores of a unit.
+struct TskTargets {
+  uint64_t slot, flags;   // `flags` of this rank's slice 0
+  __device__ __forceinline__ TskTargets(const TslContext *c) : slot(0), flags(0) {
+    const int lane = threadIdx.x & 31;
+    if (lane >= (int)c->size) return;
+    const int rank = ((int)c->rank + 1 + lane) % (int)c->size;
+    slot = c->data[rank];
+    flags = c->flags[rank] + 4ull * c->rank;
+  }
+};
+
 // A unit is stored at every rank: count it, and set the slice's flag everywhere if it was the slice's last one.
 //
-// Why a peer that sees the flag sees the data: all lanes' stores come before the fence of lane 0 (__syncwarp), the fence before the
-// addition, and the additions to one counter follow one another, each at the scope of this GPU, where all of them are made. So the fence behind
-// the last addition comes after the stores of every unit, and it is at system scope, as the flag's store is: whoever acquires the flag
-// sees what came before it, whichever warp has stored it. Peers read the slot by TMA. Both sides have the fence that this takes.
-TSL void tsk_sent(const TslContext *c, unsigned int *counters, const TskShard &shard, int slice, uint32_t now) {
+// Why a peer that sees the flag sees the data: all lanes' stores come before the fence of lane 0 (__syncwarp), the fence before its
+// addition, and the additions to one counter follow one another. They are relaxed, but the fence before an earlier one and the fence behind
+// the last one synchronise. So the last fence comes after the stores of all units. The same lane then stores the flags at system scope, and
+// whoever acquires one sees what came before that fence, whichever warp has stored it. Peers read the slot by TMA: both sides have the
+// fence that this takes.
+TSL void tsk_sent(const TskTargets &targets, int size, unsigned int *count, int units, int slice, uint32_t now) {
+  const int lane = threadIdx.x & 31;
+  int last = 0;
   __syncwarp();
-  if ((threadIdx.x & 31) == 0) {
+  if (lane == 0) {
     tsl_fence_async();
     tsl_fence_sys();
-    if (atomicAdd(counters + TSK_SENT + slice, 1u) + 1 == (unsigned)shard.units(slice)) {
-      tsl_fence_sys();
-      for (int i = 1; i <= (int)c->size; ++i) {
-        const int rank = ((int)c->rank + i) % (int)c->size;
-        tsl_st_relaxed_sys((void *)(c->flags[rank] + 4ull * (slice * TSL_MAX_RANKS + c->rank)), now);
-      }
-    }
+    last = atomicAdd(count, 1u) + 1 == (unsigned)units;
+    if (last) tsl_fence_sys();
   }
-  __syncwarp();
+  if (!__shfl_sync(0xffffffffu, last, 0)) return;
+  #pragma unroll 1
+  for (int i = 0; i < size; ++i) {
+    const uint64_t flags = __shfl_sync(0xffffffffu, targets.flags, i);
+    if (lane == 0) tsl_st_relaxed_sys((void *)(flags + 4ull * (slice * TSL_MAX_RANKS)), now);
+  }
 }
 
 // Warps 2 and 3: the shard x, of `rows` rows of `k` elements of 2 bytes in pieces of `inner` rows, to its places [pieces, ranks, inner, k] in
@@ -47,22 +63,23 @@ TSL void tsk_push(TskAddress context, TskAddress counter_words, TskAddress x, in
   unsigned int *counters = (unsigned int *)counter_words.p;
   const int lane = threadIdx.x & 31, size = (int)c->size, rank = (int)c->rank;
   const uint32_t now = tsk_epoch(context, epoch);
+  const TskTargets targets(c);
   const TskShard shard = {rows, k / 8, slice_k / 8, slices};
   const int whole = shard.units(0), total = shard.total();
   uint4 v[TSK_UNIT_LOADS];
   int64_t to[TSK_UNIT_LOADS];   // offset in a slot, negative beyond the end of the slice
   const auto load = [&](int unit) {
     const int slice = unit / whole, words = shard.words(slice), first = (unit - slice * whole) * TSK_UNIT + lane;
+    int row = first / words, word = first - row * words;
     #pragma unroll
     for (int i = 0; i < TSK_UNIT_LOADS; ++i) {
-      const int word = first + i * 32, row = word / words;
       to[i] = -1;
       if (row < rows) {
-        const int at = slice * shard.slice_words + word - row * words;
-        const int64_t out = row + ((int64_t)(row / inner) * (size - 1) + rank) * inner;
+        const int at = slice * shard.slice_words + word, piece = row < inner ? 0 : row / inner;
         v[i] = tsl_ld_v4((const char *)x.p + ((int64_t)row * shard.row_words + at) * 16);
-        to[i] = (out * shard.row_words + at) * 16;
+        to[i] = ((row + ((int64_t)piece * (size - 1) + rank) * inner) * shard.row_words + at) * 16;
       }
+      for (word += 32; word >= words; word -= words) ++row;
     }
   };
   int unit = tsk_claim(counters + TSK_UNIT_CLAIMS, total);
@@ -72,15 +89,15 @@ TSL void tsk_push(TskAddress context, TskAddress counter_words, TskAddress x, in
     const int slice = unit / whole;
     unit = lane == 0 ? (int)atomicAdd(counters + TSK_UNIT_CLAIMS, 1u) : 0;   // on its way while the stores go out
     #pragma unroll 1
-    for (int i = 1; i <= size; ++i) {   // the next rank first, so that at any time every rank sends to all others
-      char *slot = (char *)c->data[(rank + i) % size];
+    for (int i = 0; i < size; ++i) {
+      char *slot = (char *)__shfl_sync(0xffffffffu, targets.slot, i);
       #pragma unroll
       for (int u = 0; u < TSK_UNIT_LOADS; ++u) if (to[u] >= 0) tsl_st_v4(slot + to[u], v[u]);
     }
     unit = __shfl_sync(0xffffffffu, unit, 0);
     if (unit >= total) unit = -1;
     if (unit >= 0) load(unit);   // on their way while the fence waits for the stores
-    tsk_sent(c, counters, shard, slice, now);
+    tsk_sent(targets, size, counters + TSK_SENT + slice, shard.units(slice), slice, now);
   }
 }
 
