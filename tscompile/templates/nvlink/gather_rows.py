@@ -106,9 +106,6 @@ class RowsLaunch:
     Args:
         uses: what the batch belongs to. shard: its shape [P, Q]. weights: of the batch.
         last: no later kernel or matmul of the call reads the slot.
-
-    Attributes:
-        spans: tiles have rows of this rank and of others, and nothing puts this rank's shard into its slot, where they read it.
     """
 
     def __init__(
@@ -128,7 +125,7 @@ class RowsLaunch:
         self.rows = _rows(link.size, shard, k)
         columns = [int(weight.shape[1]) for weight in weights]
         made = gather_tiles(link.rank, link.size, pieces, inner, columns, config.tile_n, pushed=uses.pushed)
-        self.spans = made.spans and not uses.pushed
+        self.spans = made.spans
         table = made.rows
         if uses.pushed and batch.name != _PUSHED:  # an earlier kernel of the call has waited for all shards
             table = [(*row[:6], 0, row[7]) for row in table]

@@ -31,7 +31,7 @@ Row = tuple[int, int, int, int, int, int, int, int]
 class Gather:
     """Tiles of all_gather_matmul.
 
-    rows: the table. spans: some tile has rows of this rank and of others, so this rank's shard must lie in the slot as well.
+    rows: the table. spans: some tile has rows of this rank and of others, so this rank's shard must be copied to its slot as well.
     """
 
     rows: list[Row]
@@ -90,7 +90,7 @@ def gather_tiles(
         _, start, mask = starts[t]
         group, col = columns[c]
         rows.append((start, col, min(TILE_M, total - start), 0, 0, start, mask, group))
-    return Gather(rows, spans)
+    return Gather(rows, spans and not pushed)
 
 
 def block_tiles(
