@@ -154,8 +154,7 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
     if rows:
         after = sum(_plain_gemm(gemm).us for _, gemm in others)
         served = not others and all(
-            use is None or serves_use(use, problem.dtype, gemm.k, gemm.n)
-            for gemm, use in zip(rows, reads, strict=True)
+            use is None or serves_use(use, problem.dtype, gemm.k, gemm.n) for gemm, use in zip(rows, reads, strict=True)
         )
         return _rows_us(rows, ranks, received, served) + after
     first, *rest = (_blocks_gemm(problem, use, gemm) for use, gemm in others)

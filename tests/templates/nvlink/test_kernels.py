@@ -401,6 +401,8 @@ def test_the_host_reads_each_size_from_its_own_parameter(build) -> None:
         reduce_kernel: ("M", "N", "K0", "K1", "K2"),
     }[build]
     assert set(read) == set(names)
-    owners = {f"K{i}": f"_A{i}_" for i in range(3)} if build is reduce_kernel else {f"N{i}": f"_B{i}_" for i in range(3)}
+    owners = (
+        {f"K{i}": f"_A{i}_" for i in range(3)} if build is reduce_kernel else {f"N{i}": f"_B{i}_" for i in range(3)}
+    )
     for size, owner in owners.items():
         assert owner in read[size]

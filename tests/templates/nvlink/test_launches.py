@@ -66,8 +66,8 @@ def test_what_a_gather_launches(gpu: Gpu) -> None:
     assert [launch.values["B0"] for launch in launched] == [weights[i].data_ptr() for i in (0, 1, 4)]
     assert [launch.values["C0"] for launch in launched] == [outputs[i].data_ptr() for i in (0, 1, 4)]
     assert launched[0].values["B2"] == weights[3].data_ptr() and launched[2].values["V0"] == bias.data_ptr()
-    for launch, widths in zip(launched, ([32, 8, 16], [40], [24]), strict=True):
-        sizes = {"M": 128, "MR": 32, "K": 64, **{f"N{i}": n for i, n in enumerate(widths)}}
+    for launch, columns in zip(launched, ([32, 8, 16], [40], [24]), strict=True):
+        sizes = {"M": 128, "MR": 32, "K": 64, **{f"N{i}": n for i, n in enumerate(columns)}}
         known = {name: value for name, value in launch.values.items() if name in sizes}
         assert known and known.items() <= sizes.items()
         assert launch.values["epoch"] == 1 and launch.values["site"] == 5

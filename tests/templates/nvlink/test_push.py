@@ -130,8 +130,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 class GatherSizes(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int)
-        for name in ("ranks", "ctas", "rows", "inner", "pieces", "k", "slices", "slice_k", "epoch")
+        (name, ctypes.c_int) for name in ("ranks", "ctas", "rows", "inner", "pieces", "k", "slices", "slice_k", "epoch")
     ]
 
 
