@@ -196,6 +196,7 @@ def sweep(ranks: int, tiny: bool) -> list[Shape]:
     if not tiny:  # tiles of all widths on GPUs, in both layouts
         shapes += [Shape(GATHER, 1024, (n,), 512) for n in (2112, 2368, 2624, 2880, 3136, 3392, 3648, 3904)]
         shapes += [Shape(GATHER, 1024, (n,), 512, plain_layout=True) for n in (2112, 3904)]
+        shapes += [Shape(GATHER, 16, (9000,), 512)]
         sums = ((4096, 4096, 1024, False), (4032, 4088, 512, True), (4096, 4096, 4096, False), (512, 5120, 4096, False))
         sums += ((512, 5120, 4096, True), (256, 1024, 4096, True))
         shapes += [

@@ -28,7 +28,7 @@ from tscompile.templates.nvlink.kernels.gather_push import gather_push_kernel
 from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS, THREADS
 from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
 from tscompile.templates.nvlink.kernels.service import service_kernel
-from tscompile.templates.nvlink.widths import DENSE_WIDTHS, SUM_WIDTHS, SWIZZLED_WIDTHS
+from tscompile.templates.nvlink.widths import DENSE_WIDTHS, NARROW_WIDTHS, SUM_WIDTHS, SWIZZLED_WIDTHS
 
 REGISTERS = 65536 // THREADS // 8 * 8  # that a thread can have with one CTA per SM
 SHARED_BYTES = 227 << 10
@@ -64,9 +64,12 @@ PUSHES = [
     gathering("bfloat16", True, 1, False, 224, False),
     gathering("float16", True, 2, False, 144, True),
     gathering("bfloat16", True, 1, True, 128, False),
+    gathering("bfloat16", True, 3, False, 96, True),
+    gathering("float16", True, 1, True, 64, False),
     gathering("float16", False, 2, False, 256, True),
     gathering("bfloat16", False, 3, True, 192, False),
     gathering("float16", False, 1, False, 128, True),
+    gathering("bfloat16", False, 2, True, 64, True),
 ]
 REDUCES = [
     summing("bfloat16", True, 1, False, 256, False),
@@ -141,10 +144,11 @@ def test_the_configurations_cover_what_templates_ask_for() -> None:
     for transposed, widths in ((True, DENSE_WIDTHS), (False, SWIZZLED_WIDTHS)):
         assert {config.tile_n for config, _ in GATHERS if config.transposed is transposed} == set(widths)
     assert {config.tile_n for config, _ in BLOCKS if not config.transposed} == set(SWIZZLED_WIDTHS)
-    assert {config.tile_n for config, _ in PUSHES if not config.transposed} == set(SWIZZLED_WIDTHS)
+    assert {config.tile_n for config, _ in PUSHES if not config.transposed} == {*SWIZZLED_WIDTHS, *NARROW_WIDTHS[0]}
     # The rest of these kernels is the same at every width.
-    for some in (BLOCKS, PUSHES):
-        assert {256, 128} < {config.tile_n for config, _ in some if config.transposed} < set(DENSE_WIDTHS)
+    assert {256, 128} < {config.tile_n for config, _ in BLOCKS if config.transposed} < set(DENSE_WIDTHS)
+    pushed = {config.tile_n for config, _ in PUSHES if config.transposed}
+    assert {256, 128, *NARROW_WIDTHS[1]} < pushed < {*DENSE_WIDTHS, *NARROW_WIDTHS[1]}
     flags = ("transposed", "left_transposed", "gathered_left", "contracts")
     for one, other in itertools.combinations(flags, 2):
         assert len({(getattr(config, one), getattr(config, other)) for config, _ in BLOCKS}) == 4

@@ -14,6 +14,7 @@ from tests.gpu.test_stress import mixture
 from tscompile.templates.nvlink import gemm_reduce
 from tscompile.templates.nvlink.widths import (
     DENSE_WIDTHS,
+    NARROW_WIDTHS,
     SUM_WIDTHS,
     SWIZZLED_WIDTHS,
     gather_us,
@@ -121,8 +122,9 @@ def test_the_sweep_on_gpus_gathers_into_tiles_of_all_widths(ranks: int, pushed: 
     }
     every = {(False, width) for width in DENSE_WIDTHS} | {(True, width) for width in SWIZZLED_WIDTHS}
     if pushed:  # the rest of the kernel is the same at every width
-        assert {(plain, width) for plain in (False, True) for width in (128, 256)} < found <= every
-        assert len(found) > 6
+        narrow = {(not layout, width) for layout in (0, 1) for width in NARROW_WIDTHS[layout]}
+        assert narrow | {(False, 256), (True, 256)} < found <= every | narrow
+        assert len(found) > 7
     else:
         assert found == every
 

@@ -14,11 +14,15 @@ SWIZZLED_WIDTHS = (256, 192, 128)
 DENSE_WIDTHS = tuple(range(256, 127, -16))
 SUM_WIDTHS = SWIZZLED_WIDTHS  # in both layouts: whoever predicts a sum knows its sizes alone
 WIDEST = 256
+# Also of gathers that are pushed, which may have so few rows that half the SMs would have no tile, by layout (plain, dense).
+NARROW_WIDTHS = ((64,), (96, 64))
 # A tile of 128 rows takes an SM as long as if it had that many columns more; a column takes so long per unit of k, and there is a pause
 # before the next tile. [measured 2026-11-20, H200, bfloat16, all SMs busy: GEMMs of 512 to 8192 rows, tiles of 128 to 256 columns]
 _EXTRA_COLUMNS = 18
 _COLUMN_US_PER_K = 4.45e-5
 _PAUSE_US = 1.0
+# Bytes that L2 brings to all SMs per us: at least what tiles of 128 columns take. Narrower ones wait for it. [their times: to be measured]
+_L2_BYTES_PER_US = 10.5e6
 # One pass over NVLink: us until the first byte, and per MiB that one rank receives: by copy engine, which adds a cost for each copy and
 # its flag; by pulls of partial tiles alone; by pulls of partial tiles and of sums at the same time. [measured as above, 4 GPUs]
 _PASS_US = 10.0
@@ -56,8 +60,14 @@ def tile_width(tile_rows: int, widths: Sequence[int], k: int, transposed: bool) 
     return min(_choices(transposed), key=us)
 
 
-def _choices(transposed: bool) -> tuple[int, ...]:
-    return DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS
+def _choices(transposed: bool, narrow: bool = False) -> tuple[int, ...]:
+    return (DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS) + (NARROW_WIDTHS[transposed] if narrow else ())
+
+
+def _wave_us(tile: int, k: int, tiles: int) -> float:
+    """Time of a wave of `tiles` tiles, or of as many as there are SMs."""
+    loaded = min(tiles, SMS) * (TILE_M + tile) * k * ITEM_BYTES
+    return max(tile_us(tile, k), loaded / _L2_BYTES_PER_US)
 
 
 def pushed_slices(rows: int, k: int) -> tuple[int, int]:
@@ -80,7 +90,7 @@ def gather_us(tile: int, rows: int, widths: Sequence[int], k: int, ranks: int, p
         mib: MiB that a rank receives.
     """
     tiles = -(-rows // TILE_M) * sum(-(-width // tile) for width in widths)
-    wave, waves = tile_us(tile, k), -(-tiles // SMS)
+    wave, waves = _wave_us(tile, k, tiles), -(-tiles // SMS)
     if not pushed:
         last = -(-tiles // ranks // SMS) * wave  # the tiles of the shard that comes last
         return max(LAUNCH_US + waves * wave, push_us(mib, ranks) + last) + COPIED_TAIL_US
@@ -103,7 +113,7 @@ def gather_width(rows: int, widths: Sequence[int], k: int, ranks: int, transpose
     def us(tile: int) -> tuple[float, int]:
         return gather_us(tile, rows, widths, k, ranks, pushed, mib), -tile
 
-    return min(_choices(transposed), key=us)
+    return min(_choices(transposed, narrow=pushed), key=us)
 
 
 def pushes(rows: int, widths: Sequence[int], k: int, ranks: int) -> bool:
