@@ -21,7 +21,7 @@ NARROW_WIDTHS = ((64,), (96, 64))
 _EXTRA_COLUMNS = 18
 _COLUMN_US_PER_K = 4.45e-5
 _PAUSE_US = 1.0
-# Bytes that L2 brings to all SMs per us: at least what tiles of 128 columns take. Narrower ones wait for it. [their times: to be measured]
+# Bytes per us that L2 brings to all SMs: what tiles of 128 columns take. Narrower ones wait for it. [their times: to be measured]
 _L2_BYTES_PER_US = 10.5e6
 # One pass over NVLink: us until the first byte, and per MiB that one rank receives: by copy engine, which adds a cost for each copy and
 # its flag; by pulls of partial tiles alone; by pulls of partial tiles and of sums at the same time. [measured as above, 4 GPUs]
