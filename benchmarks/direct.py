@@ -93,7 +93,8 @@ def prepare(
     decision = planner.plan(problem, plan, Options.parse({"tilescale.fuse": "always"})[0])
     if isinstance(decision, Keep):
         raise NotFusedError(f"[{decision.code}] {decision.reason}")
-    facts = [plan.dumps(), repr(problem), timeout_s]  # a vote on an equal digest is not held again
+    # A vote on an equal digest is not held again. A site for which another time is predicted runs in another form: another one.
+    facts = [plan.dumps(), repr(problem), repr(decision), timeout_s]
     name = f"direct-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
     plan = replace(plan, site=f"{name}/0:{plan.kind}", executor=decision.executor)
     row = Row(

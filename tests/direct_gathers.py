@@ -115,4 +115,6 @@ def sweep(tiny: bool) -> list[Gather]:
         Gather((LEFT_SUM, RIGHT, RIGHT_SUM), 2, inner, width, free, gathered=True),
         Gather((ROWS, LEFT_SUM), 2, inner, width, free),
         Gather((LEFT_SUM, RIGHT), 1, odd, width, free),  # the second follows on the slot
+        Gather((ROWS,), 3, odd, width, free, bias=True),  # pieces of rows, which the kernel itself pushes on GPUs
+        Gather((ROWS, ROWS), 2, inner, width, free, gathered=True),
     ]

@@ -161,11 +161,20 @@ def sweep(ranks: int, tiny: bool) -> list[Shape]:
     """Kinds by layouts and features, at sizes of every regime, even and ragged."""
     if tiny:
         rows, n, k, odd = (8, 24), 24, 16, 7
+        few = 9
     else:
         rows, n, k, odd = (32, 64, 128, 256, 512, 1024), 1024, 1024, 37
+        few = 13
     shapes = [Shape(GATHER, m, (n,), k) for m in rows]
     shapes += [Shape(kind, m * ranks, (n,), k) for kind in (SCATTER, REDUCE) for m in rows]
     m = rows[-1]
+    shapes += [  # few rows, which the kernel itself pushes on GPUs: tiles with rows of several ranks, and slices of k
+        Shape(GATHER, few, (n,), k, bias=True),
+        Shape(GATHER, few, (n, n // 4, n // 4), k, gathered=True),
+        Shape(GATHER, few + odd, (n - 8,), 4 * k - 24, plain_layout=True),
+        Shape(GATHER, 2 * rows[1], (n, n), 4 * k + 8, bias=True, gathered=True),
+        Shape(GATHER, 2 * rows[1], (n, n // 4), 8 * k, plain_layout=True, gathered=True),
+    ]
     shapes += [
         Shape(GATHER, m, (n,), k, plain_layout=True),
         Shape(GATHER, m, (n,), k, bias=True),
@@ -189,6 +198,7 @@ def sweep(ranks: int, tiny: bool) -> list[Shape]:
     if not tiny:  # tiles of all widths on GPUs, in both layouts
         shapes += [Shape(GATHER, 1024, (n,), 512) for n in (2112, 2368, 2624, 2880, 3136, 3392, 3648, 3904)]
         shapes += [Shape(GATHER, 1024, (n,), 512, plain_layout=True) for n in (2112, 3904)]
+        shapes += [Shape(GATHER, 16, (9000,), 512)]
         sums = (
             (4096, 4096, 1024, False),
             (4032, 4088, 512, True),

@@ -11,6 +11,7 @@ from tests.direct_gathers import LEFT_SUM, RIGHT, RIGHT_SUM, UNSERVED, Gather, L
 from tests.direct_ops import LiveOp, Shape, sweep
 from tests.fused_programs import GATHER, REDUCE, SCATTER
 from tests.gpu.conftest import World
+from tscompile.templates.nvlink import widths
 
 NAMES = [str(shape) for shape in sweep(4, tiny=False)]
 GATHERS = [str(shape) for shape in direct_gathers.sweep(tiny=False)]
@@ -33,6 +34,17 @@ def test_results_and_bits(world: World, index: int) -> None:
     if index >= len(shapes):
         pytest.skip("tiny sizes are fewer")
     one(world, shapes[index], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", [i for i, name in enumerate(NAMES) if name.startswith(GATHER)])
+def test_gathers_in_the_form_that_their_sizes_do_not_choose(
+    world: World, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that the kernel pushes by the copy engine, and the other way round."""
+    chosen = widths.pushes
+    monkeypatch.setattr(widths, "pushes", lambda *sizes: not chosen(*sizes))
+    one(world, sweep(world.size, tiny=False)[index], torch.bfloat16)
 
 
 @pytest.mark.parametrize("index", range(len(GATHERS)), ids=GATHERS)

@@ -20,6 +20,8 @@ def mixture(world: World) -> list[Shape]:
         Shape(GATHER, 256, (1792,), 2048),
         Shape(GATHER, 1024, (1024, 256, 256), 1024),
         Shape(GATHER, 131, (1024,), 1024),
+        Shape(GATHER, 128, (1792,), 8192),  # pushed in eight slices
+        Shape(GATHER, 1024, (7168,), 2048),  # by copy engine
         Shape(SCATTER, 32 * r, (2048,), 1792),
         Shape(SCATTER, 256 * r, (2048,), 1792),
         Shape(SCATTER, 1024 * r, (2048,), 640),

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from ..problem import FusionProblem, GatherUse, Gemm
 from ..templates.nvlink import sums, widths
+from ..templates.nvlink.gather_rows import one_kernel
 from ..templates.nvlink.kernels.config import SMS, TILE_M
-from ..templates.nvlink.refusal import block_sizes, shard_of
+from ..templates.nvlink.refusal import block_sizes, serves_use, shard_of
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
 _MIB = float(1 << 20)
@@ -86,7 +87,6 @@ NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
     "matmul_all_reduce": Link(27.0, 4.9),
     "matmul_all_gather": Link(43.0, 2.6),
 }
-GATHER_TAIL_US = 10.0
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 
 
@@ -106,11 +106,12 @@ class _Gemm:
         return widths.LAUNCH_US + self.waves * self.wave_us
 
 
-def _rows_gemm(gemms: Sequence[Gemm], ranks: int) -> _Gemm:
-    """Matmuls of gathered rows in one kernel: they share waves."""
-    k, tile_rows = max(gemm.k for gemm in gemms), -(-gemms[0].m // TILE_M)
-    width = widths.gather_width(tile_rows, [gemm.n for gemm in gemms], k, ranks, transposed=True)
-    return _Gemm(sum(tile_rows * -(-gemm.n // width) for gemm in gemms), widths.tile_us(width, k))
+def _rows_us(gemms: Sequence[Gemm], ranks: int, received: float, served: bool) -> float:
+    """Gather and matmuls of gathered rows in one kernel: they share waves. served: these are all uses, and the kernel takes them."""
+    rows, columns, k = gemms[0].m, [gemm.n for gemm in gemms], max(gemm.k for gemm in gemms)
+    pushed = served and one_kernel([gemm.k for gemm in gemms]) and widths.pushes(rows, columns, k, ranks)
+    width = widths.gather_width(rows, columns, k, ranks, transposed=True, pushed=pushed)
+    return widths.gather_us(width, rows, columns, k, ranks, pushed, received)
 
 
 def _blocks_gemm(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> _Gemm:
@@ -126,10 +127,11 @@ def _plain_gemm(gemm: Gemm) -> _Gemm:
     return _Gemm(_tiles(gemm), widths.tile_us(widths.WIDEST, gemm.k))
 
 
-def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: float) -> float:
+def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: float) -> float:
     """Of all matmuls of a gather. The first kernel hides the transport: that of the uses that read rows, else of one that has the ranks
     in its result, else of one that sums over them. The other matmuls come after it."""
     reads: Sequence[GatherUse | None] = uses or [None] * len(problem.gemms)
+    ranks = problem.group_size
     rows: list[Gemm] = []
     others: list[tuple[GatherUse, Gemm]] = []
     for gemm, use in zip(problem.gemms, reads, strict=True):
@@ -138,13 +140,19 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], transport: flo
         else:
             others.append((use, gemm))
     others.sort(key=lambda other: other[0].contracts_ranks)
-    after = [_plain_gemm(gemm) if rows else _blocks_gemm(problem, use, gemm) for use, gemm in others]
-    first = _rows_gemm(rows, problem.group_size) if rows else after.pop(0)
-    if rows or not others[0][0].contracts_ranks:  # the tiles that wait for the shard that comes last
-        tail = -(-first.tiles // problem.group_size // SMS) * first.wave_us
+    if rows:
+        after = sum(_plain_gemm(gemm).us for _, gemm in others)
+        served = not others and all(
+            use is None or serves_use(use, problem.dtype, gemm.k, gemm.n) for gemm, use in zip(rows, reads, strict=True)
+        )
+        return _rows_us(rows, ranks, received, served) + after
+    first, *rest = (_blocks_gemm(problem, use, gemm) for use, gemm in others)
+    if not others[0][0].contracts_ranks:  # the tiles that wait for the shard that comes last
+        tail = -(-first.tiles // ranks // SMS) * first.wave_us
     else:  # every tile needs it: the last part of the first wave, and all other waves
-        tail = (first.waves - 1 + 1 / problem.group_size) * first.wave_us
-    return max(first.us, transport + tail) + GATHER_TAIL_US + sum(gemm.us for gemm in after)
+        tail = (first.waves - 1 + 1 / ranks) * first.wave_us
+    longest = max(first.us, widths.push_us(received, ranks) + tail)
+    return longest + widths.COPIED_TAIL_US + sum(gemm.us for gemm in rest)
 
 
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
@@ -153,7 +161,7 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
     received = total * (ranks - 1) / ranks
     original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + NCCL[problem.kind].us(received * 4 / 3)
     if problem.kind == "all_gather_matmul":
-        return Prediction(_gather_us(problem, uses, widths.push_us(received, ranks)), original)
+        return Prediction(_gather_us(problem, uses, received), original)
     return Prediction(sums.problem_plan(problem).us, original)
 
 

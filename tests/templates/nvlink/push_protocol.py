@@ -1,126 +1,147 @@
-"""What kernels/sum_push.h does with a table, in plain Python: all ranks of a group under the random scheduler of protocol.py.
+"""A gather whose kernels push, in plain Python: all ranks of a group under a random scheduler (see protocol.py).
 
-A CTA claims a tile, and its warps exchange their stripes of it, each for itself. It goes on to the next tile when all of them are done.
+A CTA is a worker, which waits slice by slice for the rows of its tile, and two pushers, which claim units of the shard. What is stored
+where, and which numbers say so, is that of kernels/push.h; test_push.py runs that text itself, too.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from tscompile.templates.nvlink.kernels.config import STRIPE_ROWS, STRIPES, TILE_M
-from tscompile.templates.nvlink.sums import SumPlan
-from tscompile.templates.nvlink.tiles import Row
+from tscompile.templates.nvlink.tiles import Gather, Row
 
 from .protocol import NEVER, Claims, run_all
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """A shard of pieces * inner rows of `words` words goes out in slices of `slice_words`, in units of `unit` words."""
+
+    ranks: int
+    pieces: int
+    inner: int
+    words: int
+    slice_words: int
+    unit: int
+
+    @property
+    def slices(self) -> int:
+        return -(-self.words // self.slice_words)
+
+    def columns(self, index: int) -> slice:
+        return slice(index * self.slice_words, min((index + 1) * self.slice_words, self.words))
+
+    def units(self, index: int) -> int:
+        """Of a slice."""
+        columns = self.columns(index)
+        return -(-self.pieces * self.inner * (columns.stop - columns.start) // self.unit)
+
+
+class PushingRank:
+    """One rank. `world` has all ranks."""
+
+    def __init__(self, world: list[PushingRank], rank: int, sizes: Sizes, made: Gather, outs: Sequence[int]) -> None:
+        self.world, self.rank, self.sizes, self.begun = world, rank, sizes, False
+        shape = (sizes.pieces, sizes.ranks, sizes.inner, sizes.words)
+        self.whole = torch.arange(torch.Size(shape).numel()).view(shape)
+        self.shard = self.whole[:, rank].reshape(-1, sizes.words)
+        self.slot = torch.full_like(self.whole, NEVER)
+        self.flags: set[tuple[int, int]] = set()  # slice and source
+        self.sent = [0] * sizes.slices
+        self.tiles = Claims(made.rows)
+        every = [(index, unit) for index in range(sizes.slices) for unit in range(sizes.units(index))]
+        self.units = Claims(every)  # type: ignore[arg-type]
+        self.written = [torch.zeros(sizes.pieces * sizes.ranks * sizes.inner, out, dtype=torch.int64) for out in outs]
+
+    def store(self, index: int, unit: int, owner: int) -> None:
+        """A unit, to the slot of one rank."""
+        columns, sizes = self.sizes.columns(index), self.sizes
+        width = columns.stop - columns.start
+        word = torch.arange(unit * sizes.unit, min((unit + 1) * sizes.unit, len(self.shard) * width))
+        row, column = word // width, columns.start + word % width
+        target, place = self.world[owner].slot[:, self.rank], (row // sizes.inner, row % sizes.inner, column)
+        assert (target[place] == NEVER).all(), "stored twice"
+        target[place] = self.shard[row, column]
+
+    def count(self, index: int) -> None:
+        self.sent[index] += 1
+        if self.sent[index] == self.sizes.units(index):
+            for other in self.world:
+                other.flags.add((index, self.rank))
+
+
 class Pusher:
-    """One rank. `world` has all ranks; `product` is its part of the sum [m, n]."""
+    """One event at a time: a claim, the stores to one rank, the count."""
 
-    def __init__(
-        self, world: list[Pusher], rank: int, plan: SumPlan, product: torch.Tensor, inner: int, rows: int
-    ) -> None:
-        self.world, self.rank, self.plan, self.inner = world, rank, plan, inner
-        n = product.shape[1]
-        self.columns = -(-n // plan.width)
-        self.product = torch.nn.functional.pad(product, (0, plan.width, 0, TILE_M))
-        self.slot: dict[int, torch.Tensor] = {}
-        self.flags: set[int] = set()
-        self.out = torch.full((rows, n), NEVER, dtype=product.dtype)
-        self.written = torch.zeros((rows, n), dtype=torch.int64)
-
-    def _send(self, owner: int, place: int, stripe: torch.Tensor) -> None:
-        other = self.world[owner]
-        assert 0 <= place < min(self.plan.places, self.plan.flags)
-        assert place not in other.flags, "two stripes share a place"
-        other.slot[place] = stripe
-        other.flags.add(place)
-
-    def exchange(self, entry: Row, warp: int) -> Iterator[bool]:
-        """tsk_exchange of a warp: yields True after an event, False where it waits."""
-        row, col, rows, _, number, _, _, column = entry
-        size, rank, share, first = len(self.world), self.rank, self.plan.share, warp * STRIPE_ROWS
-        if first >= rows:
-            return
-        own = self.product[row + first :][:STRIPE_ROWS, col : col + self.plan.width].clone()
-        at, owner = row + first, rank
-        if self.plan.form == "scatter":
-            run = at // self.inner
-            owner, at = run % size, run // size * self.inner + at % self.inner
-            index = at // STRIPE_ROWS * self.columns + column
-        elif self.plan.form == "two_shot":
-            owner, index = (warp + column) % size, number * -(-STRIPES // size) + warp // size
-        else:
-            index = number * STRIPES + warp
-        assert 0 <= index < share
-        peers = [(rank + i) % size for i in range(1, size)]
-        total = size * share + number * STRIPES + warp
-        for receiver in peers if self.plan.form == "one_shot" else [owner]:
-            if receiver != rank:
-                self._send(receiver, rank * share + index, own)
-                yield True
-        if owner == rank:
-            while not all(peer * share + index in self.flags for peer in peers):
-                yield False
-            for peer in peers:
-                own = own + self.slot[peer * share + index]
-            for peer in peers if self.plan.form == "two_shot" else []:
-                self._send(peer, total, own)
-                yield True
-        elif self.plan.form == "two_shot":
-            while total not in self.flags:
-                yield False
-            own = self.slot[total]
-        else:
-            return
-        stored = min(STRIPE_ROWS, rows - first)
-        self.out[at : at + stored, col : col + self.plan.width] = own[:stored, : self.out.shape[1] - col]
-        self.written[at : at + stored, col : col + self.plan.width] += 1
-
-
-class Cta:
-    """An actor: one tile after the other, the warps of a tile in any order."""
-
-    def __init__(self, pusher: Pusher, claims: Claims, dice: random.Random) -> None:
-        self._pusher, self._claims, self._dice = pusher, claims, dice
-        self._warps: list[Iterator[bool]] = []
-        self.done = False
+    def __init__(self, rank: PushingRank, dice: random.Random) -> None:
+        self._rank, self._dice, self.done = rank, dice, False
+        self._unit: tuple[int, int] | None = None
+        self._owners: list[int] = []
 
     def step(self) -> bool:
-        """One event; False if all warps wait."""
-        if not self._warps:
-            entry = self._claims()
-            self.done = entry is None
-            self._warps = [self._pusher.exchange(entry, warp) for warp in range(STRIPES)] if entry else []
+        self._rank.begun = True
+        if self._unit is None:
+            self._unit = self._rank.units()  # type: ignore[assignment]
+            self.done = self._unit is None
+            self._owners = self._dice.sample(range(self._rank.sizes.ranks), self._rank.sizes.ranks)
+        elif self._owners:
+            self._rank.store(*self._unit, self._owners.pop())
+        else:
+            self._rank.count(self._unit[0])
+            self._unit = None
+        return True
+
+
+class Worker:
+    """One event at a time: a claim, or a slice of the tile's rows."""
+
+    def __init__(self, rank: PushingRank, tile_n: int) -> None:
+        self._rank, self._tile_n, self.done = rank, tile_n, False
+        self._tile: Row | None = None
+        self._next = 0
+
+    def step(self) -> bool:
+        rank, sizes = self._rank, self._rank.sizes
+        if self._tile is None:
+            self._tile, self._next = rank.tiles(), 0
+            self.done = self._tile is None
             return True
-        for warp in self._dice.sample(self._warps, len(self._warps)):
-            event = next(warp, None)
-            if event is None:
-                self._warps.remove(warp)
-            if event is not False:
-                return True
-        return False
+        row, col, stored, own, _, out_row, mask, group = self._tile
+        needed = {(self._next, source) for source in range(sizes.ranks) if mask >> source & 1}
+        if not needed <= rank.flags:
+            return False
+        assert not own and row == out_row
+        columns = sizes.columns(self._next)
+        read = rank.slot.view(-1, sizes.words)[row : row + stored, columns]
+        assert torch.equal(read, rank.whole.view(-1, sizes.words)[row : row + stored, columns])
+        self._next += 1
+        if self._next == sizes.slices:
+            rank.written[group][row : row + stored, col : col + self._tile_n] += 1
+            self._tile = None
+        return True
 
 
-def push_all(
-    plan: SumPlan,
-    table: Sequence[Row],
-    products: list[torch.Tensor],
-    inner: int,
-    rows: int,
-    workers: list[int],
-    seed: int,
-) -> list[Pusher]:
-    """Run the protocol; `workers` are the CTAs of each rank that are resident."""
-    world: list[Pusher] = []
-    for rank, product in enumerate(products):
-        world.append(Pusher(world, rank, plan, product, inner, rows))
-    dice, actors = random.Random(seed), []
-    for pusher, count in zip(world, workers, strict=True):
-        claims = Claims(table)
-        actors += [Cta(pusher, claims, dice) for _ in range(count)]
-    run_all(actors, seed)
+def gather_all(
+    tables: list[Gather], sizes: Sizes, outs: Sequence[int], tile_n: int, workers: list[int], seed: int
+) -> list[PushingRank]:
+    """Run the protocol; `outs` are the columns of each result, `workers` the CTAs of each rank."""
+    world: list[PushingRank] = []
+    for rank, made in enumerate(tables):
+        world.append(PushingRank(world, rank, sizes, made, outs))
+    dice = random.Random(seed)
+    of_rank: list[list[Pusher | Worker]] = []
+    for rank in world:
+        ctas = range(workers[rank.rank])
+        of_rank.append([*(Pusher(rank, dice) for _ in ctas for _ in range(2)), *(Worker(rank, tile_n) for _ in ctas)])
+
+    def exchanged() -> None:
+        """Two slots suffice since a rank ends its op only after every peer has begun its own (docs/dev/gpu.md)."""
+        if any(all(actor.done for actor in mine) for mine in of_rank):
+            assert all(rank.begun for rank in world)
+
+    run_all([actor for mine in of_rank for actor in mine], seed, exchanged)  # type: ignore[arg-type]
     return world

@@ -16,7 +16,7 @@ from tests.cases import GATHER_USES
 from tscompile.fx_passes.all_gather_matmul import gathered_operand
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import all_gather_gemm, gather_blocks, tiles
+from tscompile.templates.nvlink import gather_blocks, gather_rows, tiles
 from tscompile.templates.nvlink.channel import ACK, Site
 from tscompile.templates.nvlink.gather_blocks import blocks_of
 from tscompile.templates.nvlink.kernels.gather_blocks import blocked
@@ -173,7 +173,7 @@ def gpu_of(patch: pytest.MonkeyPatch, rank: int, ranks: int) -> Gpu:
     gpu = Gpu(patch, rank, ranks)
     gpu.driver.on_launch = lambda launched: emulate(gpu, launched)
     patch.setattr(gather_blocks, "kernel", gpu.driver.kernel)
-    patch.setattr(all_gather_gemm, "kernel", None)
+    patch.setattr(gather_rows, "kernel", None)
     return gpu
 
 

@@ -15,7 +15,7 @@ from tscompile.language.launch_spec import LaunchSpec, TensorMap
 from tscompile.nvshmem import native, stream
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import all_gather_gemm, gather_blocks, gemm_reduce, jit
+from tscompile.templates.nvlink import gather_blocks, gather_rows, gemm_reduce, jit
 from tscompile.templates.nvlink.channel import Site
 from tscompile.templates.nvlink.launch import Kernel
 from tscompile.templates.template import CompiledTemplate
@@ -169,6 +169,6 @@ def test_what_is_compiled_ahead_is_what_is_launched(gpu: Gpu, kind: str) -> None
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made = Gpu(monkeypatch)
-    for module in (all_gather_gemm, gather_blocks, gemm_reduce):
+    for module in (gather_rows, gather_blocks, gemm_reduce):
         monkeypatch.setattr(module, "kernel", made.driver.kernel)
     return made

@@ -28,12 +28,13 @@ from tscompile.templates.nvlink.kernels.config import (
     pulled_rows,
 )
 from tscompile.templates.nvlink.kernels.gather_blocks import gather_blocks_kernel
+from tscompile.templates.nvlink.kernels.gather_push import gather_push_kernel
 from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS, THREADS
 from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
 from tscompile.templates.nvlink.kernels.service import service_kernel
 from tscompile.templates.nvlink.kernels.sum_push import sum_push_kernel
 from tscompile.templates.nvlink.sums import PULL_WIDTHS, PUSH_WIDTHS
-from tscompile.templates.nvlink.widths import DENSE_WIDTHS, SWIZZLED_WIDTHS
+from tscompile.templates.nvlink.widths import DENSE_WIDTHS, NARROW_WIDTHS, SWIZZLED_WIDTHS
 
 REGISTERS = 65536 // THREADS // 8 * 8  # that a thread can have with one CTA per SM
 SHARED_BYTES = 227 << 10
@@ -64,6 +65,18 @@ GATHERS = [
     gathering("bfloat16", False, 3, True, 192, False),
     gathering("float16", False, 1, False, 128, False),
 ]
+PUSHES = [
+    gathering("bfloat16", True, 3, True, 256, True),
+    gathering("bfloat16", True, 1, False, 224, False),
+    gathering("float16", True, 2, False, 144, True),
+    gathering("bfloat16", True, 1, True, 128, False),
+    gathering("bfloat16", True, 3, False, 96, True),
+    gathering("float16", True, 1, True, 64, False),
+    gathering("float16", False, 2, False, 256, True),
+    gathering("bfloat16", False, 3, True, 192, False),
+    gathering("float16", False, 1, False, 128, True),
+    gathering("bfloat16", False, 2, True, 64, True),
+]
 REDUCES = [
     summing("bfloat16", True, 1, False, 256, False),
     summing("float16", False, 2, True, 256, True),
@@ -74,7 +87,7 @@ REDUCES = [
     summing("bfloat16", True, 1, False, 128, True),
     summing("float16", False, 3, True, 128, False),
 ]
-PUSHES = [
+SUM_PUSHES = [
     (GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n)), form)
     for dtype, transposed, operands, bias, tile_n, form in [
         ("bfloat16", True, 1, False, 64, "one_shot"),
@@ -108,8 +121,8 @@ BLOCKS = [
     ]
 ]
 ALL = [(all_gather_kernel, *form) for form in GATHERS] + [(reduce_kernel, *form) for form in REDUCES]
-ALL += [(gather_blocks_kernel, *form) for form in BLOCKS]
-ALL += [(sum_push_kernel, *form) for form in PUSHES]
+ALL += [(gather_blocks_kernel, *form) for form in BLOCKS] + [(gather_push_kernel, *form) for form in PUSHES]
+ALL += [(sum_push_kernel, *form) for form in SUM_PUSHES]
 
 
 def name_of(value: object) -> str:
@@ -124,9 +137,10 @@ def name_of(value: object) -> str:
 
 every = pytest.mark.parametrize(("build", "config", "flag"), ALL, ids=name_of)
 gathers = pytest.mark.parametrize(("config", "collects"), GATHERS, ids=name_of)
+pushes = pytest.mark.parametrize(("config", "collects"), PUSHES, ids=name_of)
 blocks = pytest.mark.parametrize(("config", "collects"), BLOCKS, ids=name_of)
 reduces = pytest.mark.parametrize(("config", "all_reduce"), REDUCES, ids=name_of)
-pushes = pytest.mark.parametrize(("config", "form"), PUSHES, ids=name_of)
+sum_pushes = pytest.mark.parametrize(("config", "form"), SUM_PUSHES, ids=name_of)
 
 
 @lru_cache
@@ -144,24 +158,27 @@ def branches(source: str) -> tuple[str, str, str]:
 
 
 def test_the_configurations_cover_what_templates_ask_for() -> None:
-    for forms in (GATHERS, REDUCES, PUSHES):
+    for forms in (GATHERS, PUSHES, REDUCES, SUM_PUSHES):
         assert {config.dtype for config, _ in forms} == set(DTYPE_CODES)
         assert {config.operands for config, _ in forms} == set(range(1, MAX_OPERANDS + 1))
         for flags in ("transposed", "bias"):
             assert {getattr(config, flags) for config, _ in forms} == {False, True}
-    for forms in (GATHERS, REDUCES):
+    for forms in (GATHERS, PUSHES, REDUCES):
         assert {flag for _, flag in forms} == {False, True}
     for transposed, widths in ((True, DENSE_WIDTHS), (False, SWIZZLED_WIDTHS)):
         assert {config.tile_n for config, _ in GATHERS if config.transposed is transposed} == set(widths)
     assert {config.tile_n for config, _ in BLOCKS if not config.transposed} == set(SWIZZLED_WIDTHS)
-    # The rest of a block kernel is the same at every width.
+    assert {config.tile_n for config, _ in PUSHES if not config.transposed} == {*SWIZZLED_WIDTHS, *NARROW_WIDTHS[0]}
+    # The rest of these kernels is the same at every width.
     assert {256, 128} < {config.tile_n for config, _ in BLOCKS if config.transposed} < set(DENSE_WIDTHS)
+    pushed = {config.tile_n for config, _ in PUSHES if config.transposed}
+    assert {256, 128, *NARROW_WIDTHS[1]} < pushed < {*DENSE_WIDTHS, *NARROW_WIDTHS[1]}
     flags = ("transposed", "left_transposed", "gathered_left", "contracts")
     for one, other in itertools.combinations(flags, 2):
         assert len({(getattr(config, one), getattr(config, other)) for config, _ in BLOCKS}) == 4
     assert {config.tile_n for config, _ in REDUCES} == set(PULL_WIDTHS)
-    assert {config.tile_n for config, _ in PUSHES} == set(PUSH_WIDTHS)
-    assert {form for _, form in PUSHES} == set(SUM_FORMS)
+    assert {config.tile_n for config, _ in SUM_PUSHES} == set(PUSH_WIDTHS)
+    assert {form for _, form in SUM_PUSHES} == set(SUM_FORMS)
 
 
 def test_rings_are_longer_than_pipelines() -> None:
@@ -197,7 +214,8 @@ def test_only_the_tile_table_is_read_by_the_read_only_path(build, config: GemmCo
 def test_only_the_loading_warp_loads_and_claims(build, config: GemmConfig, flag: bool | str) -> None:
     artifact = compiled(build, config, flag)
     loader, multiplier, idle = branches(artifact.source)
-    lefts = config.operands if build in (reduce_kernel, sum_push_kernel) else 2
+    sums = build in (reduce_kernel, sum_push_kernel)
+    lefts = config.operands if sums else 1 if build is gather_push_kernel else 2
     assert len(set(re.findall(r"tl::tma_load\((\w+)_desc", loader))) == lefts + config.operands
     for others in (multiplier, idle):
         assert "tma_load" not in others and "tsk_claim" not in others
@@ -227,6 +245,46 @@ def test_a_gather_waits_before_it_loads(config: GemmConfig, collects: bool) -> N
     assert (multiplier.count("tsk_join"), idle.count("tsk_join")) == (int(collects), int(collects))
     before(multiplier, "tsk_last", "tsk_aborted", "tsk_fill_nan", "tsk_finish")
     assert multiplier.count("tsk_fill_nan") == config.operands + collects
+
+
+@pushes
+def test_a_gather_that_pushes_waits_slice_by_slice(config: GemmConfig, collects: bool) -> None:
+    artifact = compiled(gather_push_kernel, config, collects)
+    loader, multiplier, idle = branches(artifact.source)
+    assert artifact.source.count("tsk_wait_slice") == loader.count("tsk_wait_slice") == 1
+    loop = "for .*i = 0", r"empty\[.*\]\.wait", r"tma_load\(A_desc", r"full\[.*\]\.arrive", r"tma_load\(B0_desc"
+    before(loader, "tsk_pass", "for .*s = 0; s < slices", "tsk_wait_slice", r"if \(group == 0\)", *loop, "tsk_claim")
+    assert loader.index("tma_load") > loader.index("tsk_wait_slice")
+    # As above; the other proxy fence is that of the warps that push.
+    before(artifact.ptx, r"ld\.acquire\.sys\.global\.u32", r"fence\.proxy\.async;")
+    assert artifact.ptx.count("fence.proxy.async;") == 2
+    # Whatever happens to the multiplying warps, all is sent; and nothing is claimed any more when the counters are reset.
+    assert "tsk_wait" not in multiplier + idle
+    before(idle, r"64 <= .*threadIdx", "tsk_push", *(["tsk_collect_slices"] if collects else []), "tsk_join")
+    before(multiplier, "tsk_join", "tsk_last", "tsk_aborted", "tsk_report", "tsk_fill_nan", "tsk_finish_push")
+    assert multiplier.count("tsk_fill_nan") == config.operands + collects
+    assert (multiplier.count("TSK_STORE"), multiplier.count("TSK_BIAS")) == (
+        config.operands,
+        config.operands if config.bias else 0,
+    )
+
+
+@pushes
+def test_a_pushed_slice_is_fenced_before_it_is_counted_and_before_its_flag(config: GemmConfig, collects: bool) -> None:
+    ptx = compiled(gather_push_kernel, config, collects).ptx
+    kinds = r"fence\.proxy\.async;|fence\.acq_rel\.sys;|atom\.global\.add|st\.relaxed\.sys|st\.global\.v4|ld\.global\.L1\S*v4"
+    found = [re.sub(r"\.L1\S*", "", event) for event in re.findall(kinds, ptx)]
+    at = found.index("fence.acq_rel.sys;")
+    assert found[at - 1 : at + 4] == [
+        "fence.proxy.async;",
+        "fence.acq_rel.sys;",
+        "atom.global.add",
+        "fence.acq_rel.sys;",
+        "st.relaxed.sys",
+    ]
+    assert found.count("fence.acq_rel.sys;") == 2
+    # Before it the stores of a unit, whose loads were on their way together, and then the loads of the next one.
+    assert found[at - 9 : at - 1] == ["st.global.v4"] * 4 + ["ld.global"] * 4
 
 
 @blocks
@@ -375,7 +433,7 @@ def test_pieces_of_a_pull(tile_n: int) -> None:
     assert rows * tile_n * ITEM_BYTES >= 4 << 10  # smaller copies cost more
 
 
-@pushes
+@sum_pushes
 def test_a_small_sum_is_exchanged_by_the_multiplying_warps(config: GemmConfig, form: str) -> None:
     artifact = compiled(sum_push_kernel, config, form)
     loader, multiplier, idle = branches(artifact.source + "\n    } else {\n")  # the other warps have nothing to do
@@ -411,17 +469,22 @@ def host_of(function) -> str:
         return str(tilelang.lower(function, target=target).host_mod.script())
 
 
-@pytest.mark.parametrize("build", [all_gather_kernel, reduce_kernel, sum_push_kernel])
+@pytest.mark.parametrize("build", [all_gather_kernel, gather_push_kernel, reduce_kernel, sum_push_kernel])
 def test_the_host_reads_each_size_from_its_own_parameter(build) -> None:
     """TileLang reads one shape for all parameters that a loop has bound to one name (tests/language/test_upstream.py)."""
     host = host_of(build(GemmConfig("bfloat16", True, 3, True), "scatter" if build is sum_push_kernel else True))
     read = dict(re.findall(r"\b(M|MR|K\d?|N\d?)(?:: T\.int32)? = T\.Cast\(\"int32\", (\w+)\[\d\]\)", host))
-    names = ("M", "MR", "K", "N0", "N1", "N2") if build is all_gather_kernel else ("M", "N", "K0", "K1", "K2")
+    names = {
+        all_gather_kernel: ("M", "MR", "K", "N0", "N1", "N2"),
+        gather_push_kernel: ("M", "K", "N0", "N1", "N2"),
+        reduce_kernel: ("M", "N", "K0", "K1", "K2"),
+        sum_push_kernel: ("M", "N", "K0", "K1", "K2"),
+    }[build]
     assert set(read) == set(names)
     owners = (
-        {"N0": "_B0_", "N1": "_B1_", "N2": "_B2_"}
-        if build is all_gather_kernel
-        else {f"K{i}": f"_A{i}_" for i in range(3)}
+        {f"K{i}": f"_A{i}_" for i in range(3)}
+        if build in (reduce_kernel, sum_push_kernel)
+        else {f"N{i}": f"_B{i}_" for i in range(3)}
     )
     for size, owner in owners.items():
         assert owner in read[size]

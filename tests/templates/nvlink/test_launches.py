@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES
 from tscompile.problem import GatherUse, Gemm, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import all_gather_gemm, gemm_reduce
+from tscompile.templates.nvlink import gather_rows, gemm_reduce, widths
 from tscompile.templates.nvlink.channel import ACK, SIDE, Site
 from tscompile.templates.nvlink.sums import SumPlan, pull_plan, push_plans
 
@@ -26,7 +27,7 @@ ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made = Gpu(monkeypatch)
-    for module in (all_gather_gemm, gemm_reduce):
+    for module in (gather_rows, gemm_reduce):
         monkeypatch.setattr(module, "kernel", made.driver.kernel)
     return made
 
@@ -78,8 +79,8 @@ def test_what_a_gather_launches(gpu: Gpu) -> None:
     assert [launch.values["B0"] for launch in launched] == [weights[i].data_ptr() for i in (0, 1, 4)]
     assert [launch.values["C0"] for launch in launched] == [outputs[i].data_ptr() for i in (0, 1, 4)]
     assert launched[0].values["B2"] == weights[3].data_ptr() and launched[2].values["V0"] == bias.data_ptr()
-    for launch, widths in zip(launched, ([32, 8, 16], [40], [24]), strict=True):
-        sizes = {"M": 128, "MR": 32, "K": 64, **{f"N{i}": n for i, n in enumerate(widths)}}
+    for launch, columns in zip(launched, ([32, 8, 16], [40], [24]), strict=True):
+        sizes = {"M": 128, "MR": 32, "K": 64, **{f"N{i}": n for i, n in enumerate(columns)}}
         known = {name: value for name, value in launch.values.items() if name in sizes}
         assert known and known.items() <= sizes.items()
         assert launch.values["epoch"] == 1 and launch.values["site"] == 5
@@ -106,7 +107,15 @@ def test_what_a_gather_launches(gpu: Gpu) -> None:
     assert {launch.values["epoch"] for launch in gpu.driver.launched} == {0}
 
 
-def test_an_eager_gather_again_brings_its_own_epoch_operands_and_results(gpu: Gpu) -> None:
+def copies(patch: pytest.MonkeyPatch) -> None:
+    """Have the copy engine send shards of any size."""
+    patch.setattr(widths, "pushes", lambda *_: False)
+
+
+def test_an_eager_gather_again_brings_its_own_epoch_operands_and_results(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies(monkeypatch)
     plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=(ROWS,), return_gathered=True)
     site = Site(5)
     kept = []  # no address is used twice
@@ -129,6 +138,61 @@ def test_an_eager_gather_again_brings_its_own_epoch_operands_and_results(gpu: Gp
         assert (values["X"], values["B0"], values["C0"], values["gathered"]) == tuple(t.data_ptr() for t in kept[-4:])
         assert values["A"] == gpu.memory.bases[1] + slot
     assert gpu.link.pinned == []
+
+
+def test_a_gather_that_pushes_is_one_launch(gpu: Gpu) -> None:
+    """No copy stream, no events but the watchdog's, and in a captured call the opening; epochs, operands and results change."""
+    plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=(ROWS, ROWS), return_gathered=True)
+    site, kept = Site(5), []
+    for epoch in range(1, 4):
+        shard, weights = random(3, 40 * 4096), [random(4096, 32), random(4096, 8)]
+        bias = torch.ones(32, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
+        gpu.driver.issued.clear()
+        *products, gathered = run(gpu, site, plan, shard, weights, list(bias))
+        kept.append((shard, weights, bias, products, gathered))
+        assert [tuple(product.shape) for product in products] == [(480, 32), (480, 8)]
+        assert gathered.shape == (3, 4 * 40 * 4096)
+        assert [step["kind"] for step in gpu.driver.issued] == [stream.LAUNCH, stream.RECORD]
+        launched = fused(gpu)[-1]
+        config, collects = launched.args
+        assert launched.name == "gather_push" and collects
+        assert (config.operands, config.bias, config.transposed) == (2, True, False)
+        slot = gpu.memory.bases[1] + gpu.link.slot_offset(epoch & 1)
+        sizes = {"M": 480, "K": 4096, "rows": 120, "inner": 40, "pieces": 3, "shard_bytes": 40 * 4096 * 2}
+        sizes |= {"slices": 3, "slice_steps": 22, "tiles": 2 * 4, "N0": 32, "N1": 8}
+        calls = {"epoch": epoch, "site": 5, "ack": ACK, "A": slot, "X": shard.data_ptr()}
+        calls |= {"gathered": gathered.data_ptr(), "B0": weights[0].data_ptr(), "C1": products[1].data_ptr()}
+        assert (sizes | calls).items() <= launched.values.items()
+        assert all(launched.values.values())
+    gpu.driver.issued.clear()
+    gpu.torch.capturing = True
+    run(gpu, site, plan, *kept[0][:2], list(kept[0][2]))
+    assert [step["kind"] for step in gpu.driver.issued] == [stream.LAUNCH] * 2
+    assert [launched.args[0] for launched in gpu.driver.launched if launched.name == "service"] == ["tsk_open"]
+    assert fused(gpu)[-1].values["epoch"] == 0 and gpu.link.pinned == [site.recipe]
+
+
+def test_weights_in_several_layouts_are_pushed_for_once(gpu: Gpu) -> None:
+    """Ranks must send alike whatever their weights' layout. The first kernel pushes and waits; the others read the slot."""
+    plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=(ROWS, ROWS), return_gathered=True)
+    site = Site(5)  # which keeps the tables
+    shard, weights = random(1, 128 * 64), [random(64, 32), random(40, 64).t()]
+    run(gpu, site, plan, shard, weights, [None, None])
+    first, second = fused(gpu)
+    assert (first.name, second.name) == ("gather_push", "all_gather")
+    assert (first.args[1], second.args[1]) == (True, False)
+    assert (first.values["ack"], second.values["ack"]) == (-1, ACK)
+    assert {step["kind"] for step in gpu.driver.issued} == {stream.LAUNCH, stream.RECORD}
+    tables = [words(launch.values["table"], launch.values["tiles"]) for launch in (first, second)]
+    assert {row[6] for row in tables[0]} == {1 << rank for rank in range(4)}
+    for row, other in zip(*tables, strict=True):
+        assert other == [*row[:6], 0, row[7]] and not row[3]
+
+
+def words(address: int, rows: int) -> list[list[int]]:
+    """A table of tiles."""
+    flat = (ctypes.c_int32 * (8 * rows)).from_address(address)
+    return [list(flat[first : first + 8]) for first in range(0, 8 * rows, 8)]
 
 
 def test_operands_that_tma_cannot_read_are_copied(gpu: Gpu) -> None:
@@ -221,8 +285,10 @@ def test_what_a_small_sum_launches(
 
 
 @pytest.mark.usefixtures("pulls")
-def test_every_value_of_a_kernel_is_given(gpu: Gpu) -> None:
+@pytest.mark.parametrize("pushed", [False, True])
+def test_every_value_of_a_kernel_is_given(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, pushed: bool) -> None:
     """What no name stands for would be 0, which is an address that faults, or a size of nothing."""
+    monkeypatch.setattr(widths, "pushes", lambda *_: pushed)
     bias = torch.ones(24, dtype=torch.bfloat16)
     gather = Plan("all_gather_matmul", "g/a", "nvlink", BF16, uses=(ROWS, ROWS), return_gathered=True)
     run(gpu, Site(5), gather, random(2, 128 * 64), [random(64, 24), random(64, 24)], [bias, bias])

@@ -14,7 +14,7 @@ from tscompile.templates.nvlink.kernels.config import DATA_FLAGS, SMS, SUM_FORMS
 from tscompile.templates.nvlink.sums import PULL, plan_sum, problem_plan, pull_plan, push_plans
 from tscompile.templates.nvlink.tiles import whole_tiles
 
-from .push_protocol import push_all
+from .sum_protocol import push_all
 
 
 @settings(deadline=None, max_examples=120)

@@ -62,32 +62,37 @@ def test_a_gather(sizes: tuple[int, int, int, list[int], int], workers: int, see
 
 
 @QUICK
-@given(gathers(), SEEDS)
-def test_what_a_gathers_tile_says_of_itself(sizes: tuple[int, int, int, list[int], int], seed: int) -> None:
+@given(gathers(), SEEDS, st.booleans())
+def test_what_a_gathers_tile_says_of_itself(
+    sizes: tuple[int, int, int, list[int], int], seed: int, pushed: bool
+) -> None:
     ranks, pieces, inner, widths, tile_n = sizes
     rank = seed % ranks
-    made = gather_tiles(rank, ranks, pieces, inner, widths, tile_n)
-    spans, first_needed = False, []
+    made = gather_tiles(rank, ranks, pieces, inner, widths, tile_n, pushed=pushed)
+    flagged = set(range(ranks)) - (set() if pushed else {rank})  # the copy engine sets no flag of its own rank
+    spans, one_source, first_needed = False, True, []
     for row, _, stored, own, _, out_row, mask, _ in made.rows:
         sources = {at // inner % ranks for at in range(out_row, out_row + stored)}
-        assert mask == sum(1 << source for source in sources - {rank})  # nobody sets the own flag
+        assert mask == sum(1 << source for source in sources & flagged)
         if own:
-            assert sources == {rank}
+            assert sources == {rank} and not pushed
             piece, within = out_row // (ranks * inner), out_row % inner
             assert row == piece * inner + within and within + stored <= inner
         else:
             assert row == out_row
             spans |= rank in sources
+        one_source &= len(sources) == 1
         first_needed += [source for source in range(ranks) if mask >> source & 1 and source not in first_needed]
-    assert made.spans == spans
+    assert made.spans == (spans and not pushed)
     # Every peer is waited for: two slots suffice only if an op ends after every peer has begun it.
-    assert set(first_needed) == set(range(ranks)) - {rank}
+    assert set(first_needed) == flagged
     if all(mask & (mask - 1) == 0 for *_, mask, _ in made.rows):
-        assert first_needed == [(rank + step) % ranks for step in range(1, ranks)]  # the order of their arrival
+        order = [(rank + step) % ranks for step in range(ranks)]
+        assert first_needed == [source for source in order if source in flagged]  # the order of their arrival
     waits = [
         max((step for step in range(ranks) if row[6] >> (rank + step) % ranks & 1), default=0) for row in made.rows
     ]
-    if not made.spans:
+    if one_source:
         assert waits == sorted(waits)
 
 

@@ -1,32 +1,28 @@
 """all_gather_matmul over NVLink: the copy engine pushes the shard to the peers while a GEMM takes the shards in order of arrival.
 
 The kernel's loading warp waits for a shard's flag where it first needs it. Tiles of the own shard come first and are read where
-the shard lies. A gather that this kernel serves no matmul of takes that of gather_blocks.py. Matmuls that neither serves, or that
-have the rank dimension summed over while others do not, follow on the gathered tensor, which is complete by then.
+the shard lies. A small gather takes a kernel that pushes the shard itself (gather_rows.py chooses). A gather that these kernels
+serve no matmul of takes that of gather_blocks.py. Matmuls that none serves, or that have the rank dimension summed over while
+others do not, follow on the gathered tensor, which is complete by then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...nvshmem import stream
-from ...nvshmem.stream import Step, Values, steps_of
+from ...nvshmem.stream import Step, steps_of
 from ...problem import FusionProblem, GatherUse, Plan
 from ..template import register_template, torch_dtype
 from .channel import MAIN, SIDE, Call, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch, block_kernels, block_launches, blocks_of
-from .jit import kernel
-from .kernels.config import MAX_OPERANDS, TILE_M, GemmConfig, depth
-from .lasting import lasting_tables
-from .operands import aligned_pointer, is_transposed, pointer_of
+from .gather_rows import RowsLaunch, row_uses
+from .operands import aligned_pointer, pointer_of
 from .refusal import gather_refusal, serves_use
-from .tiles import gather_tiles
-from .widths import gather_width
 
 
 @register_template("all_gather_matmul", "nvlink")
@@ -48,12 +44,7 @@ class NvlinkAllGatherGemm:
     def kernels(
         self, plan: Plan, size: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> list[tuple[Any, ...]]:
-        batches, _ = _batches(plan, others, biases)
-        found: list[tuple[Any, ...]] = []
-        for batch in batches:
-            weights = [others[index] for index in batch.indices]
-            config = _config(plan.dtype, size, shard.shape, weights, batch.bias)
-            found.append(("all_gather", config, plan.return_gathered and not found))
+        found = [batch.kernel for batch in row_uses(plan, size, shard.shape, others, biases).batches]
         return found or block_kernels(plan, size, shard, others, biases)
 
     def run(
@@ -72,40 +63,6 @@ class NvlinkAllGatherGemm:
         return recipe.run(channel, plan, aligned_pointer(shard), others, biases)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Uses that one kernel serves: the same layout and k, all with a bias or none."""
-
-    indices: tuple[int, ...]
-    bias: bool
-
-
-def _batches(plan: Plan, others: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[list[_Batch], list[int]]:
-    """The uses that read gathered rows, and the indices of the others."""
-    groups: dict[tuple[bool, bool, int], list[int]] = {}
-    rest: list[int] = []
-    for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
-        if serves_use(use, plan.dtype, other.shape[0], other.shape[1]):
-            groups.setdefault((is_transposed(other), bias is not None, other.shape[0]), []).append(index)
-        else:
-            rest.append(index)
-    batches = [
-        _Batch(tuple(group[first : first + MAX_OPERANDS]), with_bias)
-        for (_, with_bias, _), group in groups.items()
-        for first in range(0, len(group), MAX_OPERANDS)
-    ]
-    return batches, rest
-
-
-def _config(dtype: str, ranks: int, shard: Sequence[int], weights: Sequence[Tensor], bias: bool) -> GemmConfig:
-    """What the kernel of a batch is compiled for; `shard` is the shape of the shard."""
-    pieces, width = shard
-    k, transposed = int(weights[0].shape[0]), is_transposed(weights[0])
-    tile_rows = -(-pieces * (width // k) * ranks // TILE_M)
-    tile_n = gather_width(tile_rows, [weight.shape[1] for weight in weights], k, ranks, transposed)
-    return GemmConfig(dtype, transposed, len(weights), bias, tile_n, depth(tile_n))
-
-
 class _Recipe:
     """What the calls of one site with the same layout share."""
 
@@ -120,16 +77,19 @@ class _Recipe:
         self.link = link
         self.dtype = torch_dtype(plan.dtype)
         self.pieces, self.width = shard.shape
-        batches, self.rest = _batches(plan, others, biases)
-        self.launches: list[_Launch | BlocksLaunch] = [
-            _Launch(
-                self,
+        uses = row_uses(plan, link.size, shard.shape, others, biases)
+        self.rest, self._pushed = uses.rest, uses.pushed
+        self.launches: list[RowsLaunch | BlocksLaunch] = [
+            RowsLaunch(
+                link,
+                uses,
                 batch,
+                plan.dtype,
+                shard.shape,
                 [others[index] for index in batch.indices],
-                collects=plan.return_gathered and number == 0,
-                last=number == len(batches) - 1 and not self.rest,
+                last=batch is uses.batches[-1] and not self.rest,
             )
-            for number, batch in enumerate(batches)
+            for batch in uses.batches
         ]
         if not self.launches:
             launches, self.rest = block_launches(link, plan, shard, others, biases)
@@ -146,7 +106,7 @@ class _Recipe:
         launches = [launch.kernel.step(v, MAIN) for launch, v in zip(self.launches, values, strict=True)]
         side = []
         # The previous rank's copy first, so that at any time every rank sends to another one.
-        for distance in range(1, channel.size):
+        for distance in () if self._pushed else range(1, channel.size):
             peer = (channel.rank - distance) % channel.size
             side += [self._copy(channel, peer, SIDE), channel.signal_step(peer, channel.rank)]
         if channel.captured:
@@ -213,54 +173,6 @@ class _Recipe:
         closer = channel.link.closer
         values = closer.values(channel.values())
         channel.link.issue(steps_of(closer.step(values, MAIN)))
-
-
-class _Launch:
-    """One kernel of a recipe: the matmuls of a batch."""
-
-    def __init__(
-        self, recipe: _Recipe, batch: _Batch, weights: Sequence[Tensor], *, collects: bool, last: bool
-    ) -> None:
-        link = recipe.link
-        shard_shape = (recipe.pieces, recipe.width)
-        config = _config(str(recipe.dtype).removeprefix("torch."), link.size, shard_shape, weights, batch.bias)
-        k, self.transposed = weights[0].shape[0], config.transposed
-        inner = recipe.width // k
-        self.rows = recipe.pieces * inner * link.size
-        widths = [weight.shape[1] for weight in weights]
-        made = gather_tiles(link.rank, link.size, recipe.pieces, inner, widths, config.tile_n)
-        self.spans = made.spans
-        (self._table,) = lasting_tables([made.rows], link.device)
-        self._fixed = {
-            "table": self._table.data_ptr(),
-            "tiles": len(made.rows),
-            "MR": recipe.pieces * inner,
-            "M": self.rows,
-            "K": k,
-            "pieces": recipe.pieces,
-            "shard_bytes": recipe.width * recipe.dtype.itemsize,
-            **{f"N{place}": width for place, width in enumerate(widths)},
-        }
-        if not last:
-            self._fixed["ack"] = -1
-        self.kernel = kernel("all_gather", config, collects)
-        place = self.kernel.place
-        self.shard, self.epoch, self.gathered = place("X"), place("epoch"), place("gathered")
-        # Of each weight: its index among the op's, its width, and the places of its address, its result's and its bias's.
-        self.operands = [
-            (index, width, place(f"B{number}"), place(f"C{number}"), place(f"V{number}"))
-            for number, (index, width) in enumerate(zip(batch.indices, widths, strict=True))
-        ]
-
-    def values(self, known: dict[str, int]) -> Values:
-        """Values of launches in one slot, but for those that change from call to call."""
-        patched = {
-            "X",
-            "epoch",
-            "gathered",
-            *(f"{kind}{number}" for kind in "BCV" for number in range(len(self.operands))),
-        }
-        return self.kernel.values({**known, "A": known["slot"], **self._fixed}, patched)
 
 
 def _multiply(use: GatherUse, gathered: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ Row = tuple[int, int, int, int, int, int, int, int]
 class Gather:
     """Tiles of all_gather_matmul.
 
-    rows: the table. spans: some tile has rows of this rank and of others, so this rank's shard must lie in the slot as well.
+    rows: the table. spans: some tile has rows of this rank and of others, so this rank's shard must be copied to its slot as well.
     """
 
     rows: list[Row]
@@ -48,10 +48,15 @@ def _bands(count: int, height: int) -> list[tuple[int, ...]]:
     return [tuple(range(first, min(first + height, count))) for first in range(0, count, height)]
 
 
-def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequence[int], tile_n: int) -> Gather:
+def gather_tiles(
+    rank: int, ranks: int, pieces: int, inner: int, widths: Sequence[int], tile_n: int, *, pushed: bool = False
+) -> Gather:
     """Tiles of a gathered matrix of (pieces, ranks, inner) rows times weights of `widths` columns each.
 
     The own shard comes first, then those of the next ranks, which is the order of their arrival.
+
+    Args:
+        pushed: the kernel pushes the own shard, too: tiles read it from the slot and wait for it.
     """
     columns = [(group, col) for group, width in enumerate(widths) for col in range(0, width, tile_n)]
     tile_rows = -(-inner // TILE_M)
@@ -64,10 +69,11 @@ def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequenc
                 piece, i = blocks[t]
                 group, col = columns[c]
                 start = (piece * ranks + source) * inner + i * TILE_M
-                first = piece * inner + i * TILE_M if step == 0 else start
+                local = step == 0 and not pushed
+                first = piece * inner + i * TILE_M if local else start
                 stored = min(TILE_M, inner - i * TILE_M)
-                mask = 0 if step == 0 else 1 << source
-                rows.append((first, col, stored, int(step == 0), 0, start, mask, group))
+                mask = 0 if local else 1 << source
+                rows.append((first, col, stored, int(local), 0, start, mask, group))
         return Gather(rows, False)
     total = pieces * ranks * inner
     starts = []
@@ -76,7 +82,7 @@ def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequenc
         blocks_of = range(start // inner, (min(start + TILE_M, total) - 1) // inner + 1)
         sources = {block % ranks for block in blocks_of}
         spans |= rank in sources
-        mask = sum(1 << source for source in sources if source != rank)
+        mask = sum(1 << source for source in sources if pushed or source != rank)
         last = max((source - rank) % ranks for source in sources)
         starts.append((last, start, mask))
     starts.sort()
@@ -85,7 +91,7 @@ def gather_tiles(rank: int, ranks: int, pieces: int, inner: int, widths: Sequenc
         _, start, mask = starts[t]
         group, col = columns[c]
         rows.append((start, col, min(TILE_M, total - start), 0, 0, start, mask, group))
-    return Gather(rows, spans)
+    return Gather(rows, spans and not pushed)
 
 
 def block_tiles(

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...problem import GatherUse
-from .kernels.config import ITEM_BYTES, SMS, TILE_K, TILE_M
+from .kernels.config import ITEM_BYTES, MAX_SLICES, SMS, TILE_K, TILE_M
 
 # TMA swizzles the columns of a right operand [K, N] by 64, and wgmma takes multiples of 8 of one [N, K]; epilogues want 16.
 SWIZZLED_WIDTHS = (256, 192, 128)
 DENSE_WIDTHS = tuple(range(256, 127, -16))
 WIDEST = 256
+# Also of gathers that are pushed, which may have so few rows that half the SMs would have no tile, by layout (plain, dense).
+NARROW_WIDTHS = ((64,), (96, 64))
 # A tile of 128 rows takes an SM as long as if it had that many columns more; a column takes so long per unit of k, and there is a pause
 # before the next tile. [measured 2026-11-20, H200, bfloat16, all SMs busy: GEMMs of 512 to 8192 rows, tiles of 128 to 256 columns]
 _EXTRA_COLUMNS = 18
@@ -20,12 +22,24 @@ _COLUMN_US_PER_K = 4.45e-5
 _PAUSE_US = 1.0
 # Of memory that is read: us per MiB. [measured 2026-11-28, H200: cuBLAS, 128 rows]
 _READ_US_PER_MIB = 0.27
-LAUNCH_US = 6.0
+# Bytes per us that L2 brings to all SMs: what tiles of 128 columns take. Narrower ones wait for it. [their times: to be measured]
+_L2_BYTES_PER_US = 10.5e6
 # One pass over NVLink by copy engine: us until the first byte, for each copy and its flag, and per MiB that one rank receives.
 # [measured 2026-11-20, 4 GPUs]
 _PASS_US = 10.0
 _COPY_US = 8.0
 _PUSH_US_PER_MIB = 3.1
+# A gather whose kernel pushes: us until the first byte is there; us per MiB that one rank receives; how much longer a GEMM takes
+# beside it, if it has more waves than that. [to be measured]
+_PUSHED_US = 6.0
+_PUSHED_US_PER_MIB = 3.3
+_PUSHED_FACTOR, _PUSHED_WAVES = 1.1, 2
+_SLICE_BYTES = 256 << 10  # of a shard, at least: 128 of the 264 warps that push 2 KiB each then share a slice
+# us of a fused gather in one kernel: its launch, and what neither transport nor tiles explain, by copy engine [measured as above] and
+# pushed [to be measured].
+LAUNCH_US = 6.0
+COPIED_TAIL_US = 10.0
+_PUSHED_TAIL_US = 5.0
 
 
 def tile_us(width: int, k: int) -> float:
@@ -48,27 +62,84 @@ def gemm_us(tiles: int, width: int, k: int, n: int) -> float:
     return LAUNCH_US + max(waves_of(tiles) * tile_us(width, k), read_us(k, n))
 
 
-def tile_width(
-    tile_rows: int, widths: Sequence[int], k: int, transposed: bool, transport: float = 0.0, ranks: int = 1
-) -> int:
-    """Columns of a tile for `tile_rows` rows of tiles over matrices of these widths: the least time, then the widest.
-
-    Args:
-        transport: us until the last rank's rows are there, whose tiles then follow.
-    """
+def tile_width(tile_rows: int, widths: Sequence[int], k: int, transposed: bool) -> int:
+    """Columns of a tile for `tile_rows` rows of tiles over matrices of these widths: the least time, then the widest."""
 
     def us(tile: int) -> tuple[float, int]:
         tiles = tile_rows * sum(math.ceil(width / tile) for width in widths)
-        wave = tile_us(tile, k)
-        return max(math.ceil(tiles / SMS) * wave, transport + math.ceil(tiles / ranks / SMS) * wave), -tile
+        return math.ceil(tiles / SMS) * tile_us(tile, k), -tile
 
-    return min(DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS, key=us)
+    return min(_choices(transposed), key=us)
 
 
-def gather_width(tile_rows: int, widths: Sequence[int], k: int, ranks: int, transposed: bool) -> int:
-    """`tile_width` for gathered rows of `k` elements of 2 bytes."""
-    received = tile_rows * TILE_M * k * ITEM_BYTES * (ranks - 1) / ranks / (1 << 20)
-    return tile_width(tile_rows, widths, k, transposed, push_us(received, ranks), ranks)
+def _choices(transposed: bool, narrow: bool = False) -> tuple[int, ...]:
+    return (DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS) + (NARROW_WIDTHS[transposed] if narrow else ())
+
+
+def _wave_us(tile: int, k: int, tiles: int) -> float:
+    """Time of a wave of `tiles` tiles, or of as many as there are SMs."""
+    loaded = min(tiles, SMS) * (TILE_M + tile) * k * ITEM_BYTES
+    return max(tile_us(tile, k), loaded / _L2_BYTES_PER_US)
+
+
+def pushed_slices(rows: int, k: int) -> tuple[int, int]:
+    """In how many slices of k a kernel pushes a shard of `rows` rows, and the steps of k of a slice; the last one may be shorter.
+
+    The ranks count each other's slices, so this depends on nothing but the shard.
+    """
+    steps = -(-k // TILE_K)
+    slices = max(1, min(MAX_SLICES, steps, rows * k * ITEM_BYTES // _SLICE_BYTES))
+    length = -(-steps // slices)
+    return -(-steps // length), length
+
+
+def gather_us(tile: int, rows: int, widths: Sequence[int], k: int, ranks: int, pushed: bool, mib: float) -> float:
+    """Time of a gather whose matmuls all read gathered rows, in one kernel.
+
+    Args:
+        tile: columns of a tile. rows: all that are gathered, of `k` elements. widths: columns of the weights.
+        pushed: the kernel pushes the shard; otherwise the copy engine does.
+        mib: MiB that a rank receives.
+    """
+    tiles = -(-rows // TILE_M) * sum(-(-width // tile) for width in widths)
+    wave, waves = _wave_us(tile, k, tiles), -(-tiles // SMS)
+    if not pushed:
+        last = -(-tiles // ranks // SMS) * wave  # the tiles of the shard that comes last
+        return max(LAUNCH_US + waves * wave, push_us(mib, ranks) + last) + COPIED_TAIL_US
+    slices, _ = pushed_slices(rows // ranks, k)
+    factor = _PUSHED_FACTOR if waves > _PUSHED_WAVES else 1.0
+    # Slices come from all ranks at the same time, so the first wave ends when it has multiplied the last one.
+    first, last = (_PUSHED_US + _PUSHED_US_PER_MIB * part for part in (mib / slices, mib))
+    return LAUNCH_US + max(first + factor * waves * wave, last + wave / slices + (waves - 1) * wave) + _PUSHED_TAIL_US
+
+
+def received_mib(rows: int, k: int, ranks: int) -> float:
+    """MiB that a rank receives of gathered rows of `k` elements."""
+    return rows * k * ITEM_BYTES * (ranks - 1) / ranks / (1 << 20)
+
+
+def gather_width(rows: int, widths: Sequence[int], k: int, ranks: int, transposed: bool, pushed: bool = False) -> int:
+    """Columns of a tile for all gathered rows, of `k` elements: the least time, then the widest."""
+    mib = received_mib(rows, k, ranks)
+
+    def us(tile: int) -> tuple[float, int]:
+        return gather_us(tile, rows, widths, k, ranks, pushed, mib), -tile
+
+    return min(_choices(transposed, narrow=pushed), key=us)
+
+
+def pushes(rows: int, widths: Sequence[int], k: int, ranks: int) -> bool:
+    """True if a gather of rows for these weights should have its kernel push the shard, False if the copy engine should.
+
+    Asked of sizes alone: ranks must choose alike, and their weights may lie in memory in different ways. Template and cost model
+    both ask here, so a benchmark that replaces this function gets the form that it wants.
+    """
+
+    def us(pushed: bool) -> float:
+        width = gather_width(rows, widths, k, ranks, True, pushed)
+        return gather_us(width, rows, widths, k, ranks, pushed, received_mib(rows, k, ranks))
+
+    return us(True) < us(False)
 
 
 def push_us(mib: float, ranks: int) -> float:

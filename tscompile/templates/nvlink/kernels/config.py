@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200. Kernels themselves work with any number of them
 DATA_FLAGS = 24 << 10  # of a slot; those of a sum are two for each tile that a rank sums, for each rank
+MAX_SLICES = 8  # of k, in which a kernel pushes a shard: TSK_SLICES of push.h
 MAX_OPERANDS = 3  # weights of one gather, or terms of one sum, that a kernel takes
 ITEM_BYTES = 2  # of an element
 TILE_M, TILE_K = 128, 64  # rows of a tile, and its step of k

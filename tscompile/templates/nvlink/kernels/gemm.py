@@ -90,7 +90,28 @@ def load_tile(
     A: Any, B: Any, row: Any, col: Any, As: Any, Bs: Any, full: Any, empty: Any, stage: T.Ref, phase: T.Ref, config: Any
 ) -> None:
     """Loading warp: rows [row, row + tile_m) of A and columns [col, col + tile_n) of B, all of k, stage by stage."""
-    for k in T.serial(T.ceildiv(A.shape[1], config.tile_k)):
+    load_steps(A, B, row, col, 0, T.ceildiv(A.shape[1], config.tile_k), As, Bs, full, empty, stage, phase, config)
+
+
+@T.macro
+def load_steps(
+    A: Any,
+    B: Any,
+    row: Any,
+    col: Any,
+    first: Any,
+    steps: Any,
+    As: Any,
+    Bs: Any,
+    full: Any,
+    empty: Any,
+    stage: T.Ref,
+    phase: T.Ref,
+    config: Any,
+) -> None:
+    """The same for `steps` steps of k, from step `first` on."""
+    for i in T.serial(steps):
+        k = first + i
         T.barrier_wait(empty[stage], phase ^ 1)
         T.tma_copy(
             A[row : row + config.tile_m, k * config.tile_k : (k + 1) * config.tile_k],
