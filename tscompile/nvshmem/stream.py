@@ -69,12 +69,15 @@ Values = ctypes.Array[ctypes.c_uint64]
 class Driver:
     """The native calls.
 
+    Args:
+        path: what was built of stream.c.
+
     Raises:
-        HeapError: no C compiler, or no CUDA driver.
+        HeapError: no CUDA driver.
     """
 
-    def __init__(self) -> None:
-        library = ctypes.CDLL(str(native.build(Path(__file__).with_name("stream.c"), ("-ldl",))))
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
         library.tsc_event.restype = ctypes.c_void_p
         library.tsc_event_done.argtypes = [ctypes.c_void_p]
         library.tsc_issue.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
@@ -134,7 +137,12 @@ class Driver:
 
 @lru_cache(maxsize=1)
 def load() -> Driver:
-    return Driver()
+    """The native calls of this process.
+
+    Raises:
+        HeapError: no C compiler, or no CUDA driver.
+    """
+    return Driver(native.build(Path(__file__).with_name("stream.c"), ("-ldl",)))
 
 
 def steps_of(*steps: Step) -> Steps:
