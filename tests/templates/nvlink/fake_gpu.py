@@ -94,10 +94,15 @@ class FakeDriver:
         assert event is not None and (event - 101) % 3 == channel.DONE  # three events a link
         return self.done
 
-    def issue(self, steps: Any, streams: Any, events: Any) -> None:
+    def issue(self, steps: stream.Steps, queues: Any) -> None:
         names = [name for name, _ in stream.Step._fields_]
-        self.issued += [{name: int(getattr(step, name)) for name in names} for step in steps]
-        for step in steps:
+        found = [stream.Step.from_buffer_copy(step) for step in steps.items]
+        for step in found:
+            if step.word:
+                word = ctypes.c_uint64.from_address(step.word).value
+                setattr(step, "value" if step.kind == stream.WRITE else "src", word)
+        self.issued += [{name: int(getattr(step, name)) for name in names} for step in found]
+        for step in found:
             if step.kind in (stream.COPY, stream.COPY_ROWS) and step.stream == channel.MAIN:
                 self._copy(step)
             if step.kind == stream.LAUNCH:

@@ -17,7 +17,7 @@ import torch
 from ...language import context
 from ...nvshmem import stream
 from ...nvshmem.device import CONTROL_BYTES, SLOTS
-from ...nvshmem.stream import Step, Steps, Values, steps_of
+from ...nvshmem.stream import Queues, Step, Steps, Values, steps_of
 from .kernels.config import DATA_FLAGS
 from .lasting import lasting
 from .launch import Kernel
@@ -29,7 +29,11 @@ ACK = FLAGS - 64  # first flag that tells a rank that a peer has read its slot; 
 
 MAIN, SIDE, ALARM = 0, 1, 2  # streams of a step
 FORK, JOIN, DONE = 0, 1, 2  # events
+SOURCE, EPOCH = 0, 1  # words of a call
 _STUCK_S = 2.0
+# Small sums pull into memory that their link keeps: they are those whose host has no time to lose, and an allocation takes as long as a
+# call of the driver.
+LANDING_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,13 @@ class DeviceLink:
         self.opener, self.closer = opener, closer
         self.side = torch.cuda.Stream(priority=-1)
         self._alarm = torch.cuda.Stream(priority=-1)
-        self._events = (ctypes.c_void_p * 3)(*(self.driver.event() for _ in range(3)))
-        self._streams = (ctypes.c_void_p * 3)(0, self.side.cuda_stream, self._alarm.cuda_stream)
+        self._queues = Queues(
+            (0, self.side.cuda_stream, self._alarm.cuda_stream), tuple(self.driver.event() for _ in range(3))
+        )
+        self._queues_pointer = ctypes.c_void_p(ctypes.addressof(self._queues))
+        # torch.cuda.current_stream() takes ten times as long.
+        self._raw_stream = torch._C._cuda_getCurrentRawStream
+        self._is_capturing = torch._C._cuda_isCurrentStreamCapturing
         self.record = lasting(lambda: torch.zeros(8, dtype=torch.int64).pin_memory(), self.device)
         # Claims of a kernel, for eager and for captured calls; epochs of tiles that landed, for each slot.
         self.counters = [self._words(16) for _ in range(2)]
@@ -98,12 +107,14 @@ class DeviceLink:
         self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
         self.landed_addresses = [tensor.data_ptr() for tensor in self.landed]
         self._after_last = steps_of(Step(kind=stream.AWAIT, stream=MAIN, event=DONE))
-        self._record = ctypes.c_int64.from_address(self.record.data_ptr())
+        self.record_word = ctypes.c_int64.from_address(self.record.data_ptr())
         self._stuck_at = 0
         self._stuck_since = 0.0
         self._eager = 0
         self._captured = 0
-        self._last_stream: int | None = None
+        self._current = 0  # stream of the last call
+        self._last_stream: int | None = None  # that of the last eager one
+        self._landing: torch.Tensor | None = None
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self.pinned: list[Any] = []  # recipes whose tables a captured graph reads
 
@@ -131,24 +142,32 @@ class DeviceLink:
         )
         return lasting(lambda: words.to(self.device), self.device)
 
+    def landing(self) -> int:
+        """Address of LANDING_BYTES that the kernel of an eager call may use while it runs: the calls of a group follow one another."""
+        if self._landing is None:
+            self._landing = lasting(
+                lambda: torch.empty(LANDING_BYTES, dtype=torch.uint8, device=self.device), self.device
+            )
+        return self._landing.data_ptr()
+
     def _words(self, count: int) -> torch.Tensor:
         return lasting(lambda: torch.zeros(count, dtype=torch.int32, device=self.device), self.device)
 
     def open(self, site: Site) -> DeviceChannel:
         """The next call of the group on the current stream."""
-        current = torch._C._cuda_getCurrentRawStream(self._index)  # torch.cuda.current_stream() takes ten times as long
-        self._streams[MAIN] = current
-        if torch._C._cuda_isCurrentStreamCapturing():
+        current = self._raw_stream(self._index)
+        if current != self._current:
+            self._queues.streams[MAIN] = self._current = current
+        if self._is_capturing():
             self._captured += 1
-            return DeviceChannel(self, 2 + (self._captured & 1), 0, site, True)
+            return DeviceChannel(self, 2 + (self._captured & 1), 0, site)
         if self._last_stream != current:
             if self._last_stream is not None:  # calls of a group follow one another, also across streams
                 self.issue(self._after_last)
             self._last_stream = current
-        self._eager += 1
+        self._eager = number = self._eager + 1
         # Kernels take an int32 and compare modulo 2**32, so all 32 bits must count on.
-        epoch = ((self._eager + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-        return DeviceChannel(self, self._eager & 1, epoch, site, False)
+        return DeviceChannel(self, number & 1, ((number + (1 << 31)) & 0xFFFFFFFF) - (1 << 31), site)
 
     @property
     def was_captured(self) -> bool:
@@ -156,7 +175,7 @@ class DeviceLink:
         return self._captured > 0
 
     def issue(self, steps: Steps) -> None:
-        self.driver.issue(steps, self._streams, self._events)
+        self.driver.issue(steps, self._queues_pointer)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Give later waits of kernels another bound, in seconds."""
@@ -167,7 +186,7 @@ class DeviceLink:
 
     def has_record(self) -> bool:
         """A kernel of this rank has given up a wait, or seen that another rank did."""
-        return bool(self._record.value)
+        return bool(self.record_word.value)
 
     def read_record(self) -> Record:
         words = self.record.tolist()
@@ -175,7 +194,7 @@ class DeviceLink:
 
     def is_idle(self) -> bool:
         """Nothing that this group has enqueued eagerly is still to run."""
-        return self._eager == 0 or self.driver.is_done(self._events[DONE])
+        return self._eager == 0 or self.driver.is_done(self._queues.events[DONE])
 
     def is_stuck(self) -> bool:
         """The same call has been running for a while."""
@@ -207,14 +226,17 @@ class DeviceLink:
 class DeviceChannel:
     """One call. `epoch` is what kernels add to the slot's epoch cell."""
 
-    __slots__ = ("captured", "epoch", "link", "site", "slot")
+    __slots__ = ("epoch", "link", "site", "slot")
 
-    def __init__(self, link: DeviceLink, slot: int, epoch: int, site: Site, captured: bool) -> None:
+    def __init__(self, link: DeviceLink, slot: int, epoch: int, site: Site) -> None:
         self.link = link
         self.slot = slot
         self.epoch = epoch
         self.site = site
-        self.captured = captured
+
+    @property
+    def captured(self) -> bool:
+        return self.slot >= 2
 
     @property
     def rank(self) -> int:
@@ -263,7 +285,8 @@ class Call:
         values: those that LAUNCH steps point at.
 
     Attributes:
-        copies: steps that copy from the caller's memory. flags: steps that write an epoch; none in a captured call.
+        words: set before the steps are issued: [SOURCE], the address that copies from the caller's memory read, and [EPOCH], which the
+            flags of the copy stream take (in a captured call they read it when the graph runs).
     """
 
     def __init__(
@@ -286,11 +309,10 @@ class Call:
         if not channel.captured:  # the watchdog's event belongs to no graph
             closing.append(Step(kind=stream.RECORD, stream=MAIN, event=DONE))
         # Sends before kernels that wait: with one hardware queue for all streams, they run in the order of their issue.
+        self.words = (ctypes.c_uint64 * 2)()
+        source, epoch = (ctypes.addressof(self.words) + 8 * word for word in (SOURCE, EPOCH))
+        for step in [*side[::2], *(step for step in main if step.kind != stream.LAUNCH)]:
+            step.word = source
+        for step in () if channel.captured else side[1::2]:
+            step.word = epoch
         self.steps = steps_of(*opening, *side, *main, *closing)
-        first, last = len(opening), len(opening) + len(side)
-        sources = [
-            *range(first, last, 2),
-            *(n for n in range(last, last + len(main)) if main[n - last].kind != stream.LAUNCH),
-        ]
-        self.copies = [self.steps[number] for number in sources]
-        self.flags = [] if channel.captured else [self.steps[number] for number in range(first + 1, last, 2)]
