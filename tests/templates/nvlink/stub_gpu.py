@@ -40,7 +40,7 @@ class StubDriver(stream.Driver):
         self.refused = ctypes.c_int.in_dll(self._library, "stub_refused")  # number of a call that fails, -1 for none
         self._shown = ctypes.c_int.in_dll(self._library, "stub_shown")
         self._parameters = (ctypes.c_uint64 * 64).in_dll(self._library, "stub_parameters")
-        self.refused.value = -1
+        self.refused.value, self._shown.value = -1, 0
         self.calls()
 
     def calls(self) -> list[str]:
@@ -59,9 +59,10 @@ class StubDriver(stream.Driver):
 
 
 class StubRank:
-    """One rank of `size`, whose ops the runtime launches."""
+    """One rank of `size`, whose ops the runtime launches. Of several, the last one's `torch` and `driver` count."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, rank: int = 1, size: int = 4) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, rank: int = 1, size: int = 4, group: str = GROUP) -> None:
+        self.name = group
         heaps, _ = fake_heaps(size)
         grow(heaps, [4 << 20] * size)
         self.driver, self.torch = StubDriver(), FakeTorch()
@@ -78,7 +79,7 @@ class StubRank:
         self.executor.adopt(heaps[rank], ranks, 60.0)
         self.group = GroupState(ranks, rank, 60.0, self.executor)
         self.group.heap = heaps[rank]
-        patch.setitem(runtime._current_world().by_name, (GROUP, "nvlink"), self.group)
+        patch.setitem(runtime._current_world().by_name, (group, "nvlink"), self.group)
 
     @property
     def link(self) -> channel.DeviceLink:
@@ -86,4 +87,4 @@ class StubRank:
         return self.executor.link
 
     def launch(self, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor]:
-        return runtime.launch(plan, GROUP, args, fused_only)
+        return runtime.launch(plan, self.name, args, fused_only)
