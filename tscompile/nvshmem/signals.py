@@ -45,7 +45,8 @@ class SignalLibrary:
         self._library.tsc_store(word, value)
 
     def entry(self, entered: int, abort: int, downgrade: int) -> Callable[[int], int]:
-        """A function that stores an epoch in the word `entered`; not 0 if the group has ended, or runs the original ops of it."""
+        """A function that stores an epoch in the word `entered`; not 0 if the group has ended, or runs the original ops of it. For one
+        thread at a time."""
         words = _Entry(0, entered, abort, downgrade)
         native, pointer = self._enter, ctypes.byref(words)
 

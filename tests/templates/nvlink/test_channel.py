@@ -13,19 +13,8 @@ from tscompile.language import context
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.nvshmem.stream import Step
-from tscompile.templates.nvlink.channel import (
-    ACK,
-    DATA_FLAGS,
-    DONE,
-    EPOCH,
-    FLAGS,
-    MAIN,
-    SIDE,
-    SOURCE,
-    Call,
-    Record,
-    Site,
-)
+from tscompile.templates.nvlink.call import EPOCH, SOURCE, Call
+from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, DONE, FLAGS, MAIN, SIDE, Record, Site
 from tscompile.templates.nvlink.lasting import lasting, lasting_tables
 
 from .fake_gpu import SLOT_BYTES, Gpu

@@ -19,7 +19,8 @@ from ...nvshmem.stream import Step, Values, steps_of
 from ...problem import FusionProblem, GatherUse, Plan
 from ..fresh import maker
 from ..template import register_template, torch_dtype
-from .channel import EPOCH, MAIN, SIDE, SOURCE, Call, DeviceChannel, DeviceLink
+from .call import EPOCH, SOURCE, Call
+from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch, block_kernels, block_launches, blocks_of
 from .jit import kernel
 from .kernels.config import MAX_OPERANDS, TILE_M, GemmConfig, depth

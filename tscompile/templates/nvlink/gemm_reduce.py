@@ -14,7 +14,8 @@ from torch import Tensor
 from ...problem import FusionProblem, Gemm, Plan
 from ..fresh import maker
 from ..template import register_template, torch_dtype
-from .channel import LANDING_BYTES, MAIN, Call, DeviceChannel, DeviceLink
+from .call import Call
+from .channel import LANDING_BYTES, MAIN, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.config import ITEM_BYTES, TILE_M, GemmConfig, depth, pulled_rows
 from .lasting import lasting_tables
