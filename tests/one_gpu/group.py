@@ -22,7 +22,7 @@ from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import all_gather_gemm, gather_blocks, gemm_reduce, jit
+from tscompile.templates.nvlink import gather_blocks, gather_rows, gemm_reduce, jit
 from tscompile.templates.nvlink.channel import DeviceLink, Site
 from tscompile.templates.nvlink.launch import Kernel
 
@@ -60,7 +60,7 @@ class Group:
         def kernel(name: str, *args: Any) -> Kernel:
             return _kernel(CTAS // size, name, *args)
 
-        for module in (all_gather_gemm, gather_blocks, gemm_reduce):
+        for module in (gather_rows, gather_blocks, gemm_reduce):
             patch.setattr(module, "kernel", kernel)
         nbytes = CONTROL_BYTES + SLOTS * SLOT_BYTES
         regions = [torch.zeros(nbytes, dtype=torch.uint8, device=self.device) for _ in range(size)]

@@ -52,13 +52,19 @@ class Executor(Protocol):
         """The ranks have agreed on this heap, or on its new size, or on another time-out."""
         ...
 
+    def enter(self, heap: GroupHeap, epoch: int, site: str) -> bool:
+        """Say to the peers that this rank has entered an epoch. True if the group may have failed, or may run the original ops."""
+        ...
+
     def channel(
         self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float
     ) -> HostChannel: ...
 
     def run(
-        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...], memo: Memo
-    ) -> list[torch.Tensor]: ...
+        self, template: Template, channel: HostChannel | None, plan: Plan, args: tuple[Any, ...], memo: Memo
+    ) -> list[torch.Tensor]:
+        """Run an op that was entered. There is no channel where ops run ahead: making one takes time, and they have no use for it."""
+        ...
 
     def settle(self) -> bool:
         """Wait until nothing enqueued uses what memos keep; False if that cannot be waited for now."""
@@ -99,12 +105,15 @@ class ShmExecutor:
     def adopt(self, heap: GroupHeap, ranks: tuple[int, ...], timeout_s: float) -> None:
         pass
 
+    def enter(self, heap: GroupHeap, epoch: int, site: str) -> bool:
+        return heap.enter(epoch, site)
+
     def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> Channel:
         assert isinstance(heap, ShmHeap)
         return Channel(heap, ranks, epoch, site, timeout_s)
 
     def run(
-        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...], memo: Memo
+        self, template: Template, channel: HostChannel | None, plan: Plan, args: tuple[Any, ...], memo: Memo
     ) -> list[torch.Tensor]:
         return template.run(channel, plan, *args)
 

@@ -190,13 +190,10 @@ class GroupState:
             if self.error is not None:
                 raise PeerError(self.error.rank, self.error.site, str(self.error))
             self.epoch += 1
-            channel = self._channel(plan.site)
             try:
-                failure = self.executor.failed()
-                if failure is not None:
-                    raise channel.fail(*failure)
-                channel.enter()
-                outputs = self._run(template, channel, plan, args)
+                if self.executor.enter(self.heap, self.epoch, plan.site):
+                    self._check(plan.site)
+                outputs = self._run(template, plan, args)
                 if outputs is not None:
                     return outputs, True
             except DowngradedError as stop:
@@ -209,32 +206,27 @@ class GroupState:
                 raise
             except BaseException as error:
                 text = f"rank {self.rank} raised {type(error).__name__}: {str(error)[:300]}"
-                self.error = channel.fail(self.heap.rank, text)
+                self.error = self._channel(plan.site).fail(self.heap.rank, text)
                 self.executor.raised = True
                 self.executor.stop()
                 raise
         return reference(), False
 
-    def _run(
-        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...]
-    ) -> list[torch.Tensor] | None:
+    def _check(self, site: str) -> None:
+        """Raise DowngradedError or PeerError if the group will not finish this epoch."""
+        channel = self._channel(site)
+        failure = self.executor.failed()
+        if failure is not None:
+            raise channel.fail(*failure)
+        channel.check()
+
+    def _run(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor] | None:
         """Outputs of the template; None if the original ops must run: on every rank, since all see the same sizes."""
         assert self.heap is not None
         memo = self._memo(template, plan, args)
-        need = memo.need
-        if need < 0:
+        if not 0 <= memo.need <= self.heap.half_bytes and not self._has_room(memo.need, plan.site):
             return None
-        if need > self.heap.half_bytes:
-            half = max(need, self.heap.half_bytes * 3 // 2)
-            if self._limit_bytes is not None:
-                limit = self._limit_bytes // self.executor.shares
-                half = max(need, min(half, limit))
-                if need > limit:
-                    ledger.keep_site(
-                        plan.site, "no-room", "a call needs more than tilescale.heap_bytes allows: the original ops run"
-                    )
-                    return None
-            self._grow(half, channel)
+        channel = None if self.executor.runs_ahead else self._channel(plan.site)
         if torch.is_grad_enabled():  # compiled code runs without, as a rule
             with torch.no_grad():
                 return self.executor.run(template, channel, plan, args, memo)
@@ -242,19 +234,35 @@ class GroupState:
 
     def _memo(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> Memo:
         """What launches of this site with this layout share; it is looked up at every launch."""
-        memos = self._memos.setdefault(plan.site, {})
         key = _layout(args)
-        memo = memos.get(key)
-        if memo is None:
-            if len(memos) >= _MAX_LAYOUTS and self.executor.settle():
-                for old in list(memos)[: _MAX_LAYOUTS // 2]:
-                    del memos[old]
-            memo = memos[key] = Memo(template.scratch_bytes(plan, len(self.ranks), *args))
-            if memo.need < 0:
-                ledger.keep_site(
-                    plan.site, "unsupported", "no kernel serves the sizes of this call: the original ops run"
-                )
+        memos = self._memos.get(plan.site)
+        memo = None if memos is None else memos.get(key)
+        if memo is not None:
+            return memo
+        memos = self._memos.setdefault(plan.site, {})
+        if len(memos) >= _MAX_LAYOUTS and self.executor.settle():
+            for old in list(memos)[: _MAX_LAYOUTS // 2]:
+                del memos[old]
+        memo = memos[key] = Memo(template.scratch_bytes(plan, len(self.ranks), *args))
+        if memo.need < 0:
+            ledger.keep_site(plan.site, "unsupported", "no kernel serves the sizes of this call: the original ops run")
         return memo
+
+    def _has_room(self, need: int, site: str) -> bool:
+        """Grow the arenas for a call that needs so many bytes; False if no kernel serves it (it is negative), or it is too much."""
+        assert self.heap is not None
+        if need < 0:
+            return False
+        half = max(need, self.heap.half_bytes * 3 // 2)
+        if self._limit_bytes is not None:
+            limit = self._limit_bytes // self.executor.shares
+            half = max(need, min(half, limit))
+            if need > limit:
+                reason = "a call needs more than tilescale.heap_bytes allows: the original ops run"
+                ledger.keep_site(site, "no-room", reason)
+                return False
+        self._grow(half, self._channel(site))
+        return True
 
     def _grow(self, half_bytes: int, channel: HostChannel) -> None:
         """Replace the arenas of all ranks by larger ones, in the middle of an op; every rank does so in the same epoch."""
@@ -388,12 +396,17 @@ def _layout(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Shapes and strides of an op's arguments: tensors, lists of tensors, or sizes."""
     layout: list[Any] = []
     for value in args:
-        if isinstance(value, (list, tuple)):
-            layout.append(len(value))
+        if value.__class__ is list:  # as a rule
             for item in value:
-                layout += (None, None) if item is None else (item.shape, item.stride())
+                if item is None:
+                    layout.append(None)
+                else:
+                    layout += item.shape, item.stride()
+            layout.append(len(value))
         elif isinstance(value, torch.Tensor):
             layout += value.shape, value.stride()
+        elif isinstance(value, tuple):
+            layout += _layout(value), len(value)
         else:
             layout.append(value)
     return tuple(layout)

@@ -36,24 +36,17 @@ _HEARSAY_S = 5 * _LOOK_EVERY_S  # a few rounds of the other rank's watchdog
 _TIMED = (5, 10, 20, 40, 80)
 
 
-class _Channel(HostChannel):
-    """Without the site's name: peers learn of a wrong site from the kernel's record, and this runs at every launch."""
-
-    def enter(self) -> None:
-        if self.words.enter(self.epoch, ""):
-            self.check()
-
-
 class _Site(Site):
     """A site of the executor's groups, with a stopwatch: a few launches are timed by CUDA events, without waiting for them."""
 
-    __slots__ = ("launches", "name", "pending")
+    __slots__ = ("launches", "name", "pending", "watched")
 
     def __init__(self, number: int, name: str) -> None:
         super().__init__(number)
         self.name = name
         self.launches = 0
         self.pending: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.watched = True  # there are launches to time, or times to read
 
     def due(self) -> bool:
         """Count a launch; True if it is one to time."""
@@ -62,6 +55,7 @@ class _Site(Site):
             first, last = self.pending
             self.pending = None
             ledger.measured(self.name, first.elapsed_time(last) * 1e3)
+        self.watched = self.pending is not None or self.launches <= _TIMED[-1]
         return self.pending is None and self.launches in _TIMED
 
 
@@ -112,11 +106,18 @@ class NvlinkExecutor:
         heap.retire(keep=[link.memory for link in self._links])
         _watchdog.watch(self)
 
+    def enter(self, heap: GroupHeap, epoch: int, site: str) -> bool:
+        """Without the site's name: peers learn of a wrong site from the kernel's record, and this runs at every launch."""
+        for link in self._links:
+            if link.record_word.value:
+                return True
+        return heap.entry(epoch) != 0
+
     def channel(self, heap: GroupHeap, ranks: tuple[int, ...], epoch: int, site: str, timeout_s: float) -> HostChannel:
-        return _Channel(heap, ranks, epoch, site, timeout_s)
+        return HostChannel(heap, ranks, epoch, site, timeout_s)
 
     def run(
-        self, template: Template, channel: HostChannel, plan: Plan, args: tuple[Any, ...], memo: Memo
+        self, template: Template, channel: HostChannel | None, plan: Plan, args: tuple[Any, ...], memo: Memo
     ) -> list[torch.Tensor]:
         assert self.link is not None
         site = memo.kept
@@ -125,7 +126,7 @@ class NvlinkExecutor:
             self._sites[number] = plan.site
             site = memo.kept = _Site(number, plan.site)
         call = self.link.open(site)
-        if call.captured or not site.due():
+        if not site.watched or call.captured or not site.due():
             return template.run(call, plan, *args)
         first = _event()
         outputs = template.run(call, plan, *args)

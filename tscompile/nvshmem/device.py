@@ -138,6 +138,7 @@ class NvlinkHeap:
         self.provider_reason = ""
         self._facts = facts
         self._control = ShmHeap(rank, size)
+        self.entry = self._control.entry
         self._memory: DeviceMemory | None = None
         self._old: list[DeviceMemory] = []
         if providers is None:

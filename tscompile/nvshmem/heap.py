@@ -15,7 +15,7 @@ epoch in between, so every peer has entered that one, and therefore has finished
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -59,14 +59,18 @@ class DowngradedError(Exception):
 
 
 class HostWords(Protocol):
-    """What the ranks of a group tell each other through shared host memory, beside their data."""
+    """What the ranks of a group tell each other through shared host memory, beside their data.
+
+    `entry` is `enter` for those whose site nobody will ask for, as one native call: it takes the epoch.
+    """
 
     rank: int
     size: int
+    entry: Callable[[int], int]
 
     def enter(self, epoch: int, name: str) -> bool:
-        """Say that this rank has entered `epoch` at the site `name` ("" if nobody will ask). True if the group was aborted, or
-        runs the original ops of this epoch."""
+        """Say that this rank has entered `epoch` at the site `name`. True if the group was aborted, or runs the original ops of
+        this epoch."""
         ...
 
     def entered(self, peer: int) -> int:
@@ -168,11 +172,6 @@ class HostChannel:
         self.epoch = epoch
         self.site = site
         self.timeout_s = timeout_s
-
-    def enter(self) -> None:
-        """Announce the epoch to the peers, then leave if the group has been downgraded or aborted."""
-        if self.words.enter(self.epoch, self.site):
-            self.check()
 
     def check(self) -> None:
         """Raise DowngradedError or PeerError if the group will not finish this epoch."""

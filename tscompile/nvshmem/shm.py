@@ -189,6 +189,7 @@ class ShmHeap:
         self._typed: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._signals.store(own.address + _DOWNGRADE, _NEVER)
         self._own = own.address
+        self.entry = self._signals.entry(self._own + _ENTERED, self._own + _ABORT, self._own + _DOWNGRADE)
         self._spin_ns = _SPIN_NS if size <= len(os.sched_getaffinity(0)) else 0
 
     @property
@@ -285,7 +286,7 @@ class ShmHeap:
         if name:
             text = name.encode()[: _SITE_BYTES - 1] + b"\0"
             ctypes.memmove(own + _SITES + (epoch & 1) * _SITE_BYTES, text, len(text))
-        return self._signals.enter(own + _ENTERED, epoch, own + _ABORT, own + _DOWNGRADE)
+        return bool(self.entry(epoch))
 
     def entered(self, peer: int) -> int:
         return self._signals.load(self._address(peer) + _ENTERED)

@@ -30,11 +30,17 @@ void tsc_store(int64_t *word, int64_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
 
-/* Say that this rank has entered `epoch`; returns 1 if the group was aborted, or runs the original ops from that epoch on. */
-int tsc_enter(int64_t *entered, int64_t epoch, const int64_t *abort_word, const int64_t *downgrade) {
-  tsc_store(entered, epoch);
+/* What tsc_enter takes: an epoch, and the words that hold the epoch entered last, the abort, and the first epoch of the original ops. */
+struct entry {
+  int64_t epoch, *entered;
+  const int64_t *abort_word, *downgrade;
+};
+
+/* Say that this rank has entered the epoch; returns 1 if the group was aborted, or runs the original ops from that epoch on. */
+int tsc_enter(const struct entry *e) {
+  tsc_store(e->entered, e->epoch);
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  return __atomic_load_n(abort_word, __ATOMIC_ACQUIRE) != 0 || __atomic_load_n(downgrade, __ATOMIC_ACQUIRE) <= epoch;
+  return __atomic_load_n(e->abort_word, __ATOMIC_ACQUIRE) != 0 || __atomic_load_n(e->downgrade, __ATOMIC_ACQUIRE) <= e->epoch;
 }
 
 /* The full fence orders non-temporal stores of memcpy and matmul kernels before the flag. */

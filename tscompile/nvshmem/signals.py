@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 from . import native
+
+
+class _Entry(ctypes.Structure):
+    """What tsc_enter takes."""
+
+    _fields_: ClassVar = [
+        ("epoch", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("entered", "abort", "downgrade")),
+    ]
 
 
 class SignalLibrary:
@@ -18,7 +28,9 @@ class SignalLibrary:
         address, number = ctypes.c_void_p, ctypes.c_int64
         library.tsc_load.argtypes, library.tsc_load.restype = [address], number
         library.tsc_store.argtypes, library.tsc_store.restype = [address, number], None
-        library.tsc_enter.argtypes = [address, number, address, address]
+        # It never blocks, so it need not give up the GIL; and it takes a ctypes object, which needs no conversion. Either takes as
+        # long as the call.
+        self._enter = ctypes.PyDLL(str(path)).tsc_enter
         library.tsc_signal.argtypes, library.tsc_signal.restype = [address, number, number, number], None
         library.tsc_wait.argtypes = [address, address, address, number, number, number, number, number]
         library.tsc_wait.restype = ctypes.c_int
@@ -32,9 +44,17 @@ class SignalLibrary:
     def store(self, word: int, value: int) -> None:
         self._library.tsc_store(word, value)
 
-    def enter(self, entered: int, epoch: int, abort: int, downgrade: int) -> bool:
-        """Store the epoch; True if the group has ended, or runs the original ops of it."""
-        return bool(self._library.tsc_enter(entered, epoch, abort, downgrade))
+    def entry(self, entered: int, abort: int, downgrade: int) -> Callable[[int], int]:
+        """A function that stores an epoch in the word `entered`; not 0 if the group has ended, or runs the original ops of it. For one
+        thread at a time."""
+        words = _Entry(0, entered, abort, downgrade)
+        native, pointer = self._enter, ctypes.byref(words)
+
+        def enter(epoch: int) -> int:
+            words.epoch = epoch
+            return cast(int, native(pointer))
+
+        return enter
 
     def signal(self, flag: int, epoch: int, site: int, payload: int) -> None:
         self._library.tsc_signal(flag, epoch, site, payload)

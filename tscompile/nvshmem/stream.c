@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 typedef int (*copy_fn)(uint64_t dst, uint64_t src, size_t bytes, void *stream);
 typedef int (*copy2d_fn)(const void *what, void *stream);
@@ -51,7 +52,7 @@ struct copy2d {
     size_t dst_pitch, width, height;
 };
 enum { MEMORY_DEVICE = 2, DISABLE_TIMING = 2, MAX_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2 };
-enum { MAX_RANK = 5, MAX_MAPS = 12, MAX_PARAMETERS = 64, MAP_BYTES = 128, BAD_STEP = -1, BAD_KERNEL = -2 };
+enum { QUEUES = 3, MAX_RANK = 5, MAX_MAPS = 12, MAX_PARAMETERS = 64, MAP_BYTES = 128, BAD_STEP = -1, BAD_KERNEL = -2 };
 
 /* Arguments of cuTensorMapEncodeTiled: `tensor` and `dims` are indices of values, innermost first; the stride of size d + 1 is the
  * product of the values at `strides[d]`, of which -1 ends the list, times the bytes of an item. */
@@ -67,18 +68,32 @@ struct map {
 struct kernel {
     void *function;
     uint32_t grid, threads, shared;
-    int32_t maps, parameters;
+    int32_t values, maps, parameters;
     int32_t parameter[MAX_PARAMETERS];
     struct map map[MAX_MAPS];
 };
 
-/* One step. `stream` and `event` index the tables passed along with the steps. */
+/* A map that a launch has made, and what it was made of. One for each map of the kernel stands behind its values, from the next multiple
+ * of 64 bytes: weights and slots never move, and other operands often lie where they lay, so few maps are made anew. */
+struct made {
+    _Alignas(64) char map[MAP_BYTES];
+    uint64_t address, dims[MAX_RANK], strides[MAX_RANK];
+};
+
+/* One step. `stream` and `event` index the tables passed along with the steps. `word` is the address of a word whose value counts instead
+ * of `src` (of a copy) or `value`, 0 if there is none: one store changes many steps. */
 struct step {
     int32_t kind, stream;
     uint64_t dst, src, bytes, rows, dst_pitch, src_pitch;
     uint32_t value, event;
+    uint64_t word;
 };
 enum { COPY, COPY_ROWS, WRITE, RECORD, AWAIT, LAUNCH };
+
+/* The streams and events that steps name by number. */
+struct queues {
+    void *streams[QUEUES], *events[QUEUES];
+};
 
 /* 0 if the driver is there and complete. */
 int tsc_stream_load(void) {
@@ -102,10 +117,12 @@ int tsc_stream_load(void) {
 }
 
 /* For the test that stream.py mirrors the structs. */
-void tsc_stream_sizes(uint64_t sizes[3]) {
+void tsc_stream_sizes(uint64_t sizes[5]) {
     sizes[0] = sizeof(struct step);
     sizes[1] = sizeof(struct map);
     sizes[2] = sizeof(struct kernel);
+    sizes[3] = sizeof(struct made);
+    sizes[4] = sizeof(struct queues);
 }
 
 /* A new event without timing, 0 if there is no context or no memory. */
@@ -132,42 +149,57 @@ int tsc_load_kernel(const void *cubin, const char *name, uint32_t shared, void *
     return rc;
 }
 
-static int launch(const struct kernel *k, uint64_t *values, void *stream) {
+/* The map `m` of what `values` hold, in `made`; returns 0 or the CUresult. */
+static int make_map(const struct map *m, const uint64_t *values, struct made *made) {
     static const uint32_t dense[MAX_RANK] = {1, 1, 1, 1, 1};
-    _Alignas(64) char maps[MAX_MAPS][MAP_BYTES];
+    uint64_t address = values[m->tensor], dims[MAX_RANK] = {0}, strides[MAX_RANK] = {0};
+    for (int d = 0; d < m->rank; ++d) {
+        dims[d] = values[m->dims[d]];
+        strides[d] = m->item_bytes;
+        for (int f = 0; f < MAX_RANK && m->strides[d][f] >= 0; ++f) strides[d] *= values[m->strides[d][f]];
+    }
+    if (made->address && made->address == address && !memcmp(made->dims, dims, sizeof dims) &&
+        !memcmp(made->strides, strides, sizeof strides))
+        return 0;
+    made->address = 0;
+    int rc = encode_map(made->map, m->dtype, (uint32_t)m->rank, address, dims, strides, m->box, dense, m->interleave, m->swizzle,
+                        m->promotion, m->fill);
+    if (rc) return rc;
+    made->address = address;
+    memcpy(made->dims, dims, sizeof dims);
+    memcpy(made->strides, strides, sizeof strides);
+    return 0;
+}
+
+static int launch(const struct kernel *k, uint64_t *values, void *stream) {
+    const uintptr_t align = _Alignof(struct made);
+    struct made *made = (struct made *)(((uintptr_t)(values + k->values) + align - 1) / align * align);
     void *parameters[MAX_PARAMETERS];
     if (k->maps > MAX_MAPS || k->parameters > MAX_PARAMETERS) return BAD_KERNEL;
     for (int i = 0; i < k->maps; ++i) {
-        const struct map *m = k->map + i;
-        uint64_t dims[MAX_RANK], strides[MAX_RANK];
-        for (int d = 0; d < m->rank; ++d) {
-            dims[d] = values[m->dims[d]];
-            strides[d] = m->item_bytes;
-            for (int f = 0; f < MAX_RANK && m->strides[d][f] >= 0; ++f) strides[d] *= values[m->strides[d][f]];
-        }
-        int rc = encode_map(maps[i], m->dtype, (uint32_t)m->rank, values[m->tensor], dims, strides, m->box, dense, m->interleave,
-                            m->swizzle, m->promotion, m->fill);
+        int rc = make_map(k->map + i, values, made + i);
         if (rc) return rc;
     }
     for (int i = 0; i < k->parameters; ++i)
-        parameters[i] = k->parameter[i] < 0 ? (void *)maps[-1 - k->parameter[i]] : (void *)(values + k->parameter[i]);
+        parameters[i] = k->parameter[i] < 0 ? (void *)made[-1 - k->parameter[i]].map : (void *)(values + k->parameter[i]);
     return launch_kernel(k->function, k->grid, 1, 1, k->threads, 1, 1, k->shared, stream, parameters, 0);
 }
 
 /* Issue n steps in order; returns 0, or the number of the step that failed, from 1, above the 32 bits of its CUresult. */
-int64_t tsc_issue(const struct step *steps, int n, void *const *streams, void *const *events) {
+int64_t tsc_issue(const struct step *steps, int n, const struct queues *queues) {
     for (int i = 0; i < n; ++i) {
         const struct step *s = steps + i;
-        void *stream = streams[s->stream];
+        void *stream = queues->streams[s->stream];
+        const uint64_t *word = (const uint64_t *)s->word;
         int rc = 0;
         switch (s->kind) {
         case COPY:
-            rc = copy_async(s->dst, s->src, s->bytes, stream);
+            rc = copy_async(s->dst, word ? *word : s->src, s->bytes, stream);
             break;
         case COPY_ROWS: {
             struct copy2d c = {0};
             c.src_type = c.dst_type = MEMORY_DEVICE;
-            c.src_device = s->src;
+            c.src_device = word ? *word : s->src;
             c.dst_device = s->dst;
             c.src_pitch = s->src_pitch;
             c.dst_pitch = s->dst_pitch;
@@ -177,13 +209,13 @@ int64_t tsc_issue(const struct step *steps, int n, void *const *streams, void *c
             break;
         }
         case WRITE:
-            rc = write_value(stream, s->dst, s->value, 0);
+            rc = write_value(stream, s->dst, word ? (uint32_t)*word : s->value, 0);
             break;
         case RECORD:
-            rc = event_record(events[s->event], stream);
+            rc = event_record(queues->events[s->event], stream);
             break;
         case AWAIT:
-            rc = stream_wait(stream, events[s->event], 0);
+            rc = stream_wait(stream, queues->events[s->event], 0);
             break;
         case LAUNCH:
             rc = launch((const struct kernel *)s->src, (uint64_t *)s->dst, stream);

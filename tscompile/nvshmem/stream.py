@@ -11,6 +11,7 @@ from ..errors import HeapError
 from . import native
 
 COPY, COPY_ROWS, WRITE, RECORD, AWAIT, LAUNCH = range(6)
+QUEUES = 3
 MAX_RANK, MAX_MAPS, MAX_PARAMETERS = 5, 12, 64
 
 
@@ -20,7 +21,8 @@ class Step(ctypes.Structure):
     COPY: `bytes` from `src` to `dst`. COPY_ROWS: `rows` rows of `bytes`, `src_pitch` and `dst_pitch` bytes apart.
     WRITE: `value` (32 bits) to address `dst`, after all earlier work of the stream.
     RECORD: event number `event`. AWAIT: the event. LAUNCH: the NativeKernel at address `src` with the values at address `dst`.
-    `stream` is the number of the stream that the step is issued on.
+    `stream` is the number of the stream that the step is issued on. `word`, if not 0, is the address of a 64-bit word that is read when
+    the step is issued, and counts instead of `src` of a copy or of `value`.
     """
 
     _fields_: ClassVar = [
@@ -34,6 +36,7 @@ class Step(ctypes.Structure):
         ("src_pitch", ctypes.c_uint64),
         ("value", ctypes.c_uint32),
         ("event", ctypes.c_uint32),
+        ("word", ctypes.c_uint64),
     ]
 
 
@@ -50,35 +53,57 @@ class NativeMap(ctypes.Structure):
 
 
 class NativeKernel(ctypes.Structure):
-    """A loaded kernel and how its parameters are made of values: parameter i is value i, or map -1 - i if negative."""
+    """A loaded kernel and how its parameters are made of values: parameter i is value i, or map -1 - i if negative.
+
+    Behind the `values` of a launch there is room for the maps that are made of them: ALIGN_WORDS of 64 bits, and MADE_WORDS for each.
+    """
 
     _fields_: ClassVar = [
         ("function", ctypes.c_void_p),
         *((name, ctypes.c_uint32) for name in ("grid", "threads", "shared")),
-        ("maps", ctypes.c_int32),
-        ("parameters", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("values", "maps", "parameters")),
         ("parameter", ctypes.c_int32 * MAX_PARAMETERS),
         ("map", NativeMap * MAX_MAPS),
     ]
 
 
-Steps = ctypes.Array[Step]
+class Queues(ctypes.Structure):
+    """The streams and events that steps name by number."""
+
+    _fields_: ClassVar = [("streams", ctypes.c_void_p * QUEUES), ("events", ctypes.c_void_p * QUEUES)]
+
+
+MADE_WORDS, ALIGN_WORDS = 32, 7
 Values = ctypes.Array[ctypes.c_uint64]
+
+
+class Steps:
+    """Steps in one block of memory, and the arguments that name it in the native call."""
+
+    __slots__ = ("count", "items", "pointer")
+
+    def __init__(self, items: ctypes.Array[Step]) -> None:
+        self.items = items
+        self.pointer, self.count = ctypes.c_void_p(ctypes.addressof(items)), ctypes.c_int(len(items))
 
 
 class Driver:
     """The native calls.
 
+    Args:
+        path: what was built of stream.c.
+
     Raises:
-        HeapError: no C compiler, or no CUDA driver.
+        HeapError: no CUDA driver.
     """
 
-    def __init__(self) -> None:
-        library = ctypes.CDLL(str(native.build(Path(__file__).with_name("stream.c"), ("-ldl",))))
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
         library.tsc_event.restype = ctypes.c_void_p
         library.tsc_event_done.argtypes = [ctypes.c_void_p]
-        library.tsc_issue.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
-        library.tsc_issue.restype = ctypes.c_int64
+        library.tsc_issue.restype = (
+            ctypes.c_int64
+        )  # takes ctypes objects: to convert arguments takes as long as the call
         library.tsc_load_kernel.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint32, ctypes.c_void_p]
         if library.tsc_stream_load():
             raise HeapError("the CUDA driver (libcuda.so.1) cannot be loaded: install NVIDIA's driver")
@@ -117,25 +142,30 @@ class Driver:
             raise HeapError(f"CUDA cannot load the kernel {name} (CUresult {result}): update NVIDIA's driver")
         return int(function.value or 0)
 
-    def issue(
-        self, steps: Steps, streams: ctypes.Array[ctypes.c_void_p], events: ctypes.Array[ctypes.c_void_p]
-    ) -> None:
-        """Issue all steps, in order.
+    def issue(self, steps: Steps, queues: ctypes.c_void_p) -> None:
+        """Issue all steps, in order; `queues` points to the Queues that they name.
 
         Raises:
             HeapError: the driver refused a step.
         """
-        result = self._issue(steps, len(steps), streams, events)
+        result = self._issue(steps.pointer, steps.count, queues)
         if result:
             number, code = result >> 32, result & 0xFFFFFFFF
-            kind = ("copy", "copy", "flag", "event", "wait", "kernel")[steps[number - 1].kind]
-            raise HeapError(f"CUDA refused a {kind} of a fused op (step {number} of {len(steps)}: CUresult {code})")
+            kind = ("copy", "copy", "flag", "event", "wait", "kernel")[steps.items[number - 1].kind]
+            raise HeapError(
+                f"CUDA refused a {kind} of a fused op (step {number} of {len(steps.items)}: CUresult {code})"
+            )
 
 
 @lru_cache(maxsize=1)
 def load() -> Driver:
-    return Driver()
+    """The native calls of this process.
+
+    Raises:
+        HeapError: no C compiler, or no CUDA driver.
+    """
+    return Driver(native.build(Path(__file__).with_name("stream.c"), ("-ldl",)))
 
 
 def steps_of(*steps: Step) -> Steps:
-    return (Step * len(steps))(*steps)
+    return Steps((Step * len(steps))(*steps))

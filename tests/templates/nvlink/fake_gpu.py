@@ -16,12 +16,25 @@ import torch
 from tscompile.language.launch_spec import LaunchSpec, launch_spec
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
-from tscompile.templates.nvlink import channel
+from tscompile.problem import Gemm
+from tscompile.templates.nvlink import channel, gemm_reduce, widths
 from tscompile.templates.nvlink.channel import DeviceLink
 from tscompile.templates.nvlink.launch import Kernel
+from tscompile.templates.nvlink.sums import SumPlan, pull_plan
 
 SLOT_BYTES = 1 << 22
 SERVICE = LaunchSpec("service_kernel", 1, 32, 0, {}, ("context", "ack", "epoch", "site"), ())
+
+
+def large_forms(patch: pytest.MonkeyPatch) -> None:
+    """What large ops do, of any size: the copy engine sends shards, and sums are pulled."""
+
+    def pulled(gemms: Sequence[Gemm], ranks: int, outer: int, all_reduce: bool) -> SumPlan:
+        k = sum(gemm.k for gemm in gemms)
+        return pull_plan(gemms[0].m, gemms[0].n, k, ranks, 1 if all_reduce else ranks * outer, all_reduce)
+
+    patch.setattr(gemm_reduce, "terms_plan", pulled)
+    patch.setattr(widths, "pushes", lambda *_: False)
 
 
 class FakeMemory:
@@ -94,10 +107,15 @@ class FakeDriver:
         assert event is not None and (event - 101) % 3 == channel.DONE  # three events a link
         return self.done
 
-    def issue(self, steps: Any, streams: Any, events: Any) -> None:
+    def issue(self, steps: stream.Steps, queues: Any) -> None:
         names = [name for name, _ in stream.Step._fields_]
-        self.issued += [{name: int(getattr(step, name)) for name in names} for step in steps]
-        for step in steps:
+        found = [stream.Step.from_buffer_copy(step) for step in steps.items]
+        for step in found:
+            if step.word:
+                word = ctypes.c_uint64.from_address(step.word).value
+                setattr(step, "value" if step.kind == stream.WRITE else "src", word)
+        self.issued += [{name: int(getattr(step, name)) for name in names} for step in found]
+        for step in found:
             if step.kind in (stream.COPY, stream.COPY_ROWS) and step.stream == channel.MAIN:
                 self._copy(step)
             if step.kind == stream.LAUNCH:

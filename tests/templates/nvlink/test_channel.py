@@ -13,7 +13,8 @@ from tscompile.language import context
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.nvshmem.stream import Step
-from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, DONE, FLAGS, MAIN, SIDE, Call, Record, Site
+from tscompile.templates.nvlink.call import EPOCH, SOURCE, Call
+from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, DONE, FLAGS, MAIN, SIDE, Record, Site
 from tscompile.templates.nvlink.lasting import lasting, lasting_tables
 
 from .fake_gpu import SLOT_BYTES, Gpu
@@ -118,18 +119,17 @@ def test_steps_around_a_call(gpu: Gpu) -> None:
     fork, join = [(stream.RECORD, MAIN), (stream.AWAIT, SIDE)], [(stream.RECORD, SIDE), (stream.AWAIT, MAIN)]
     alone = Call(eager, [launch], [], [])
     assert kinds(gpu, alone) == [(stream.LAUNCH, MAIN), (stream.RECORD, MAIN)]
-    assert alone.copies == alone.flags == []
     side = [copy, eager.signal_step(3, 2), copy, eager.signal_step(0, 2)]
     both = Call(eager, [Step(kind=stream.COPY, stream=MAIN), launch], side, [])
     sends = [(stream.COPY, SIDE), (stream.WRITE, SIDE)] * 2
     main = [(stream.COPY, MAIN), (stream.LAUNCH, MAIN)]
     assert kinds(gpu, both) == [*fork, *sends, *main, *join, (stream.RECORD, MAIN)]
-    for number, step in enumerate([*both.copies, *both.flags]):
-        step.src, step.value = 70 + number, 80 + number
-    gpu.driver.issued.clear()
-    gpu.link.issue(both.steps)
-    assert [step["src"] for step in gpu.driver.issued if step["kind"] == stream.COPY] == [70, 71, 72]
-    assert [step["value"] for step in gpu.driver.issued if step["kind"] == stream.WRITE] == [83, 84]
+    for source, epoch in ((70, 5), (1 << 50, -3)):
+        both.words[SOURCE], both.words[EPOCH] = source, epoch
+        gpu.driver.issued.clear()
+        gpu.link.issue(both.steps)
+        assert [step["src"] for step in gpu.driver.issued if step["kind"] == stream.COPY] == [source] * 3
+        assert [step["value"] for step in gpu.driver.issued if step["kind"] == stream.WRITE] == [epoch % 2**32] * 2
 
 
 def test_a_captured_call_opens_first_and_leaves_the_watchdogs_event(gpu: Gpu) -> None:
@@ -137,8 +137,10 @@ def test_a_captured_call_opens_first_and_leaves_the_watchdogs_event(gpu: Gpu) ->
     captured = gpu.link.open(Site(6))
     copy = Step(kind=stream.COPY, stream=SIDE)
     call = Call(captured, [], [copy, captured.signal_step(3, 2)], [])
-    assert call.flags == [] and len(call.copies) == 1
+    call.words[SOURCE], call.words[EPOCH] = 70, 80
     gpu.link.issue(call.steps)
+    cell = gpu.link.contexts[3][context.EPOCH_CELL].item()
+    assert [step["src"] for step in gpu.driver.issued if step["kind"] == stream.COPY] == [70, cell]
     events = (stream.RECORD, stream.AWAIT)
     assert [step["kind"] for step in gpu.driver.issued] == [stream.LAUNCH, *events, stream.COPY, stream.COPY, *events]
     (opened,) = gpu.driver.launched

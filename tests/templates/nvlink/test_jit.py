@@ -100,11 +100,13 @@ def test_values_and_their_places() -> None:
         kernel.values({"n": 1, "A": 2, "blocks": 3}, {"width"})
     at = {name: values[kernel.place(name)] for name in ("n", "scale", "A", "inner", "blocks", "width")}
     assert at == {"n": 2**64 - 5, "scale": 0x3F000000, "A": 1 << 50, "inner": 3, "blocks": 4, "width": 5}
-    assert kernel.place("unknown") == len(values) - 1 and values[len(values) - 1] == 9
+    spare = len(values) - stream.ALIGN_WORDS - stream.MADE_WORDS  # behind them there is room for the map
+    assert kernel.place("unknown") == spare - 1 and values[spare - 1] == 9 and not any(values[spare:])
     step = kernel.step(values, 1)
     native = stream.NativeKernel.from_address(step.src)
     assert (step.kind, step.stream, step.dst) == (stream.LAUNCH, 1, ctypes.addressof(values))
-    assert (native.function, native.grid, native.threads, native.shared, native.maps) == (77, 132, 384, 1024, 1)
+    assert (native.function, native.grid, native.threads, native.shared) == (77, 132, 384, 1024)
+    assert (native.values, native.maps) == (spare, 1)
     assert list(native.parameter[: native.parameters]) == [kernel.place("n"), -1, kernel.place("scale")]
     described = native.map[0]
     assert [described.dims[i] for i in range(3)] == [kernel.place(name) for name in tensor.dims]
@@ -119,9 +121,12 @@ def test_values_and_their_places() -> None:
 def test_the_native_structs_are_those_of_c() -> None:
     """A mismatch would pass wrong addresses to the GPU."""
     source = Path(stream.__file__).with_name("stream.c")
-    sizes = (ctypes.c_uint64 * 3)()
+    sizes = (ctypes.c_uint64 * 5)()
     ctypes.CDLL(str(native.build(source, ("-ldl",)))).tsc_stream_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(kind) for kind in (stream.Step, stream.NativeMap, stream.NativeKernel)]
+    step, tensor_map, kernel, made, queues = sizes
+    mirrored = (stream.Step, stream.NativeMap, stream.NativeKernel, stream.Queues)
+    assert [step, tensor_map, kernel, queues] == [ctypes.sizeof(kind) for kind in mirrored]
+    assert made == 8 * stream.MADE_WORDS
     limits = f"MAX_RANK = {stream.MAX_RANK}, MAX_MAPS = {stream.MAX_MAPS}, MAX_PARAMETERS = {stream.MAX_PARAMETERS},"
     assert limits in source.read_text()
 

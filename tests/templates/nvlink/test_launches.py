@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,13 +11,13 @@ import torch
 
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES
-from tscompile.problem import GatherUse, Gemm, Plan
+from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
 from tscompile.templates.nvlink import gather_rows, gemm_reduce, widths
 from tscompile.templates.nvlink.channel import ACK, SIDE, Site
-from tscompile.templates.nvlink.sums import SumPlan, pull_plan, push_plans
+from tscompile.templates.nvlink.sums import SumPlan, push_plans
 
-from .fake_gpu import SLOT_BYTES, Gpu, Launched
+from .fake_gpu import SLOT_BYTES, Gpu, Launched, large_forms
 
 BF16 = "bfloat16"
 ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "rows", BF16)
@@ -41,13 +40,7 @@ def run(gpu: Gpu, site: Site, plan: Plan, *args: Any) -> list[torch.Tensor]:
 
 @pytest.fixture
 def pulls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums are pulled, however small."""
-
-    def plan(gemms: Sequence[Gemm], ranks: int, outer: int, all_reduce: bool) -> SumPlan:
-        k = sum(gemm.k for gemm in gemms)
-        return pull_plan(gemms[0].m, gemms[0].n, k, ranks, 1 if all_reduce else ranks * outer, all_reduce)
-
-    monkeypatch.setattr(gemm_reduce, "terms_plan", plan)
+    large_forms(monkeypatch)
 
 
 def random(*shape: int) -> torch.Tensor:

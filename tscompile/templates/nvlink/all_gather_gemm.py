@@ -17,11 +17,13 @@ from torch import Tensor
 from ...nvshmem import stream
 from ...nvshmem.stream import Step, steps_of
 from ...problem import FusionProblem, GatherUse, Plan
+from ..fresh import maker
 from ..template import register_template, torch_dtype
-from .channel import MAIN, SIDE, Call, DeviceChannel, DeviceLink
+from .call import EPOCH, SOURCE, Call
+from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch, block_kernels, block_launches, blocks_of
 from .gather_rows import RowsLaunch, row_uses
-from .operands import aligned_pointer, pointer_of
+from .operands import pointer_of
 from .refusal import gather_refusal, serves_use
 
 
@@ -60,7 +62,7 @@ class NvlinkAllGatherGemm:
             recipe = channel.site.recipe = _Recipe(channel.link, plan, shard, others, biases)
         if shard.dtype is not recipe.dtype or not shard.is_contiguous():
             shard = shard.to(recipe.dtype).contiguous()
-        return recipe.run(channel, plan, aligned_pointer(shard), others, biases)
+        return recipe.run(channel, plan, shard, others, biases)
 
 
 class _Recipe:
@@ -77,6 +79,8 @@ class _Recipe:
         self.link = link
         self.dtype = torch_dtype(plan.dtype)
         self.pieces, self.width = shard.shape
+        self._full = (self.pieces, link.size * self.width)
+        self._new = maker(shard.device)
         uses = row_uses(plan, link.size, shard.shape, others, biases)
         self.rest, self._pushed = uses.rest, uses.pushed
         self.launches: list[RowsLaunch | BlocksLaunch] = [
@@ -138,35 +142,37 @@ class _Recipe:
         if call is None:
             call = self._calls[channel.slot] = self._call(channel)
         source, epoch = shard.data_ptr(), channel.epoch
-        for step in call.copies:
-            step.src = source
-        for step in call.flags:
-            step.value = epoch
-        outputs: list[Tensor | None] = [None] * len(plan.uses)
-        gathered = shard.new_empty((self.pieces, channel.size * self.width)) if plan.return_gathered else None
+        if source % 16:
+            shard = shard.clone()
+            source = shard.data_ptr()
+        call.words[SOURCE], call.words[EPOCH] = source, epoch
+        outputs: list[Any] = [None] * len(plan.uses)
+        new, dtype = self._new, self.dtype
+        gathered = new(self._full, (self._full[1], 1), dtype) if plan.return_gathered else None
         alive: list[Tensor] = []  # copies of operands, until the kernels are enqueued
-        for launch, values in zip(self.launches, call.values, strict=True):
+        for number, launch in enumerate(self.launches):
+            values = call.values[number]
             values[launch.shard], values[launch.epoch] = source, epoch
             if gathered is not None:
                 values[launch.gathered] = gathered.data_ptr()
             for index, width, weight, result, bias in launch.operands:
-                values[weight] = pointer_of(others[index], launch.transposed, alive)
-                out = outputs[index] = shard.new_empty((launch.rows, width))
+                values[weight] = pointer_of(others[index], launch.transposed, alive, launch.lies)
+                out = outputs[index] = new((launch.rows, width), (width, 1), dtype)
                 values[result] = out.data_ptr()
                 added = biases[index]
                 if added is not None:
-                    alive.append(added.to(self.dtype))
+                    alive.append(added.to(dtype))
                     values[bias] = pointer_of(alive[-1], False, alive)
         channel.link.issue(call.steps)
         if self.rest:
-            full = (self.pieces, channel.size * self.width)
-            source_tensor = gathered if gathered is not None else channel.view(full, self.dtype)
+            source_tensor = gathered if gathered is not None else channel.view(self._full, dtype)
             for index in self.rest:
                 outputs[index] = _multiply(plan.uses[index], source_tensor, others[index], biases[index])
             if channel.captured:
                 self._acknowledge(channel)
-        found = [output for output in outputs if output is not None]
-        return found if gathered is None else [*found, gathered]
+        if gathered is not None:
+            outputs.append(gathered)
+        return outputs
 
     def _acknowledge(self, channel: DeviceChannel) -> None:
         """Tell the peers that this captured call has read its slot."""

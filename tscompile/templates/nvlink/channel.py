@@ -17,7 +17,7 @@ import torch
 from ...language import context
 from ...nvshmem import stream
 from ...nvshmem.device import CONTROL_BYTES, SLOTS
-from ...nvshmem.stream import Step, Steps, Values, steps_of
+from ...nvshmem.stream import Queues, Step, Steps, steps_of
 from .kernels.config import DATA_FLAGS
 from .lasting import lasting
 from .launch import Kernel
@@ -30,6 +30,9 @@ ACK = FLAGS - 64  # first flag that tells a rank that a peer has read its slot; 
 MAIN, SIDE, ALARM = 0, 1, 2  # streams of a step
 FORK, JOIN, DONE = 0, 1, 2  # events
 _STUCK_S = 2.0
+# Small sums pull into memory that their link keeps: they are those whose host has no time to lose, and an allocation takes as long as a
+# call of the driver.
+LANDING_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,13 @@ class DeviceLink:
         self.opener, self.closer = opener, closer
         self.side = torch.cuda.Stream(priority=-1)
         self._alarm = torch.cuda.Stream(priority=-1)
-        self._events = (ctypes.c_void_p * 3)(*(self.driver.event() for _ in range(3)))
-        self._streams = (ctypes.c_void_p * 3)(0, self.side.cuda_stream, self._alarm.cuda_stream)
+        self._queues = Queues(
+            (0, self.side.cuda_stream, self._alarm.cuda_stream), tuple(self.driver.event() for _ in range(3))
+        )
+        self._queues_pointer = ctypes.c_void_p(ctypes.addressof(self._queues))
+        # torch.cuda.current_stream() takes ten times as long.
+        self._raw_stream = torch._C._cuda_getCurrentRawStream
+        self._is_capturing = torch._C._cuda_isCurrentStreamCapturing
         self.record = lasting(lambda: torch.zeros(8, dtype=torch.int64).pin_memory(), self.device)
         # Claims of a kernel, for eager and for captured calls; epochs of tiles that landed, for each slot.
         self.counters = [self._words(16) for _ in range(2)]
@@ -98,12 +106,14 @@ class DeviceLink:
         self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
         self.landed_addresses = [tensor.data_ptr() for tensor in self.landed]
         self._after_last = steps_of(Step(kind=stream.AWAIT, stream=MAIN, event=DONE))
-        self._record = ctypes.c_int64.from_address(self.record.data_ptr())
+        self.record_word = ctypes.c_int64.from_address(self.record.data_ptr())
         self._stuck_at = 0
         self._stuck_since = 0.0
         self._eager = 0
         self._captured = 0
-        self._last_stream: int | None = None
+        self._current = 0  # stream of the last call
+        self._last_stream: int | None = None  # that of the last eager one
+        self._landing: torch.Tensor | None = None
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self.pinned: list[Any] = []  # recipes whose tables a captured graph reads
 
@@ -131,24 +141,32 @@ class DeviceLink:
         )
         return lasting(lambda: words.to(self.device), self.device)
 
+    def landing(self) -> int:
+        """Address of LANDING_BYTES that the kernel of an eager call may use while it runs: the calls of a group follow one another."""
+        if self._landing is None:
+            self._landing = lasting(
+                lambda: torch.empty(LANDING_BYTES, dtype=torch.uint8, device=self.device), self.device
+            )
+        return self._landing.data_ptr()
+
     def _words(self, count: int) -> torch.Tensor:
         return lasting(lambda: torch.zeros(count, dtype=torch.int32, device=self.device), self.device)
 
     def open(self, site: Site) -> DeviceChannel:
         """The next call of the group on the current stream."""
-        current = torch._C._cuda_getCurrentRawStream(self._index)  # torch.cuda.current_stream() takes ten times as long
-        self._streams[MAIN] = current
-        if torch._C._cuda_isCurrentStreamCapturing():
+        current = self._raw_stream(self._index)
+        if current != self._current:
+            self._queues.streams[MAIN] = self._current = current
+        if self._is_capturing():
             self._captured += 1
-            return DeviceChannel(self, 2 + (self._captured & 1), 0, site, True)
+            return DeviceChannel(self, 2 + (self._captured & 1), 0, site)
         if self._last_stream != current:
             if self._last_stream is not None:  # calls of a group follow one another, also across streams
                 self.issue(self._after_last)
             self._last_stream = current
-        self._eager += 1
+        self._eager = number = self._eager + 1
         # Kernels take an int32 and compare modulo 2**32, so all 32 bits must count on.
-        epoch = ((self._eager + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-        return DeviceChannel(self, self._eager & 1, epoch, site, False)
+        return DeviceChannel(self, number & 1, ((number + (1 << 31)) & 0xFFFFFFFF) - (1 << 31), site)
 
     @property
     def was_captured(self) -> bool:
@@ -156,7 +174,7 @@ class DeviceLink:
         return self._captured > 0
 
     def issue(self, steps: Steps) -> None:
-        self.driver.issue(steps, self._streams, self._events)
+        self.driver.issue(steps, self._queues_pointer)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Give later waits of kernels another bound, in seconds."""
@@ -167,7 +185,7 @@ class DeviceLink:
 
     def has_record(self) -> bool:
         """A kernel of this rank has given up a wait, or seen that another rank did."""
-        return bool(self._record.value)
+        return bool(self.record_word.value)
 
     def read_record(self) -> Record:
         words = self.record.tolist()
@@ -175,7 +193,7 @@ class DeviceLink:
 
     def is_idle(self) -> bool:
         """Nothing that this group has enqueued eagerly is still to run."""
-        return self._eager == 0 or self.driver.is_done(self._events[DONE])
+        return self._eager == 0 or self.driver.is_done(self._queues.events[DONE])
 
     def is_stuck(self) -> bool:
         """The same call has been running for a while."""
@@ -207,14 +225,17 @@ class DeviceLink:
 class DeviceChannel:
     """One call. `epoch` is what kernels add to the slot's epoch cell."""
 
-    __slots__ = ("captured", "epoch", "link", "site", "slot")
+    __slots__ = ("epoch", "link", "site", "slot")
 
-    def __init__(self, link: DeviceLink, slot: int, epoch: int, site: Site, captured: bool) -> None:
+    def __init__(self, link: DeviceLink, slot: int, epoch: int, site: Site) -> None:
         self.link = link
         self.slot = slot
         self.epoch = epoch
         self.site = site
-        self.captured = captured
+
+    @property
+    def captured(self) -> bool:
+        return self.slot >= 2
 
     @property
     def rank(self) -> int:
@@ -250,47 +271,3 @@ class DeviceChannel:
             cell = self.link.address(self.rank, _CELLS + 4 * self.slot)
             return Step(kind=stream.COPY, stream=SIDE, dst=address, src=cell, bytes=4)
         return Step(kind=stream.WRITE, stream=SIDE, dst=address)
-
-
-class Call:
-    """The steps of a site's calls in one slot. Made once; what differs between calls is patched in before they are issued.
-
-    Args:
-        channel: the first of these calls.
-        main: steps of the main stream.
-        side: steps of the copy stream, copies and flags in turn; they start when the main stream gets there, and it waits for them
-            in the end.
-        values: those that LAUNCH steps point at.
-
-    Attributes:
-        copies: steps that copy from the caller's memory. flags: steps that write an epoch; none in a captured call.
-    """
-
-    def __init__(
-        self, channel: DeviceChannel, main: Sequence[Step], side: Sequence[Step], values: list[Values]
-    ) -> None:
-        self.values = values
-        opening, closing = [], []
-        if channel.captured:
-            self._opening = channel.link.opener.values(channel.values())
-            opening = [channel.link.opener.step(self._opening, MAIN)]
-        if side:
-            opening += [
-                Step(kind=stream.RECORD, stream=MAIN, event=FORK),
-                Step(kind=stream.AWAIT, stream=SIDE, event=FORK),
-            ]
-            closing = [
-                Step(kind=stream.RECORD, stream=SIDE, event=JOIN),
-                Step(kind=stream.AWAIT, stream=MAIN, event=JOIN),
-            ]
-        if not channel.captured:  # the watchdog's event belongs to no graph
-            closing.append(Step(kind=stream.RECORD, stream=MAIN, event=DONE))
-        # Sends before kernels that wait: with one hardware queue for all streams, they run in the order of their issue.
-        self.steps = steps_of(*opening, *side, *main, *closing)
-        first, last = len(opening), len(opening) + len(side)
-        sources = [
-            *range(first, last, 2),
-            *(n for n in range(last, last + len(main)) if main[n - last].kind != stream.LAUNCH),
-        ]
-        self.copies = [self.steps[number] for number in sources]
-        self.flags = [] if channel.captured else [self.steps[number] for number in range(first + 1, last, 2)]

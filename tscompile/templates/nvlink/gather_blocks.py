@@ -18,7 +18,7 @@ from .channel import DeviceLink
 from .jit import kernel
 from .kernels.config import BlocksConfig, depth
 from .lasting import lasting_tables
-from .operands import aligned_sizes
+from .operands import aligned_sizes, lies
 from .refusal import block_sizes, serves_blocks
 from .tiles import block_tiles, contraction_tiles
 from .widths import blocks_tiling
@@ -129,6 +129,7 @@ def block_launches(
             served,
             plan.dtype,
             shard,
+            others[served.index],
             collects=plan.return_gathered and number == 0,
             last=number == len(found) - 1 and not rest,
         )
@@ -143,7 +144,7 @@ class BlocksLaunch:
     spans = False  # tiles and steps are of one rank, so the own shard is read where it lies
 
     def __init__(
-        self, link: DeviceLink, served: _Served, dtype: str, shard: Tensor, *, collects: bool, last: bool
+        self, link: DeviceLink, served: _Served, dtype: str, shard: Tensor, other: Tensor, *, collects: bool, last: bool
     ) -> None:
         sizes, config = served.sizes, served.config(dtype, link.size)
         left, contracts, tile_n = config.gathered_left, config.contracts, config.tile_n
@@ -178,6 +179,7 @@ class BlocksLaunch:
         self.shard, self.epoch, self.gathered = place_of("X"), place_of("epoch"), place_of("gathered")
         # As the kernel takes it, the local operand is [k, free] or [free, k]; on the left it comes as [free, k].
         self.transposed = sizes.local_k_first != left
+        self.lies = lies(other, self.transposed)
         self.operands = [(served.index, columns, place_of("B"), place_of("C"), place_of("V"))]
 
     def values(self, known: dict[str, int]) -> Values:

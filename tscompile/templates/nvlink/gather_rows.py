@@ -16,7 +16,7 @@ from .channel import DeviceLink
 from .jit import kernel
 from .kernels.config import MAX_OPERANDS, GemmConfig, depth
 from .lasting import lasting_tables
-from .operands import is_transposed
+from .operands import is_transposed, lies
 from .refusal import serves_use
 from .tiles import gather_tiles
 
@@ -122,6 +122,7 @@ class RowsLaunch:
         config, pieces, k = batch.config, shard[0], int(weights[0].shape[0])
         inner = shard[1] // k
         self.transposed = config.transposed
+        self.lies = all(lies(weight, self.transposed) for weight in weights)
         self.rows = _rows(link.size, shard, k)
         columns = [int(weight.shape[1]) for weight in weights]
         made = gather_tiles(link.rank, link.size, pieces, inner, columns, config.tile_n, pushed=uses.pushed)

@@ -11,13 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ...nvshmem.device import SLOTS
 from ...problem import FusionProblem, Gemm, Plan
+from ..fresh import maker
 from ..template import register_template, torch_dtype
-from .channel import MAIN, Call, DeviceChannel, DeviceLink
+from .call import Call
+from .channel import LANDING_BYTES, MAIN, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.config import ITEM_BYTES, TILE_M, GemmConfig, depth, pulled_rows
 from .lasting import lasting_tables
-from .operands import is_transposed, pointer_of
+from .operands import is_transposed, lies, pointer_of
 from .refusal import sum_refusal, terms_refusal
 from .sums import PULL, SumPlan, terms_plan
 from .tiles import Row, all_reduce_tiles, scatter_tiles, whole_tiles
@@ -46,7 +49,7 @@ class _Recipe:
         m, n = lhs[0].shape[0], rhs[0].shape[1]
         chosen = _chosen(plan, lhs, rhs, link.size, outer)
         form = _pulled if chosen.form == PULL else _pushed
-        tables, self._landing, sizes = form(link, chosen, m, n, outer, _is_all_reduce(plan))
+        tables, landing, sizes = form(link, chosen, m, n, outer, _is_all_reduce(plan))
         self._dtype = torch_dtype(plan.dtype)
         self._transposed = is_transposed(rhs[0])
         coefficients = plan.coefficients or (1.0,) * len(lhs)
@@ -54,7 +57,12 @@ class _Recipe:
         self._has_bias = any(bias is not None for bias in biases)
         self._tables = dict(zip(tables, lasting_tables(list(tables.values()), link.device), strict=True))
         rows = m if _is_all_reduce(plan) else m // link.size
-        self._shape = (rows, n)
+        self._shape, self._strides = (rows, n), (n, 1)
+        self._landing = (landing,)
+        self._new = maker(lhs[0].device)
+        # Slots whose calls pull into the link's memory. Captured calls do not: they may run beside others. Nor do those that need more.
+        # What is pushed needs none at all.
+        self._shared_slots = (2 if landing * ITEM_BYTES <= LANDING_BYTES else 0) if landing else SLOTS
         self._fixed: dict[str, float] = {
             "M": m,
             "N": n,
@@ -69,13 +77,19 @@ class _Recipe:
         place = self._kernel.place
         numbers = range(len(lhs))
         self._patched = {"V", "C", "landing", "epoch", *(f"{side}{number}" for side in "AB" for number in numbers)}
-        self._operands = [(place(f"A{number}"), place(f"B{number}")) for number in numbers]
+        # Of each term: places of its operands' addresses, whether they lie as the kernel takes them, and its weight.
+        self._operands = [
+            (n, place(f"A{n}"), place(f"B{n}"), lies(lhs[n], False), lies(rhs[n], self._transposed), self._weights[n])
+            for n in numbers
+        ]
         self._at_bias, self._at_out, self._at_landing, self._at_epoch = map(place, ("V", "C", "landing", "epoch"))
         self._calls: dict[int, Call] = {}
 
     def _call(self, channel: DeviceChannel) -> Call:
         """The steps of a call in the channel's slot."""
         values = self._kernel.values({**channel.values(), **self._fixed}, self._patched)
+        if self._landing[0] and channel.slot < self._shared_slots:
+            values[self._at_landing] = channel.link.landing()
         if channel.captured:
             channel.link.pinned.append(self)
         return Call(channel, [self._kernel.step(values, MAIN)], [], [values])
@@ -87,27 +101,27 @@ class _Recipe:
         if call is None:
             call = self._calls[channel.slot] = self._call(channel)
         (values,) = call.values
-        alive: list[Tensor] = []  # what the kernel reads and nobody else holds, until it is enqueued
-        for (left, right), a, b, weight in zip(self._operands, lhs, rhs, self._weights, strict=True):
-            if a.dtype is not self._dtype or weight != 1:
-                a = a.to(self._dtype) * weight
+        alive: list[Tensor] = []  # copies of operands, until the kernel is enqueued
+        dtype = self._dtype
+        for number, left, right, a_lies, b_lies, weight in self._operands:
+            a, b = lhs[number], rhs[number]
+            if a.dtype is not dtype or weight != 1:
+                a, a_lies = a.to(dtype) * weight, False
                 alive.append(a)
-            if b.dtype is not self._dtype:
-                b = b.to(self._dtype)
+            if b.dtype is not dtype:
+                b, b_lies = b.to(dtype), False
                 alive.append(b)
-            values[left] = pointer_of(a, False, alive)
-            values[right] = pointer_of(b, self._transposed, alive)
+            values[left] = pointer_of(a, False, alive, a_lies)
+            values[right] = pointer_of(b, self._transposed, alive, b_lies)
         if self._has_bias:
             bias = self._bias(biases)
             alive.append(bias)
             values[self._at_bias] = pointer_of(bias, False, alive)
-        out = lhs[0].new_empty(self._shape, dtype=self._dtype)
-        values[self._at_out] = out.data_ptr()
-        if self._landing:
-            values[self._at_landing] = out.new_empty(
-                self._landing
-            ).data_ptr()  # free again behind the kernel, on its stream
-        values[self._at_epoch] = channel.epoch
+        out = self._new(self._shape, self._strides, dtype)
+        values[self._at_out], values[self._at_epoch] = out.data_ptr(), channel.epoch
+        if channel.slot >= self._shared_slots:
+            landing = self._new(self._landing, (1,), dtype)
+            values[self._at_landing] = landing.data_ptr()
         channel.link.issue(call.steps)
         return out
 

@@ -7,7 +7,17 @@ import struct
 from collections.abc import Collection, Mapping
 
 from ...language.launch_spec import LaunchSpec
-from ...nvshmem.stream import LAUNCH, MAX_MAPS, MAX_PARAMETERS, MAX_RANK, NativeKernel, Step, Values
+from ...nvshmem.stream import (
+    ALIGN_WORDS,
+    LAUNCH,
+    MADE_WORDS,
+    MAX_MAPS,
+    MAX_PARAMETERS,
+    MAX_RANK,
+    NativeKernel,
+    Step,
+    Values,
+)
 
 
 class Kernel:
@@ -32,6 +42,7 @@ class Kernel:
             grid=spec.grid,
             threads=spec.threads,
             shared=spec.shared_bytes,
+            values=len(self._places) + 1,
             maps=len(spec.maps),
             parameters=len(spec.parameters),
         )
@@ -55,7 +66,7 @@ class Kernel:
         return self._places.get(name, len(self._places))
 
     def values(self, known: Mapping[str, float], patched: Collection[str] = ()) -> Values:
-        """Values for launches of this kernel. What it has no use for is left out.
+        """Values for launches of this kernel, and behind them room for its tensor maps. What it has no use for is left out.
 
         Args:
             known: values by name.
@@ -67,7 +78,7 @@ class Kernel:
         missing = [name for name in self._places if name not in known and name not in patched]
         if missing:
             raise ValueError(f"{self.spec.kernel} needs {', '.join(missing)}")
-        values = (ctypes.c_uint64 * (len(self._places) + 1))()
+        values: Values = (ctypes.c_uint64 * (self._native.values + ALIGN_WORDS + MADE_WORDS * len(self.spec.maps)))()
         for name, value in known.items():
             values[self.place(name)] = _bits(float(value)) if name in self.spec.floats else int(value)
         return values

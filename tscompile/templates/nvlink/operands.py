@@ -12,17 +12,18 @@ def is_transposed(rhs: Tensor) -> bool:
     return rhs.stride(0) == 1 and rhs.stride(1) == rhs.shape[0]
 
 
-def pointer_of(tensor: Tensor, transposed: bool, alive: list[Tensor]) -> int:
+def lies(tensor: Tensor, transposed: bool) -> bool:
+    """True if the tensor, or its transpose, is contiguous."""
+    return is_transposed(tensor) if transposed else tensor.is_contiguous()
+
+
+def pointer_of(tensor: Tensor, transposed: bool, alive: list[Tensor], known: bool = False) -> int:
     """Address of the tensor, or of its transpose, as a kernel takes it: contiguous and aligned. A copy that this needs goes
-    to `alive`: it must live until the kernel is enqueued."""
+    to `alive`: it must live until the kernel is enqueued. `known`: it is known that the tensor `lies` so."""
     address = tensor.data_ptr()
-    if transposed:
-        if tensor.stride(0) == 1 and tensor.stride(1) == tensor.shape[0] and address % 16 == 0:
-            return address
-        tensor = tensor.t()
-    elif tensor.is_contiguous() and address % 16 == 0:
+    if (known or lies(tensor, transposed)) and address % 16 == 0:
         return address
-    copy = aligned_pointer(tensor.contiguous())
+    copy = aligned_pointer((tensor.t() if transposed else tensor).contiguous())
     alive.append(copy)
     return copy.data_ptr()
 

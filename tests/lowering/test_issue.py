@@ -1,0 +1,210 @@
+"""What a launch asks of the CUDA driver, from the runtime down to stream.c: each call costs the host a microsecond or two."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.templates.nvlink.fake_gpu import large_forms
+from tests.templates.nvlink.stub_gpu import CALLS, StubRank
+from tscompile.errors import HeapError, PeerError
+from tscompile.problem import GatherUse, Plan
+from tscompile.templates.nvlink.channel import LANDING_BYTES, Site
+
+BF16 = "bfloat16"
+ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "rows", BF16)
+SUM = Plan("matmul_all_reduce", "g/sum", "nvlink", BF16, coefficients=(1.0,))
+SCATTER = Plan("matmul_reduce_scatter", "g/scatter", "nvlink", BF16, coefficients=(1.0,))
+GATHER = Plan("all_gather_matmul", "g/gather", "nvlink", BF16, uses=(ROWS,))
+ALONE = ["launch", "record"]  # the watchdog asks for the event
+FORK, SENDS, JOIN = ["record", "await"], ["copy", "flag"] * 3, ["record", "await"]
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubRank]:
+    large_forms(monkeypatch)
+    with torch.no_grad():
+        yield StubRank(monkeypatch)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).to(torch.bfloat16)
+
+
+def terms(x: torch.Tensor, weight: torch.Tensor, *outer: int) -> tuple[Any, ...]:
+    return [x], [weight], [None], [], *outer
+
+
+def calls(rank: StubRank, plan: Plan, args: tuple[Any, ...]) -> list[str]:
+    rank.driver.calls()
+    rank.launch(plan, args)
+    return rank.driver.calls()
+
+
+@pytest.mark.parametrize("plan", [SUM, SCATTER], ids=lambda plan: plan.kind)
+def test_a_sum_is_one_launch_and_one_event(rank: StubRank, plan: Plan) -> None:
+    x, other, weight = random(512, 64), random(512, 64), random(256, 64).t()
+    outer = (1,) if plan is SCATTER else ()
+    for _ in range(2):  # one for each slot
+        assert calls(rank, plan, terms(x, weight, *outer)) == ["encode", "encode", *ALONE]
+    for _ in range(6):
+        assert calls(rank, plan, terms(x, weight, *outer)) == ALONE
+    assert calls(rank, plan, terms(other, weight, *outer)) == ["encode", *ALONE]
+    assert calls(rank, plan, terms(x, weight, *outer)) == ALONE  # the other slot still has it
+
+
+def test_a_gather_of_four_ranks(rank: StubRank) -> None:
+    shard, other, weight = random(1, 128 * 64), random(1, 128 * 64), random(256, 64).t()
+    args = shard, [weight], [None]
+    steady = [*FORK, *SENDS, *ALONE[:1], *JOIN, *ALONE[1:]]
+    for _ in range(2):
+        assert calls(rank, GATHER, args) == [*FORK, *SENDS, *["encode"] * 3, "launch", *JOIN, "record"]
+    for _ in range(6):
+        assert calls(rank, GATHER, args) == steady
+    # The maps of the slot and of the weight stay.
+    assert calls(rank, GATHER, (other, [weight], [None])) == [*FORK, *SENDS, "encode", "launch", *JOIN, "record"]
+
+
+@pytest.mark.parametrize("plan", [SUM, GATHER], ids=lambda plan: plan.kind)
+def test_small_ops_are_one_launch_and_one_event(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
+    """Their kernels send everything themselves."""
+    rank, weight = StubRank(monkeypatch), random(256, 64).t()
+    args = (random(1, 16 * 64), [weight], [None]) if plan is GATHER else terms(random(64, 64), weight)
+    with torch.no_grad():
+        for _ in range(3):
+            found = calls(rank, plan, args)
+    assert found == ALONE
+
+
+def test_a_gather_that_a_gradient_reads(rank: StubRank) -> None:
+    plan = Plan("all_gather_matmul", "g/two", "nvlink", BF16, uses=(ROWS, GRADIENT), return_gathered=True)
+    args = random(1, 128 * 64), [random(256, 64).t(), random(512, 32)], [None, None]
+    for _ in range(4):
+        found = calls(rank, plan, args)
+    assert found == [*FORK, *SENDS, *ALONE[:1], *JOIN, *ALONE[1:]]
+
+
+def test_maps_are_of_the_operands_of_the_call(rank: StubRank) -> None:
+    """A map that is kept must never outlive the address that it was made of."""
+    weights = [random(256, 64).t() for _ in range(2)]
+    xs = [random(512, 64) for _ in range(3)]
+    rank.launch(SUM, terms(xs[0], weights[0]))
+    ((_, _, kernel),) = [known for known in rank.kernels._kernels.values() if known[0] == "reduce"]
+    spec = kernel.spec
+    rank.driver.show(len(spec.parameters))
+    for number in range(24):
+        x, weight = xs[number * 7 % 5 % 3], weights[number % 3 % 2]
+        (out,) = rank.launch(SUM, terms(x, weight))
+        given = dict(zip(spec.parameters, rank.driver.parameters(), strict=True))
+        at = {tensor.tensor: given[name] for name, tensor in spec.maps.items()}
+        assert at == {"A0": x.data_ptr(), "B0": weight.data_ptr()}
+        assert given["C"] == out.data_ptr() and given["epoch"] == number + 2
+
+
+def test_other_sizes_are_other_maps(rank: StubRank) -> None:
+    memory = random(512, 128)
+    weight = random(256, 64).t()
+    for rows in (512, 256, 512, 256):  # the same address
+        found = calls(rank, SUM, terms(memory.view(-1)[: rows * 64].view(rows, 64), weight))
+    assert found[-2:] == ALONE and len(rank.group._memos[SUM.site]) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "step"), [("encode", "kernel"), ("launch", "kernel"), ("record", "event")], ids=lambda name: name
+)
+def test_a_step_that_the_driver_refuses(rank: StubRank, call: str, step: str) -> None:
+    args = terms(random(512, 64), random(256, 64).t())
+    rank.launch(SUM, args)
+    steps = next(iter(rank.group._memo(None, SUM, args).kept.recipe._calls.values())).steps  # type: ignore[arg-type]
+    number = 2 if call == "record" else 1
+    rank.driver.refused.value = CALLS.index(call)
+    message = rf"CUDA refused a {step} of a fused op \(step {number} of 2: CUresult 700\)"
+    with pytest.raises(HeapError, match=message):  # the other slot's maps are still to be made
+        rank.launch(SUM, args)
+    with pytest.raises(PeerError, match=message):
+        rank.launch(SUM, args)
+    rank.driver.refused.value = -1
+    rank.link.issue(steps)
+    assert rank.driver.calls()[-2:] == ALONE
+
+
+def test_a_map_that_was_refused_is_made_again(rank: StubRank) -> None:
+    args = terms(random(512, 64), random(256, 64).t())
+    rank.driver.refused.value = CALLS.index("encode")
+    with pytest.raises(HeapError):
+        rank.launch(SUM, args)
+    (call,) = rank.group._memo(None, SUM, args).kept.recipe._calls.values()  # type: ignore[arg-type]
+    rank.driver.refused.value = -1
+    rank.driver.calls()
+    rank.link.issue(call.steps)
+    assert rank.driver.calls() == ["encode", "encode", *ALONE]
+
+
+def test_a_captured_sum_opens_and_records_nothing(rank: StubRank) -> None:
+    args = terms(random(512, 64), random(256, 64).t())
+    rank.launch(SUM, args)
+    rank.torch.capturing = True
+    for _ in range(2):
+        assert calls(rank, SUM, args) == ["launch", "encode", "encode", "launch"]
+    assert calls(rank, SUM, args) == ["launch", "launch"]
+    rank.torch.capturing = False
+    assert calls(rank, SUM, args)[-2:] == ALONE
+
+
+def test_another_stream_waits_for_the_last_one(rank: StubRank) -> None:
+    args = terms(random(512, 64), random(256, 64).t())
+    for _ in range(2):
+        rank.launch(SUM, args)
+    rank.torch.stream = 9
+    assert calls(rank, SUM, args) == ["await", *ALONE]
+    assert calls(rank, SUM, args) == ALONE
+    assert rank.link._queues.streams[0] == 9
+
+
+def test_small_sums_pull_into_what_the_link_keeps(rank: StubRank) -> None:
+    args = terms(random(512, 64), random(256, 64).t())
+    rank.launch(SUM, args)
+    site = rank.group._memo(None, SUM, args).kept  # type: ignore[arg-type]
+    place = site.recipe._kernel.place("landing")
+    rank.launch(SUM, args)
+    landings = {call.values[0][place] for call in site.recipe._calls.values()}
+    assert landings == {rank.link.landing()}
+    rank.torch.capturing = True  # it may be replayed beside an eager call
+    rank.launch(SUM, args)
+    rank.torch.capturing = False
+    assert site.recipe._calls.keys() == {0, 1, 3}
+    assert site.recipe._calls[3].values[0][place] not in (0, rank.link.landing())
+    assert site.recipe._landing[0] * 2 <= LANDING_BYTES
+    site.recipe._shared_slots = 0  # as of a call that needs more
+    rank.launch(SUM, args)
+    rank.launch(SUM, args)
+    assert rank.link.landing() not in {site.recipe._calls[slot].values[0][place] for slot in (0, 1)}
+
+
+def test_groups_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [StubRank(monkeypatch, group=f"group {number}") for number in range(2)]
+    failures: list[BaseException] = []
+
+    def work(rank: StubRank, plan: Plan, args: tuple[Any, ...]) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(300):
+                    rank.launch(plan, args)
+        except BaseException as error:
+            failures.append(error)
+
+    # Two threads share the first group, and a site of it.
+    args = terms(random(512, 64), random(256, 64).t())
+    gather = random(1, 128 * 64), [random(256, 64).t()], [None]
+    jobs = [(ranks[0], SUM, args), (ranks[0], SUM, args), (ranks[1], GATHER, gather)]
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == [] and [rank.group.epoch for rank in ranks] == [600, 300]
+    assert ranks[0].link.open(Site(1)).epoch == 601
