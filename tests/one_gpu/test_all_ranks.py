@@ -159,4 +159,5 @@ def test_a_rank_that_stays_away(patch: pytest.MonkeyPatch, kind: str, pushed: bo
     records = [group.links[rank].read_record() for rank in (0, 1)]
     first_hand = [record for record in records if record.site]
     assert first_hand and all(record.site == 7 and record.expected > record.seen for record in first_hand)
-    assert any(record.peer == 2 for record in first_hand)
+    if kind != REDUCE:  # there a rank may also wait for a sum of one that waits itself
+        assert any(record.peer == 2 for record in first_hand)
