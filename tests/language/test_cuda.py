@@ -19,7 +19,7 @@ def compiled(function: object, **pass_configs: bool) -> tl.CudaArtifact:
     assert artifact.spill_bytes == 0
     assert artifact.stack_bytes == 0
     assert "call.uni" not in artifact.ptx and ".func" not in artifact.ptx  # all inlined: a call would serialise wgmma
-    assert read_non_coherently(artifact) <= {"ctx"}  # which nobody writes while kernels run
+    assert read_non_coherently(artifact) <= {"ctx", "table"}  # which nobody writes while kernels run
     return artifact
 
 
