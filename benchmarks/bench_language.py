@@ -106,14 +106,19 @@ def plain_spec(blocks: int, threads: int, depth: int) -> LaunchSpec:
     return LaunchSpec(f"plain{depth}", blocks, threads, 0, {}, ("dst", "src", "count"), ())
 
 
+def issue(steps: stream.Steps) -> None:
+    """On the current stream, for all steps that name stream 0."""
+    queues = stream.Queues()
+    queues.streams[0] = torch.cuda.current_stream().cuda_stream
+    stream.load().issue(steps, ctypes.c_void_p(ctypes.addressof(queues)))
+
+
 def launcher(kernel: Kernel, **values: int) -> Callable[[], None]:
     filled = kernel.values(values)
     steps = stream.steps_of(kernel.step(filled, 0))
-    events = (ctypes.c_void_p * 1)()
 
     def launch() -> None:
-        streams = (ctypes.c_void_p * 1)(torch.cuda.current_stream().cuda_stream)
-        stream.load().issue(steps, streams, events)
+        issue(steps)
 
     launch.keeps = (kernel, filled)  # type: ignore[attr-defined]  # the steps point at them
     return launch

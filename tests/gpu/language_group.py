@@ -6,7 +6,6 @@ ranks (`--device cpu`) it is a file, and kernels are those of TileLang's C targe
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import time
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 import tscompile.language as tl
-from benchmarks.bench_language import connected_heap
+from benchmarks.bench_language import connected_heap, issue
 from tests.gpu.conftest import World as Ranks
 from tests.language import forms
 from tests.language.forms import Form
@@ -123,9 +122,7 @@ class Group:
 
     def _cuda_kernel(self, form: Form) -> Callable[..., None]:
         cubin, spec = self._cubins[form].result()
-        driver = stream.load()
-        kernel = Kernel(spec, driver.load_kernel(cubin, spec.kernel, spec.shared_bytes))
-        events = (ctypes.c_void_p * 1)()
+        kernel = Kernel(spec, stream.load().load_kernel(cubin, spec.kernel, spec.shared_bytes))
 
         def launch(**arguments: torch.Tensor | int) -> None:
             known = {
@@ -133,8 +130,7 @@ class Group:
                 for name, value in arguments.items()
             }
             values = kernel.values(known)
-            streams = (ctypes.c_void_p * 1)(torch.cuda.current_stream().cuda_stream)
-            driver.issue(stream.steps_of(kernel.step(values, 0)), streams, events)
+            issue(stream.steps_of(kernel.step(values, 0)))
 
         return launch
 
