@@ -18,7 +18,7 @@ from benchmarks.gpu_plan import question
 from tscompile.lowering import cost_model, planner
 from tscompile.options import Options
 from tscompile.problem import Fuse, FusionProblem, GatherUse, Gemm, Keep, Plan
-from tscompile.templates.nvlink import gather_rows, widths
+from tscompile.templates.nvlink import gather_rows, sums, widths
 
 PROBLEM = FusionProblem(
     kind="all_gather_matmul",
@@ -162,8 +162,9 @@ def test_a_sum_over_ranks_hides_less() -> None:
 @pytest.mark.parametrize(
     ("kind", "m", "n", "k"),
     [
-        ("matmul_all_reduce", 16, 1024, 1024),
-        ("matmul_all_reduce", 128, 4096, 4096),
+        ("matmul_reduce_scatter", 16, 1024, 1024),  # four rows of each rank: too few to be pushed
+        ("matmul_all_reduce", 256, 1024, 65536),  # cuBLAS cuts k to keep all SMs busy, the fused kernel does not
+        ("matmul_all_reduce", 640, 4096, 8192),
         ("matmul_reduce_scatter", 128, 256, 65536),  # nearly all of it is the matmul, which fusing slows down
         ("all_gather_matmul", 16, 1 << 22, 2048),
     ],
@@ -173,6 +174,10 @@ def test_gpu_sites_that_gain_nothing_are_kept(kind: str, m: int, n: int, k: int)
     decision = planner.plan(asked, gpu_plan(kind), Options())
     assert isinstance(decision, Keep) and decision.code == "no-gain"
     assert isinstance(planner.plan(asked, gpu_plan(kind), Options(fuse="always")), Fuse)
+
+
+def form_of(problem: FusionProblem) -> str:
+    return "" if problem.kind == "all_gather_matmul" else sums.problem_plan(problem).form
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -200,7 +205,11 @@ def test_predictions_are_finite_and_grow(device: str, kind: str, m: int, n: int,
         *((d, 0.75) for d in double),
     ):
         grown = cost_model.predict(larger)
-        assert grown.fused_us >= least * predicted.fused_us and grown.original_us >= predicted.original_us
+        assert grown.original_us >= predicted.original_us
+        if form_of(larger) == form_of(
+            base
+        ):  # twice the rows may be whole stripes, which are pushed where half of them were not
+            assert grown.fused_us >= least * predicted.fused_us
     # With more ranks the last shard is a smaller part of a gather, so only the original must grow.
     wider = cost_model.predict(replace(base, group_size=ranks + 1))
     assert wider.original_us >= predicted.original_us
@@ -301,6 +310,7 @@ def test_predictions_meet_what_was_measured(name: str, monkeypatch: pytest.Monke
     """Large ones within a seventh, small ones within a quarter or a third. No site is fused that ran slower so, and large ones are."""
     case = MEASURED[name]
     monkeypatch.setattr(widths, "pushes", lambda *_: False)  # no kernel pushed when these were measured
+    monkeypatch.setattr(sums, "push_plans", lambda *_: ())
     asked, plan = question(case, 4, "bfloat16")
     large = case["m"] >= 1024
     rounds = case["rounds"]["eager" if large else "graph"]  # small ones would tell of the host

@@ -22,9 +22,10 @@ from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import gather_blocks, gather_rows, gemm_reduce, jit
+from tscompile.templates.nvlink import gather_blocks, gather_rows, gemm_reduce, jit, widths
 from tscompile.templates.nvlink.channel import DeviceLink, Site
 from tscompile.templates.nvlink.launch import Kernel
+from tscompile.templates.nvlink.sums import SumPlan, pull_plan, push_plans
 
 CTAS = 96  # of all ranks together; the other SMs are left to copies, which wait for nobody
 SLOT_BYTES = 24 << 20
@@ -87,11 +88,25 @@ class Group:
         return results
 
 
-class Op:
-    """One site of a group: inputs of all ranks, and what the ranks should return."""
+Form = bool | SumPlan  # of a gather: whether its kernel pushes; of a sum: its plan
 
-    def __init__(self, group: Group, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.group, self.shape, self.dtype = group, shape, dtype
+
+def forms_of(shape: Shape, ranks: int) -> list[Form]:
+    """All forms that an op of this shape has, whichever the planner would choose."""
+    if shape.kind == GATHER:
+        return [False, True]
+    every, n, k = shape.kind == REDUCE, shape.n[0], shape.k
+    found = [pull_plan(shape.m, n, k, ranks, 1 if every else ranks, every), *push_plans(shape.m, n, k, ranks, 1, every)]
+    return [plan for plan in found if 0 <= plan.scratch_bytes <= SLOT_BYTES]
+
+
+class Op:
+    """One site of a group: inputs of all ranks, and what the ranks should return. form: the one that the sizes choose, if None."""
+
+    def __init__(
+        self, group: Group, shape: Shape, dtype: torch.dtype = torch.bfloat16, form: Form | None = None
+    ) -> None:
+        self.group, self.shape, self.dtype, self.form = group, shape, dtype, form
         self.sites = [Site(7) for _ in range(group.size)]
         name = str(dtype).removeprefix("torch.")
         options: dict[str, Any] = {"coefficients": (1.0,), "reduce_op": "avg" if shape.average else "sum"}
@@ -128,9 +143,13 @@ class Op:
 
     def call(self, rank: int) -> list[Tensor]:
         """On the current stream."""
-        outputs: list[Tensor] = self.template.run(
-            self.group.links[rank].open(self.sites[rank]), self.plan, *self.args(rank)
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            if isinstance(self.form, bool):
+                patch.setattr(widths, "pushes", lambda *_: self.form)
+            elif self.form is not None:
+                patch.setattr(gemm_reduce, "terms_plan", lambda *_: self.form)
+            channel = self.group.links[rank].open(self.sites[rank])
+            outputs: list[Tensor] = self.template.run(channel, self.plan, *self.args(rank))
         return outputs
 
     def truth(self) -> list[list[Tensor]]:

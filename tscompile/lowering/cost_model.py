@@ -81,11 +81,12 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 # [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: the 52 sizes of
 # benchmarks/results/gpu-ops-4xh200-2026-11-20.json, 128 to 8192 rows; most times are met within 8 %]
 ORIGINAL_US = 5.0  # between the two ops of the original sequence
-NCCL = {  # time of the collective by the MiB of the whole tensor, 4 ranks
-    "all_gather_matmul": Link(43.0, 2.6),
-    "matmul_reduce_scatter": Link(25.0, 2.75),
-    "matmul_all_reduce": Link(27.0, 4.9),
-    "matmul_all_gather": Link(43.0, 2.6),
+# Time of the collective by the MiB of the whole tensor, 4 ranks: the lesser of both, since NCCL sends a few MiB by another protocol.
+NCCL = {
+    "all_gather_matmul": (Link(43.0, 2.6), Link(12.0, 6.5)),
+    "matmul_reduce_scatter": (Link(25.0, 2.75), Link(9.0, 5.5)),
+    "matmul_all_reduce": (Link(27.0, 4.9),),
+    "matmul_all_gather": (Link(43.0, 2.6), Link(12.0, 6.5)),
 }
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 
@@ -122,11 +123,6 @@ def _blocks_gemm(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> _Gemm:
     return _Gemm(tiling.tiles, widths.tile_us(tiling.width, k))
 
 
-def _plain_gemm(gemm: Gemm) -> _Gemm:
-    """A matmul of the gathered tensor, once that is whole."""
-    return _Gemm(_tiles(gemm), widths.tile_us(widths.WIDEST, gemm.k))
-
-
 def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: float) -> float:
     """Of all matmuls of a gather. The first kernel hides the transport: that of the uses that read rows, else of one that has the ranks
     in its result, else of one that sums over them. The other matmuls come after it."""
@@ -141,7 +137,7 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
             others.append((use, gemm))
     others.sort(key=lambda other: other[0].contracts_ranks)
     if rows:
-        after = sum(_plain_gemm(gemm).us for _, gemm in others)
+        after = sum(_cublas_us(gemm) for _, gemm in others)  # torch's own, of the gathered tensor
         served = not others and all(
             use is None or serves_use(use, problem.dtype, gemm.k, gemm.n) for gemm, use in zip(rows, reads, strict=True)
         )
@@ -159,7 +155,8 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
     ranks = problem.group_size
     total = problem.comm_bytes / _MIB
     received = total * (ranks - 1) / ranks
-    original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + NCCL[problem.kind].us(received * 4 / 3)
+    collective = min(link.us(received * 4 / 3) for link in NCCL[problem.kind])
+    original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + collective
     if problem.kind == "all_gather_matmul":
         return Prediction(_gather_us(problem, uses, received), original)
     return Prediction(sums.problem_plan(problem).us, original)

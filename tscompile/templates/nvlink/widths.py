@@ -102,15 +102,20 @@ def gather_us(tile: int, rows: int, widths: Sequence[int], k: int, ranks: int, p
         mib: MiB that a rank receives.
     """
     tiles = -(-rows // TILE_M) * sum(-(-width // tile) for width in widths)
-    wave, waves = _wave_us(tile, k, tiles), -(-tiles // SMS)
+    wave, waves = _wave_us(tile, k, tiles), waves_of(tiles)
+    least = read_us(k, sum(widths))
     if not pushed:
-        last = -(-tiles // ranks // SMS) * wave  # the tiles of the shard that comes last
-        return max(LAUNCH_US + waves * wave, push_us(mib, ranks) + last) + COPIED_TAIL_US
+        last = waves_of(tiles // ranks) * wave  # the tiles of the shard that comes last
+        return max(LAUNCH_US + max(waves * wave, least), push_us(mib, ranks) + last) + COPIED_TAIL_US
     slices, _ = pushed_slices(rows // ranks, k)
     factor = _PUSHED_FACTOR if waves > _PUSHED_WAVES else 1.0
     # Slices come from all ranks at the same time, so the first wave ends when it has multiplied the last one.
     first, last = (_PUSHED_US + _PUSHED_US_PER_MIB * part for part in (mib / slices, mib))
-    return LAUNCH_US + max(first + factor * waves * wave, last + wave / slices + (waves - 1) * wave) + _PUSHED_TAIL_US
+    return (
+        LAUNCH_US
+        + max(first + max(factor * waves * wave, least), last + wave / slices + (waves - 1) * wave)
+        + _PUSHED_TAIL_US
+    )
 
 
 def received_mib(rows: int, k: int, ranks: int) -> float:
