@@ -13,7 +13,7 @@ from tests.templates.nvlink.fake_gpu import large_forms
 from tests.templates.nvlink.stub_gpu import CALLS, StubRank
 from tscompile.errors import HeapError, PeerError
 from tscompile.problem import GatherUse, Plan
-from tscompile.templates.nvlink.channel import LANDING_BYTES, Site
+from tscompile.templates.nvlink.channel import Site
 
 BF16 = "bfloat16"
 ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "rows", BF16)
@@ -163,26 +163,6 @@ def test_another_stream_waits_for_the_last_one(rank: StubRank) -> None:
     assert calls(rank, SUM, args) == ["await", *ALONE]
     assert calls(rank, SUM, args) == ALONE
     assert rank.link._queues.streams[0] == 9
-
-
-def test_small_sums_pull_into_what_the_link_keeps(rank: StubRank) -> None:
-    args = terms(random(512, 64), random(256, 64).t())
-    rank.launch(SUM, args)
-    site = rank.group._memo(None, SUM, args).kept  # type: ignore[arg-type]
-    place = site.recipe._kernel.place("landing")
-    rank.launch(SUM, args)
-    landings = {call.values[0][place] for call in site.recipe._calls.values()}
-    assert landings == {rank.link.landing()}
-    rank.torch.capturing = True  # it may be replayed beside an eager call
-    rank.launch(SUM, args)
-    rank.torch.capturing = False
-    assert site.recipe._calls.keys() == {0, 1, 3}
-    assert site.recipe._calls[3].values[0][place] not in (0, rank.link.landing())
-    assert site.recipe._landing[0] * 2 <= LANDING_BYTES
-    site.recipe._shared_slots = 0  # as of a call that needs more
-    rank.launch(SUM, args)
-    rank.launch(SUM, args)
-    assert rank.link.landing() not in {site.recipe._calls[slot].values[0][place] for slot in (0, 1)}
 
 
 def test_groups_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
