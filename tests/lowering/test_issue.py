@@ -80,12 +80,15 @@ def test_small_ops_are_one_launch_and_one_event(monkeypatch: pytest.MonkeyPatch,
     assert found == ALONE
 
 
-def test_a_gather_that_a_gradient_reads(rank: StubRank) -> None:
-    plan = Plan("all_gather_matmul", "g/two", "nvlink", BF16, uses=(ROWS, GRADIENT), return_gathered=True)
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_gather_that_a_gradient_reads(rank: StubRank, returned: bool) -> None:
+    """Its matmul follows. Without a gathered tensor of its own it reads the slot, so the event comes again behind it."""
+    plan = Plan("all_gather_matmul", "g/two", "nvlink", BF16, uses=(ROWS, GRADIENT), return_gathered=returned)
     args = random(1, 128 * 64), [random(256, 64).t(), random(512, 32)], [None, None]
     for _ in range(4):
         found = calls(rank, plan, args)
-    assert found == [*FORK, *SENDS, *ALONE[:1], *JOIN, *ALONE[1:]]
+    copies = [] if returned else ["copy"]  # the own shard, for the matmul behind
+    assert found == [*FORK, *SENDS, *copies, "launch", *JOIN, "record", *([] if returned else ["record"])]
 
 
 def test_maps_are_of_the_operands_of_the_call(rank: StubRank) -> None:

@@ -103,6 +103,9 @@ class DeviceLink:
         self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
         self.landed_addresses = [tensor.data_ptr() for tensor in self.landed]
         self._after_last = steps_of(Step(kind=stream.AWAIT, stream=MAIN, event=DONE))
+        self.done = steps_of(
+            Step(kind=stream.RECORD, stream=MAIN, event=DONE)
+        )  # what follows a call reads its slot as well
         self.record_word = ctypes.c_int64.from_address(self.record.data_ptr())
         self._stuck_at = 0
         self._stuck_since = 0.0
