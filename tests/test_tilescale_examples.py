@@ -1,0 +1,82 @@
+"""The scripts of examples/tilescale: each on CPU ranks as a user runs them, and every kernel compiled for sm_90a without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import tscompile.language as tl
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "examples" / "tilescale"
+RUN_ALL = [sys.executable, str(FOLDER / "run_all.py")]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+sys.path.insert(0, str(FOLDER))  # the scripts import each other as they do when they are run
+from run_all import NAMES  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+def run(command: list[str], timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+@cache
+def lines_of_all() -> tuple[dict[str, str], subprocess.CompletedProcess[str]]:
+    """One run of all examples, which start from one server that has loaded everything: name -> its line."""
+    done = run(RUN_ALL)
+    return {line.split()[1]: line for line in done.stdout.splitlines() if re.match(r"ok|FAILED", line)}, done
+
+
+def example_of(name: str):
+    return __import__(name).EXAMPLE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_and_checks_itself(name: str) -> None:
+    lines, done = lines_of_all()
+    assert name in lines, done.stdout + done.stderr
+    assert re.match(rf"ok +{name} +{example_of(name).ranks} ranks +[\d.]+ s  \w", lines[name]), done.stdout
+
+
+def test_all_ran() -> None:
+    lines, done = lines_of_all()
+    assert list(lines) == list(NAMES) and done.returncode == 0, done.stdout + done.stderr
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "run_all"}
+    assert scripts == set(NAMES), "add the script to NAMES in run_all.py"
+    table = (FOLDER / "README.md").read_text()
+    assert all(f"| `{name}.py` |" in table for name in NAMES), "add the script to the table in README.md"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_compile_for_gpus(name: str) -> None:
+    for kernel in example_of(name).kernels(tl.dialect("cuda")):
+        artifact = tl.compile_cuda(kernel.function, pass_configs=kernel.pass_configs)
+        assert artifact.cubin[:4] == b"\x7fELF", kernel.name
+        assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0, kernel.name
+        assert artifact.shared_bytes <= 227 << 10, kernel.name
+
+
+def test_a_script_under_torchrun_with_another_number_of_ranks() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    done = run([*command, "--nproc-per-node", "3", str(FOLDER / "primitives.py"), "--only", "1", "--rounds", "2"])
+    assert done.returncode == 0 and "put_block" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_rank_that_fails_ends_the_others() -> None:
+    done = run([sys.executable, str(FOLDER / "primitives.py"), "--only", "9"])
+    assert done.returncode == 1 and "ValueError: --only 9: there are 1 to 6" in done.stderr, done.stdout + done.stderr
+
+
+def test_names_that_are_not_there() -> None:
+    done = run([*RUN_ALL, "alltoall"])
+    assert done.returncode == 2 and "there is no alltoall" in done.stderr
