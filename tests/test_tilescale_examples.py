@@ -45,7 +45,7 @@ def example_of(name: str):
 def test_runs_and_checks_itself(name: str) -> None:
     lines, done = lines_of_all()
     assert name in lines, done.stdout + done.stderr
-    assert re.match(rf"ok +{name} +{example_of(name).ranks} ranks +[\d.]+ s  \w", lines[name]), done.stdout
+    assert re.match(rf"ok +{name} +{example_of(name).ranks} ranks +[\d.]+ s  \S", lines[name]), done.stdout
 
 
 def test_all_ran() -> None:

@@ -95,6 +95,16 @@ class World:
         dist.all_gather(everybodys, mine.contiguous())
         return everybodys
 
+    def gather_into(self, out: torch.Tensor, mine: torch.Tensor) -> None:
+        """The same in one tensor. torch 2.13 gave the call another name."""
+        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        call(out, mine)
+
+    @property
+    def rival(self) -> str:
+        """What times are compared with."""
+        return "NCCL" if self.device.type == "cuda" else "gloo"
+
     def rounds(self) -> Iterator[int]:
         """Numbers of the rounds to check, from 1. Ranks start each of them some random time apart."""
         for epoch in range(1, self.args.rounds + 1):
