@@ -39,6 +39,20 @@ CTX = T.Tensor((tl.WORDS,), "int64")  # the parameter through which a kernel kno
 tilelang.set_log_level("WARNING")
 
 
+@dataclass(frozen=True)
+class Matmul:
+    """How matmuls are done on a target: rows, columns and depth of a tile, and what is multiplied (sums are float32)."""
+
+    rows: int
+    cols: int
+    depth: int
+    dtype: str
+    item_bytes: int
+
+
+MATMUL = {"cuda": Matmul(128, 128, 64, "bfloat16", 2), "cpu": Matmul(32, 32, 32, "float32", 4)}
+
+
 class ExampleError(RuntimeError):
     """A rank failed; the message holds what it said."""
 
@@ -75,9 +89,13 @@ class World:
         return self.group.device
 
     @property
-    def half(self) -> torch.dtype:
-        """What matmuls multiply: the C target has no 16-bit floats."""
-        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+    def matmul(self) -> Matmul:
+        return MATMUL[self.dialect.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matmuls multiply: the C target has no floats of 16 bits."""
+        return getattr(torch, self.matmul.dtype)
 
     def compile(self, function: Any, pass_configs: dict[str, Any] | None = None) -> Callable[..., None]:
         """Compile a kernel, once: rank 0 puts it into TileLang's cache, and the others find it there. Collective."""
@@ -98,6 +116,11 @@ class World:
     def gather_into(self, out: torch.Tensor, mine: torch.Tensor) -> None:
         """The same in one tensor. torch 2.13 gave the call another name."""
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        call(out, mine)
+
+    def reduce_scatter(self, out: torch.Tensor, mine: torch.Tensor) -> None:
+        """Of sums, into `out`; its name changed with the other's."""
+        call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         call(out, mine)
 
     @property

@@ -15,7 +15,16 @@ from pathlib import Path
 from common import ExampleError, launch
 
 HERE = Path(__file__).parent
-NAMES = ("primitives", "simple_shift", "allgather", "all_to_all", "attention_all_to_all")
+NAMES = (
+    "primitives",
+    "simple_shift",
+    "allgather",
+    "all_to_all",
+    "attention_all_to_all",
+    "allgather_gemm",
+    "allgather_gemm_overlapped",
+    "gemm_reduce_scatter_overlapped",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
