@@ -1,4 +1,4 @@
-"""The scripts of examples/tilescale: each on CPU ranks as a user runs them, and every kernel compiled for sm_90a without a GPU."""
+"""The scripts of examples/tilescale on CPU ranks, as a user runs them; test_tilescale_kernels.py compiles their kernels for GPUs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
-import tscompile.language as tl
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "tilescale"
@@ -51,19 +49,36 @@ def test_runs_and_checks_itself(name: str) -> None:
 def test_all_ran() -> None:
     lines, done = lines_of_all()
     assert list(lines) == list(NAMES) and done.returncode == 0, done.stdout + done.stderr
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "run_all"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "mesh", "run_all"}
     assert scripts == set(NAMES), "add the script to NAMES in run_all.py"
     table = (FOLDER / "README.md").read_text()
     assert all(f"| `{name}.py` |" in table for name in NAMES), "add the script to the table in README.md"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_kernels_compile_for_gpus(name: str) -> None:
-    for kernel in example_of(name).kernels(tl.dialect("cuda")):
-        artifact = tl.compile_cuda(kernel.function, pass_configs=kernel.pass_configs)
-        assert artifact.cubin[:4] == b"\x7fELF", kernel.name
-        assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0, kernel.name
-        assert artifact.shared_bytes <= 227 << 10, kernel.name
+def moved(routes, side: int) -> None:
+    """Move numbered blocks as the routes say, and check that every product of blocks that makes up C comes together, once."""
+    ranks = [divmod(rank, side) for rank in range(side * side)]
+    held = [(set(), set()) for _ in ranks]
+    products = [set() for _ in ranks]
+    for step in range(side):
+        before, held = held, [(set(), set()) for _ in ranks]
+        for rank, place in enumerate(ranks):
+            for kind, route in enumerate(routes(side, *place, step)):
+                blocks = before[rank][kind] if route.forward else {place}
+                for to in route.to:
+                    assert routes(side, *ranks[to], step)[kind].source == rank
+                    assert not held[to][kind]
+                    held[to][kind].update(blocks)
+        for rank, ((a_block,), (b_block,)) in enumerate(held):
+            assert (a_block[0], b_block[1]) == ranks[rank] and a_block[1] == b_block[0]
+            products[rank].add(a_block[1])
+    assert all(found == set(range(side)) for found in products)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["cannon", "summa"])
+def test_routes_over_larger_meshes_than_can_run_here(name: str, side: int) -> None:
+    moved(__import__(name).routes, side)
 
 
 def test_a_script_under_torchrun_with_another_number_of_ranks() -> None:

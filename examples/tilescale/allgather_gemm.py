@@ -31,7 +31,7 @@ def all_gather_gemm(d: Dialect, ranks: int, rows: int, k: int, n: int):
         arrived: T.Tensor((ranks, row_tiles), "int32"),
         epoch: T.int32,
     ):
-        with T.Kernel(ranks * own_tiles, threads=128, prelude=d.prelude) as block:
+        with T.Kernel(ranks * own_tiles, threads=256, prelude=d.prelude) as block:
             thread = d.thread()
             me = tl.rank(ctx)
             owner = (me + block // own_tiles) % ranks  # of the rows of this tile
@@ -45,7 +45,7 @@ def all_gather_gemm(d: Dialect, ranks: int, rows: int, k: int, n: int):
                     to = (me + step) % ranks
                     if step % col_tiles == col_tile:
                         there = tl.remote(ctx, gathered[me * rows + row_tile * m.rows, 0], to)
-                        tl.put_block(there, shard[row_tile * m.rows, 0], m.rows * k * item, thread, 128)
+                        tl.put_block(there, shard[row_tile * m.rows, 0], m.rows * k * item, thread, 256)
                         d.sync()
                         if thread == 0:
                             tl.signal(tl.remote(ctx, arrived[me, row_tile], to), epoch, dtype="int32")

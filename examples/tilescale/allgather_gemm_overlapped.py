@@ -55,7 +55,7 @@ def multiply(d: Dialect, ranks: int, rows: int, k: int, n: int):
         first: T.int32,
         epoch: T.int32,
     ):
-        with T.Kernel(col_tiles * row_tiles * ranks, threads=128, prelude=d.prelude) as block:
+        with T.Kernel(col_tiles * row_tiles * ranks, threads=256, prelude=d.prelude) as block:
             # From the tiles of rank `first` on, which is this one: a number that the host passes, so that TMA may use it.
             row = (block // col_tiles + first * row_tiles) % (ranks * row_tiles)
             col = block % col_tiles

@@ -36,7 +36,7 @@ from tscompile.language.dialects import Dialect
 HEAP_BYTES = {False: 16 << 20, True: 1 << 30}  # of symmetric memory on each rank: on CPU, on GPUs
 STAGGER_S = 0.02
 CTX = T.Tensor((tl.WORDS,), "int64")  # the parameter through which a kernel knows its group
-tilelang.set_log_level("WARNING")
+tilelang.set_log_level("ERROR")  # it warns of kernels that are compiled twice in a process
 
 
 @dataclass(frozen=True)

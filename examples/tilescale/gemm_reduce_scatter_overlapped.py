@@ -29,7 +29,7 @@ def multiply_and_send(d: Dialect, ranks: int, rows: int, k: int, n: int):
         first: T.int32,
         epoch: T.int32,
     ):
-        with T.Kernel(col_tiles * row_tiles * ranks, threads=128, prelude=d.prelude) as block:
+        with T.Kernel(col_tiles * row_tiles * ranks, threads=256, prelude=d.prelude) as block:
             thread = d.thread()
             me = tl.rank(ctx)
             row = (block // col_tiles + first * row_tiles) % (ranks * row_tiles)
@@ -66,7 +66,7 @@ def add_up(d: Dialect, ranks: int, rows: int, n: int):
         arrived: T.Tensor((ranks, row_tiles, col_tiles), "int32"),
         epoch: T.int32,
     ):
-        with T.Kernel(col_tiles * row_tiles, threads=128, prelude=d.prelude) as block:
+        with T.Kernel(col_tiles * row_tiles, threads=256, prelude=d.prelude) as block:
             me = tl.rank(ctx)
             row = block // col_tiles
             col = block % col_tiles

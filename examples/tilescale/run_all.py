@@ -24,6 +24,8 @@ NAMES = (
     "allgather_gemm",
     "allgather_gemm_overlapped",
     "gemm_reduce_scatter_overlapped",
+    "cannon",
+    "summa",
 )
 
 
@@ -43,7 +45,11 @@ def main(arguments: Sequence[str]) -> int:
     options = [*(["--gpu"] if args.gpu else []), *([f"--ranks={args.ranks}"] if args.ranks else [])]
     failed = 0
     for name in args.names or NAMES:
-        ranks = importlib.import_module(name).EXAMPLE.parse(options).ranks
+        example = importlib.import_module(name).EXAMPLE
+        if args.ranks and (reason := example.allowed(args.ranks)):
+            print(f"{'-':6}  {name:30}  skipped: {reason}", flush=True)
+            continue
+        ranks = example.parse(options).ranks
         start = time.monotonic()
         try:
             outcome, said = "ok", launch(HERE / f"{name}.py", options, ranks)

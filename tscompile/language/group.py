@@ -157,8 +157,17 @@ class SymmetricGroup:
     def abort(self, reason: str) -> None:
         """Say that this rank has failed: ends the waits of all ranks, in kernels and here."""
         self._store.compare_set("failed", "", json.dumps([dist.get_rank(), reason[:500]]))  # the first one stands
-        for word in self._abort:
-            word.fill_(1 + self.rank)
+        word = torch.tensor([1 + self.rank], dtype=torch.int32)
+        if self.device.type == "cpu":
+            for theirs in self._abort:
+                theirs.copy_(word)
+            return
+        # By copy engine and on a stream of its own: the kernels that wait may hold every SM, and the current stream.
+        word, stream = word.pin_memory(), torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            for theirs in self._abort:
+                theirs.copy_(word, non_blocking=True)
+        stream.synchronize()
 
     def close(self) -> None:
         """Give the memory back; the tensors must not be used any more. No rank's kernels may still use it (`barrier`)."""
