@@ -22,7 +22,7 @@ from run_all import NAMES  # noqa: E402
 pytestmark = pytest.mark.slow
 
 
-def run(command: list[str], timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s, check=False
     )

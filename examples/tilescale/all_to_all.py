@@ -59,21 +59,22 @@ def run(world: World) -> str:
     inbox = group.tensor((2, size, rows, cols), torch.float32)
     counts = group.tensor((2, size), torch.int32)
     arrived = group.tensor((size, PIECES), torch.int32)
-    moved = 0
+    calls, moved = [], 0
     for epoch in world.rounds():
         tokens = world.random(rows, cols)
         cuts = sorted(world.dice.randint(0, rows) for _ in range(size - 1))  # some ranks may get nothing
         starts = torch.tensor([0, *cuts, rows], dtype=torch.int32, device=world.device)
         kernel(group.context, tokens, starts, inbox, counts, arrived, epoch)
-        group.check()
-        sent = starts.diff()
+        calls.append((tokens, starts.diff(), world.keep(counts[epoch % 2]), world.keep(inbox[epoch % 2])))
+    group.check()
+    for tokens, sent, got_counts, got in calls:
         want_counts = torch.empty_like(sent)
         dist.all_to_all_single(want_counts, sent)
-        assert_equal("counts", counts[epoch % 2], want_counts)
+        assert_equal("counts", got_counts, want_counts)
         want = torch.empty(int(want_counts.sum()), cols, device=world.device)
         dist.all_to_all_single(want, tokens, want_counts.tolist(), sent.tolist())
-        got = [inbox[epoch % 2, source, :count] for source, count in enumerate(want_counts.tolist())]
-        assert_equal("rows", torch.cat(got), want)
+        rows_of = [got[source, :count] for source, count in enumerate(want_counts.tolist())]
+        assert_equal("rows", torch.cat(rows_of), want)
         moved += len(want)
     return f"{moved} rows of {cols}, and how many came from whom, as {world.rival} has it"
 
