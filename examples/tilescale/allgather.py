@@ -53,6 +53,8 @@ def kernels(d: Dialect) -> list[Kernel]:
 
 def run(world: World) -> str:
     rows, cols, group = world.args.rows, world.args.cols, world.group
+    if rows % PIECES:
+        raise ValueError(f"--rows {rows} must be a multiple of {PIECES}")
     kernel = world.compile(all_gather(world.dialect, world.size, rows, cols))
     gathered = group.tensor((2, world.size, rows, cols), torch.float32)
     arrived = group.tensor((world.size, PIECES), torch.int32)

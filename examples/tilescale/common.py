@@ -196,7 +196,7 @@ class Example:
         kernels: all kernels of the script for a dialect, for tests that compile them without a GPU.
         sizes: numbers that can be given as options: (default on CPU, default on GPUs).
         ranks: how many there are unless `--ranks` says so.
-        allowed: whether the example works with that many ranks, and if not, why: ("", or the reason).
+        allowed: says why the example does not work with so many ranks, "" if it does.
     """
 
     run: Callable[[World], str]

@@ -137,6 +137,8 @@ def run(world: World) -> str:
 def run_copy(world: World, name: str) -> None:
     """One way to move `count` numbers along the ring."""
     count, group = world.args.count, world.group
+    if count % PIECE:
+        raise ValueError(f"--count {count} must be a multiple of {PIECE}")
     pushes = name in ("put_block", "put_warp", "st")
     kernel = world.compile((put if pushes else get)(world.dialect, count, name))
     shared = group.tensor((count,), torch.float32)  # the inbox, or what the others may look at

@@ -55,6 +55,8 @@ def kernels(d: Dialect) -> list[Kernel]:
 
 def run(world: World) -> str:
     count, group = world.args.count, world.group
+    if count % TILE:
+        raise ValueError(f"--count {count} must be a multiple of {TILE}")
     kernel = world.compile(shift(world.dialect, count), CONFIGS)
     inbox = group.tensor((count,), torch.float32)
     free, arrived = (group.tensor((count // TILE,), torch.int32) for _ in range(2))
