@@ -290,3 +290,14 @@ def exchange(d: Dialect, size: int = 1000):
             tl.get_block(out[0], here[0], 4 * size, thread, 128)
 
     return exchange_kernel
+
+
+def put_remote(d: Dialect, size: int):
+    """Copy to where another rank keeps the same symmetric tensor."""
+
+    @T.prim_func
+    def put_remote_kernel(ctx: CTX, x: T.Tensor((size,), "float32"), inbox: T.Tensor((size,), "float32"), to: T.int32):
+        with T.Kernel(1, threads=128, prelude=d.prelude) as _:
+            tl.put_block(tl.remote(ctx, inbox[0], to), x[0], 4 * size, d.thread(), 128)
+
+    return put_remote_kernel

@@ -25,7 +25,7 @@ def read_non_coherently(artifact: tl.CudaArtifact, addresses: str = r"\*") -> se
     defined: dict[str, list[tuple[str, str]]] = {}
     for operation, register, rest in re.findall(r"\t([a-z][\w.:]*)\s+(%\w+), ([^;]*);", artifact.ptx):
         defined.setdefault(register, []).append((operation, rest))
-    loads = re.findall(r"ld\.global\.nc\S*\s+\S+ \[(%\w+)", artifact.ptx)
+    loads = re.findall(r"ld\.global\.nc\S*\s+(?:\{[^}]*\}|[^\s{]+), \[(%\w+)", artifact.ptx)
     assert len(loads) == artifact.ptx.count("ld.global.nc")
     found = set()
     for base in loads:

@@ -136,6 +136,13 @@ def test_short_forms_and_the_epoch() -> None:
     assert [int(n) for n in re.findall(r"tsl_x_wait_u32\(.*?\)\)\), (\d), ", artifact.source)] == [0, 1, 2, 3, 4, 5]
 
 
+def test_the_address_of_another_rank() -> None:
+    source = compiled(kernels.put_remote(D, 100)).source
+    assert re.search(
+        r"copy_block\(\(\(uint64_t\)\(\(ctx\[\(to \+ 8\)\] \+ .* - ctx\[\(ctx\[0\] \+ \(int64_t\)8\)\]", source
+    )
+
+
 def test_an_exchange_signals_after_its_data() -> None:
     before(
         compiled(kernels.exchange(D)).ptx,

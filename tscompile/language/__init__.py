@@ -28,11 +28,12 @@ from .context import MAX_RANKS, RECORD_WORDS, WORDS
 from .context import fill as fill_context
 
 if TYPE_CHECKING:
-    from .addresses import epoch, num_ranks, peer, peer_address, pointer, rank
+    from .addresses import epoch, num_ranks, peer, peer_address, pointer, rank, remote
     from .bulk import bulk_get, bulk_put, bulk_wait, bulk_wait_read, mbarrier_init, mbarrier_wait
     from .compile import CudaArtifact, compile_cuda
     from .dialects import Dialect, Target, dialect, prelude
     from .grid import gpu_arrive, gpu_wait, grid_sync
+    from .group import SymmetricGroup
     from .memory import atomic_add, fence, fence_async, get_block, get_warp, put_block, put_warp, red_add
     from .sync import (
         aborted,
@@ -60,11 +61,12 @@ if TYPE_CHECKING:
     from .words import ld, ld128, st, st128
 
 _MODULES = {
-    "addresses": "epoch num_ranks peer peer_address pointer rank",
+    "addresses": "epoch num_ranks peer peer_address pointer rank remote",
     "bulk": "bulk_get bulk_put bulk_wait bulk_wait_read mbarrier_init mbarrier_wait",
     "compile": "CudaArtifact compile_cuda",
     "dialects": "Dialect Target dialect prelude",
     "grid": "gpu_arrive gpu_wait grid_sync",
+    "group": "SymmetricGroup",
     "memory": "atomic_add fence fence_async get_block get_warp put_block put_warp red_add",
     "sync": "aborted barrier block_arrive block_sync elect lane shuffle signal wait wait_eq wait_ge wait_gt wait_le wait_lt"
     " wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
@@ -79,6 +81,7 @@ __all__ = [
     "WORDS",
     "CudaArtifact",
     "Dialect",
+    "SymmetricGroup",
     "Target",
     "ToolchainError",
     "aborted",
@@ -117,6 +120,7 @@ __all__ = [
     "put_warp",
     "rank",
     "red_add",
+    "remote",
     "shuffle",
     "signal",
     "st",

@@ -117,6 +117,21 @@ def peer(ctx: Any, rank: Expr, offset_bytes: Expr, shape: Sequence[Expr], dtype:
     return T.make_tensor(T.cast(peer_address(ctx, rank, offset_bytes, region), "int64"), tuple(shape), dtype)
 
 
+def remote(ctx: Any, operand: Operand, rank: Expr) -> Expr:
+    """The address at which another rank keeps the same element of a symmetric tensor, uint64.
+
+        tl.put_block(tl.remote(ctx, inbox[row, 0], to), x[row, 0], row_bytes, thread, 128)
+        tl.signal(tl.remote(ctx, arrived[me], to), epoch, dtype="int32")
+
+    Args:
+        ctx: the context.
+        operand: memory of this rank in the group's region: of `SymmetricGroup.tensor`, or of any slot. Not checked.
+        rank: as in `peer_address`.
+    """
+    base = ctx[context.DATA + rank] - ctx[context.DATA + T.cast(ctx[context.RANK], "int32")]
+    return T.cast(base + T.cast(address(operand), "int64"), "uint64")
+
+
 def bits_of(dtype: str) -> int:
     """32 or 64: how wide the words of `dtype` are.
 
