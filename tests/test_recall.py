@@ -18,13 +18,14 @@ PATTERNS = {
     "matmul_reduce_scatter",
     "matmul_all_reduce",
     "matmul_all_gather",
+    "mesh_matmul",
     "all_reduce_matmul",
     "reduce_scatter_matmul",
 }
 # Addressable collectives that are fused when every supported match is: a floor, so that recognising never stands in for
 # fusing. Those that are missing have no kernel (a reduction before a matmul, twice) or lost their matmul to another
-# site (the gather after llama's output layer; on a mesh, gathers of right operands and the scatter after a gathered weight).
-FUSED = FAMILIES | {"llama": 18, "TP no-SP": 18, "einsum, consumers, gather-output": 9, "2-D mesh": 17}
+# site (the gather after llama's output layer; on a mesh, the scatter after a gathered weight).
+FUSED = FAMILIES | {"llama": 18, "TP no-SP": 18, "einsum, consumers, gather-output": 9, "2-D mesh": 19}
 # DTensor code may depend on the rank (a vocabulary-parallel embedding does), so all ranks are tried; of programs that
 # never ask for their rank one other rank is enough.
 OTHER_RANKS = [
