@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +57,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """torchrun ends all ranks once one has failed: the others let rank 0 say first what went wrong."""
+    if session.testsfailed and os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -123,3 +130,20 @@ def together(request: pytest.FixtureRequest, world: World) -> Iterator[None]:
     if failed and passed:
         rank, story = next(iter(failed.items()))
         pytest.fail(f"failed on ranks {sorted(failed)}; rank {rank} said:\n{story}", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def language(world: World) -> Iterator[Any]:
+    """A `language_group.Group` over all ranks."""
+    from tests.gpu.language_group import Group
+
+    group = Group(world)
+    yield group
+    group.release()
+
+
+@pytest.fixture
+def group(language: Any, request: pytest.FixtureRequest) -> Any:
+    """The same, with nothing signalled and nothing aborted."""
+    language.begin(request.node.nodeid)
+    return language

@@ -21,24 +21,6 @@ def carrier(dtype: str) -> str:
     return dtype.removeprefix("u")
 
 
-def copies(d: Dialect):
-    """Bytes from any address to any other, by a block and by a warp."""
-
-    @T.prim_func
-    def copies_kernel(
-        ctx: CTX, src: T.Tensor((4096,), "uint8"), to: T.int32, at: T.int64, start: T.int64, size: T.int64
-    ):
-        with T.Kernel(1, threads=128, prelude=d.prelude) as _:
-            thread = d.thread()
-            tl.put_block(tl.peer_address(ctx, to, at), src[start], size, thread, 128)
-            tl.get_block(tl.peer_address(ctx, to, at + 8192), src[start], size, thread, 128)
-            if thread < 32:
-                tl.put_warp(tl.peer_address(ctx, to, at + 16384), src[start], size)
-                tl.get_warp(tl.peer_address(ctx, to, at + 24576), src[start], size)
-
-    return copies_kernel
-
-
 def words(d: Dialect, dtype: str):
     """Loads, stores and atomics with all semantics and scopes: out[i] takes what the i-th operation returned."""
     count = 3 * sum(len(orders) for orders in ORDERS.values()) + 2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tscompile.language as tl
 
-from . import kernels
+from . import copy_kernels, forms, kernels
 from .world import DATA_BYTES, World
 
 COUNT = 32  # operations in kernels.words
@@ -22,9 +22,8 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 @lru_cache
 def compiled(target: tl.Target, name: str, *args: object) -> Callable[..., None]:
-    dialect = tl.dialect(target)
-    configs = {"tl.disable_thread_storage_sync": True} if name == "bulk" and target == "cuda" else None
-    return dialect.compile(getattr(kernels, name)(dialect, *args), configs)
+    dialect, form = tl.dialect(target), (name, *args)
+    return dialect.compile(forms.written(dialect, form), forms.pass_configs(form) if target == "cuda" else None)
 
 
 class Runner:
@@ -55,14 +54,16 @@ def run(request: pytest.FixtureRequest) -> Runner:
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 3000), start=st.integers(0, 2000), size=st.integers(0, 2000))
 def test_copies_of_any_size_and_alignment(run: Runner, at: int, start: int, size: int) -> None:
-    world = run.world(2)
-    src = torch.randint(0, 256, (4096,), dtype=torch.uint8)
+    world, ways = run.world(2), range(len(copy_kernels.WAYS))
+    src = torch.randint(0, 256, (DATA_BYTES,), dtype=torch.uint8)
     want = torch.zeros(DATA_BYTES, dtype=torch.uint8)
-    for place in range(4):
-        want[at + 8192 * place : at + 8192 * place + size] = src[start : start + size]
-    run("copies", world.context(0), src.to(run.device), 1, at, start, size)
+    for way in ways:
+        want[at + 8192 * way : at + 8192 * way + size] = src[start : start + size]
+    world.data(0).copy_(src)
+    table = [[1, at + 8192 * way, 0, start, size, way] for way in ways]
+    run("copies", world.context(0), run.tensor(table, torch.int64), form=(len(ways),))
     assert torch.equal(world.data(1).cpu(), want)
-    assert not world.data(0).any()
+    assert torch.equal(world.data(0).cpu(), src)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "float32", "int64", "uint64", "float64"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,32 +19,50 @@ EPOCH_CELL, ABORT, RECORD = 0, 64, 128  # bytes from the control base
 
 
 class World:
-    """The memory of all ranks: in one file that processes map, or in this process, on any device."""
+    """The memory of all ranks, a row of bytes each: [data][flags][control]. On any device: in this process, in one file that
+    processes map, or rows that are given.
 
-    def __init__(self, size: int, path: Path | None = None, device: str = "cpu") -> None:
-        self.size, self.device = size, device
-        if path is None:
-            self.bytes = torch.zeros(size, RANK_BYTES, dtype=torch.uint8, device=device)
-        else:
+    Args:
+        size: ranks.
+        path: of the file, see `create`.
+        device: of the contexts, and of the memory where it is in this process.
+        rows: of all ranks; own rank's record is then in `record`, on the host, and others' are not seen.
+        record: int64 `[RECORD_WORDS]`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        path: Path | None = None,
+        device: str | torch.device = "cpu",
+        rows: Sequence[torch.Tensor] = (),
+        record: torch.Tensor | None = None,
+    ) -> None:
+        self.size, self.device, self._record = size, device, record
+        if path is not None:
             with path.open("r+b") as file:
-                self._map = mmap.mmap(file.fileno(), size * RANK_BYTES)
-            self.bytes = torch.frombuffer(self._map, dtype=torch.uint8).view(size, RANK_BYTES)
+                self._map = mmap.mmap(file.fileno(), 0)
+            rows = list(torch.frombuffer(self._map, dtype=torch.uint8).view(size, -1))
+        self.rows = rows or list(torch.zeros(size, RANK_BYTES, dtype=torch.uint8, device=device))
+        self.data_bytes = self.rows[0].numel() - FLAG_BYTES - CONTROL_BYTES
 
     @staticmethod
-    def create(path: Path, size: int) -> None:
+    def create(path: Path, size: int, data_bytes: int = DATA_BYTES) -> None:
         with path.open("wb") as file:
-            os.ftruncate(file.fileno(), size * RANK_BYTES)
+            os.ftruncate(file.fileno(), size * (data_bytes + FLAG_BYTES + CONTROL_BYTES))
 
     def data(self, rank: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        return self.bytes[rank, :DATA_BYTES].view(dtype)
+        return self.rows[rank][: self.data_bytes].view(dtype)
 
     def flags(self, rank: int, dtype: torch.dtype = torch.uint32) -> torch.Tensor:
-        return self.bytes[rank, DATA_BYTES : DATA_BYTES + FLAG_BYTES].view(dtype)
+        return self.rows[rank][self.data_bytes :][:FLAG_BYTES].view(dtype)
 
     def control(self, rank: int) -> torch.Tensor:
-        return self.bytes[rank, DATA_BYTES + FLAG_BYTES :]
+        return self.rows[rank][self.data_bytes + FLAG_BYTES :]
 
     def record(self, rank: int) -> list[int]:
+        if self._record is not None:
+            return self._record[:5].tolist()
         return self.control(rank)[RECORD : RECORD + 40].view(torch.int64).tolist()
 
     def abort(self, rank: int) -> int:
@@ -59,7 +78,7 @@ class World:
             epoch_cell=control[rank] + EPOCH_CELL,
             abort_word=control[rank] + ABORT,
             abort_offset=ABORT,
-            record=control[rank] + RECORD,
+            record=control[rank] + RECORD if self._record is None else self._record.data_ptr(),
             data=[self.data(peer).data_ptr() for peer in range(self.size)],
             flags=[self.flags(peer).data_ptr() for peer in range(self.size)],
             control=control,

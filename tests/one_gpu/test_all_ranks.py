@@ -83,9 +83,10 @@ def test_float16(patch: pytest.MonkeyPatch) -> None:
         op.check(outputs, truth)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_a_deep_queue_with_pauses(patch: pytest.MonkeyPatch, ranks: int) -> None:
-    """Ops of changing kinds follow each other on the same memory; ranks are held up at random."""
+def test_a_deep_queue_with_pauses(patch: pytest.MonkeyPatch, pytestconfig: pytest.Config, ranks: int) -> None:
+    """Ops of changing kinds follow each other on the same memory; ranks are held up at random. --iterations 10000 for the long run."""
     group = Group(patch, ranks)
     ops = [Op(group, shape, form=form) for shape in shapes(ranks) for form in forms_of(shape, ranks)[:2]]
     truths = [op.truth() for op in ops]
@@ -93,7 +94,7 @@ def test_a_deep_queue_with_pauses(patch: pytest.MonkeyPatch, ranks: int) -> None
         group.each(op.call)  # loads the kernels and makes the tables
         torch.cuda.synchronize()
     dice = random.Random(ranks)
-    for _ in range(8):
+    for _ in range(0, pytestconfig.getoption("--iterations"), 12):
         order = [dice.randrange(len(ops)) for _ in range(12)]
         results = []
         for which in order:
@@ -159,4 +160,5 @@ def test_a_rank_that_stays_away(patch: pytest.MonkeyPatch, kind: str, pushed: bo
     records = [group.links[rank].read_record() for rank in (0, 1)]
     first_hand = [record for record in records if record.site]
     assert first_hand and all(record.site == 7 and record.expected > record.seen for record in first_hand)
-    assert any(record.peer == 2 for record in first_hand)
+    if kind != REDUCE:  # there a rank may also wait for a sum of one that waits itself
+        assert any(record.peer == 2 for record in first_hand)

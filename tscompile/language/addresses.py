@@ -48,7 +48,12 @@ def pointer(value: Expr) -> Expr:
 
 
 def cast(value: Expr, dtype: str) -> Expr:
-    """`value` with exactly this dtype: the C target declares an extern by the types of its arguments."""
+    """`value` with exactly this dtype: the C target declares an extern by the types of its arguments.
+
+    A negative number counts modulo the range of an unsigned dtype, as in C: `signal(flag, -1, "add")`.
+    """
+    if isinstance(value, int | tirx.IntImm) and dtype in ("uint8", "uint16", "uint32", "uint64") and int(value) < 0:
+        value = int(value) % (1 << int(dtype[4:]))  # TVM refuses such a constant
     if isinstance(value, int | float):
         return tirx.const(value, dtype)
     if not isinstance(value, tirx.PrimExpr):
@@ -158,7 +163,7 @@ def to_bits(value: Expr, dtype: str) -> Expr:
         return value
     if "float" in dtype:  # not T.reinterpret: the C target takes the address of what may be a literal
         return call(f"bits_f{width_of(dtype)}", word, value)
-    return T.cast(value, word)
+    return cast(value, word)
 
 
 def from_bits(value: Expr, dtype: str) -> Expr:

@@ -69,7 +69,7 @@ TSL bool tsl_aborted(const void *context) { return tsl_ld_relaxed_sys((const voi
 // This rank gives up waiting for `peer`: leave a record for the host, then end the waits of all ranks. The first record stays.
 TSL void tsl_give_up(const void *context, int peer, uint32_t site, uint64_t expected, uint64_t seen) {
   const TslContext *c = tsl_context(context);
-  if (atomicExch((unsigned int *)c->abort_word, 1u + (unsigned)c->rank) == 0u) {
+  if (atomicExch_system((unsigned int *)c->abort_word, 1u + (unsigned)c->rank) == 0u) {
     volatile uint64_t *r = (volatile uint64_t *)c->record;
     r[1] = peer; r[2] = site; r[3] = expected; r[4] = seen;
     __threadfence_system();

@@ -2,7 +2,10 @@
 #include <algorithm>
 #include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -44,7 +47,14 @@ static void tsl_st_relaxed_sys(void *p, uint32_t v) { __atomic_store_n((uint32_t
 static void tsl_fence_sys() { std::atomic_thread_fence(std::memory_order_acq_rel); }
 static void tsl_fence_async() {}
 static bool tsl_wait_epoch(const void *, const void *flag, uint32_t epoch, int, uint32_t) {
-  while ((int32_t)(tsl_ld_acquire_sys(flag) - epoch) < 0) std::this_thread::yield();
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while ((int32_t)(tsl_ld_acquire_sys(flag) - epoch) < 0) {
+    if (std::chrono::steady_clock::now() > end) {
+      fprintf(stderr, "a wait for epoch %u does not end\n", epoch);
+      abort();
+    }
+    std::this_thread::yield();
+  }
   return true;
 }
 #define TSK_THREAD ((int)threadIdx.x - 128)

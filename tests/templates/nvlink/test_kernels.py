@@ -365,7 +365,7 @@ def test_a_sum_signals_after_its_tiles(config: GemmConfig, all_reduce: bool) -> 
 
 def events(ptx: str) -> list[str]:
     """Stores to words of peers and what orders them, as they follow in the text."""
-    kinds = r"fence\.proxy\.async;|fence\.acq_rel\.sys;|membar\.sys;|st\.relaxed\.sys|st\.release\.sys|ld\.acquire\.sys|atom\.exch"
+    kinds = r"fence\.proxy\.async;|fence\.acq_rel\.sys;|membar\.sys;|st\.relaxed\.sys|st\.release\.sys|ld\.acquire\.sys|atom\.sys\.exch"
     return re.findall(kinds, ptx)
 
 
@@ -379,9 +379,9 @@ def test_no_flag_is_set_without_its_fences(config: GemmConfig, all_reduce: bool)
         assert found[i - 1 : i + 2] == ["fence.proxy.async;", "fence.acq_rel.sys;", "st.relaxed.sys"]
     # The only other relaxed stores end the waits of a group that has failed: one loop behind each exchange of the abort word.
     stores = [i for i, event in enumerate(found) if event == "st.relaxed.sys" and i - 1 not in signals]
-    assert len(stores) == found.count("atom.exch") > 0
+    assert len(stores) == found.count("atom.sys.exch") > 0
     for i in stores:
-        assert "atom.exch" in found[i - 2 : i]
+        assert "atom.sys.exch" in found[i - 2 : i]
     assert found.count("st.release.sys") == 1  # the acknowledgement
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from collections.abc import Iterator
-from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +16,10 @@ from tscompile.templates.nvlink import tiles, widths
 from tscompile.templates.nvlink.kernels.config import MAX_SLICES
 from tscompile.templates.nvlink.tiles import gather_tiles
 
+from . import host_code
 from .protocol import Stuck
 from .push_protocol import PushingRank, Sizes, gather_all
 
-KERNELS = files("tscompile.templates.nvlink.kernels")
 SEEDS = st.integers(0, 10**6)
 
 
@@ -97,35 +94,12 @@ def test_slices_are_large_enough_to_send_and_many_where_there_is_much() -> None:
 # ---- kernels/push.h on threads of the host --------------------------------------------------------------------------------------
 
 
-def function(text: str, start: str) -> str:
-    """A function or a struct of a header, by how it begins."""
-    found = re.search(rf"^{re.escape(start)}.*?^}};?$", text, re.MULTILINE | re.DOTALL)
-    assert found, start
-    return found[0]
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    cuda = files("tscompile.language").joinpath("cuda.h").read_text()
-    tile, push = (KERNELS.joinpath(name).read_text() for name in ("tile.h", "push.h"))
-    here = Path(__file__).parent
-    parts = [
-        (here / "host_warps.h").read_text(),
-        "constexpr int TSL_MAX_RANKS = 8;",
-        function(cuda, "struct TslContext"),
-        "TSL const TslContext *tsl_context(const void *p) { return (const TslContext *)p; }",
-        *re.findall(r"^enum TslCompare .*$", cuda, re.MULTILINE),
-        function(cuda, "template <typename T> TSL bool tsl_holds"),
-        function(tile, "struct TskAddress"),
-        *(function(tile, f"TSL {name}") for name in ("int tsk_claim", "uint32_t tsk_epoch", "void tsk_copy_bytes")),
-        push,
-        (here / "host_push.h").read_text(),
-    ]
-    folder = tmp_path_factory.mktemp("push")
-    (folder / "push.cpp").write_text("\n".join(parts))
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
-    subprocess.run(["g++", *options, "push.cpp", "-o", "push.so"], cwd=folder, check=True, timeout=120)
-    return ctypes.CDLL(str(folder / "push.so"))
+    tile = host_code.kernel_text("tile.h")
+    helpers = [host_code.function(tile, f"TSL {name}") for name in ("int tsk_claim", "void tsk_copy_bytes")]
+    runner = (host_code.HERE / "host_push.h").read_text()
+    return host_code.build(tmp_path_factory.mktemp("push"), *helpers, host_code.kernel_text("push.h"), runner)
 
 
 class GatherSizes(ctypes.Structure):
@@ -155,25 +129,10 @@ def test_the_device_code_sends_every_shard_to_every_rank(
     flags = [torch.full((128,), 4, dtype=torch.int32) for _ in range(ranks)]  # epochs of an earlier call
     cells = torch.tensor([2] * ranks, dtype=torch.int32)
     counters = [torch.zeros(16, dtype=torch.int32) for _ in range(ranks)]
-    contexts = [
-        context.fill(
-            torch.zeros(context.WORDS, dtype=torch.int64),
-            rank=rank,
-            size=ranks,
-            timeout_ns=1,
-            epoch_cell=cells[rank:].data_ptr(),
-            abort_word=0,
-            abort_offset=0,
-            record=0,
-            data=[slot.data_ptr() for slot in slots],
-            flags=[flag.data_ptr() for flag in flags],
-            control=[0] * ranks,
-        )
-        for rank in range(ranks)
-    ]
+    contexts = host_code.contexts(slots, flags, cells)
     sums = torch.zeros(ranks, ctas, MAX_SLICES, dtype=torch.int64)
     given = GatherSizes(ranks, ctas, rows, inner, pieces, k, slices, slice_k, 3)  # and 2 of the cell
-    lists = [(ctypes.c_void_p * ranks)(*(t.data_ptr() for t in each)) for each in (shards, outs, contexts, counters)]
+    lists = [host_code.pointers(each) for each in (shards, outs, contexts, counters)]
     library.run(ctypes.byref(given), *lists, ctypes.c_void_p(sums.data_ptr()))
     for rank in range(ranks):
         assert torch.equal(slots[rank], whole) and torch.equal(outs[rank], whole)
@@ -188,7 +147,7 @@ def test_the_device_code_sends_every_shard_to_every_rank(
 
 def test_the_host_and_the_device_count_alike() -> None:
     """Slices of a shard, and the words of `counters` that they take."""
-    push = KERNELS.joinpath("push.h").read_text()
+    push = host_code.kernel_text("push.h")
     numbers = {name: int(number) for name, number in re.findall(r"(TSK_\w+) = (\d+)[,} ]", push)}
     assert numbers["TSK_SLICES"] == MAX_SLICES
     assert numbers["TSK_SENT"] + MAX_SLICES <= 16  # words of DeviceLink.counters

@@ -17,6 +17,8 @@ from tscompile.templates import find_template
 from tscompile.templates.nvlink.operands import aligned_pointer, aligned_sizes, is_transposed, pointer_of
 from tscompile.templates.nvlink.tiles import TILE_M
 
+from .fake_gpu import large_forms
+
 BF16 = "bfloat16"
 ROWS = GatherUse("lhs", False, "rows", BF16)
 GRADIENT = GatherUse("lhs", True, "rows", BF16)
@@ -215,7 +217,10 @@ def test_a_slot_of_a_gather(uses: tuple[GatherUse, ...], other: tuple[int, int],
         (4 * 2048, 4096, 1, 4, 256, 256),
     ],
 )
-def test_a_slot_of_a_reduce_scatter(m: int, n: int, outer: int, size: int, tiles: int, width: int) -> None:
+def test_a_slot_of_a_reduce_scatter(
+    monkeypatch: pytest.MonkeyPatch, m: int, n: int, outer: int, size: int, tiles: int, width: int
+) -> None:
+    large_forms(monkeypatch)
     a, b = fakes((m, 256), (256, n))
     need = template("matmul_reduce_scatter").scratch_bytes(
         plan("matmul_reduce_scatter"), size, [a], [b], [None], [], outer
@@ -233,7 +238,10 @@ def test_a_slot_of_a_reduce_scatter(m: int, n: int, outer: int, size: int, tiles
         (8192, 4096, 4, 256, 256),
     ],
 )
-def test_a_slot_of_an_all_reduce(m: int, n: int, size: int, tiles: int, width: int) -> None:
+def test_a_slot_of_an_all_reduce(
+    monkeypatch: pytest.MonkeyPatch, m: int, n: int, size: int, tiles: int, width: int
+) -> None:
+    large_forms(monkeypatch)
     a, b = fakes((m, 256), (256, n))
     need = template("matmul_all_reduce").scratch_bytes(plan("matmul_all_reduce"), size, [a], [b], [None], [])
     assert need == size * tiles * TILE_M * width * 2  # and the sums of the own ones

@@ -1,7 +1,11 @@
-"""Small sums: every form has the right result on every rank, whatever happens when, with any number of CTAs resident."""
+"""Small sums: every form has the right result on every rank, whatever happens when, with any number of CTAs resident.
+
+First the protocol under a random scheduler, then the device code itself on threads of the host.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import pytest
@@ -14,6 +18,7 @@ from tscompile.templates.nvlink.kernels.config import DATA_FLAGS, SMS, SUM_FORMS
 from tscompile.templates.nvlink.sums import PULL, plan_sum, problem_plan, pull_plan, push_plans
 from tscompile.templates.nvlink.tiles import whole_tiles
 
+from . import host_code
 from .sum_protocol import push_all
 
 
@@ -74,3 +79,67 @@ def test_whoever_plans_finds_the_same(m: int, n: int, k: int, ranks: int, all_re
     assert chosen.us <= pull_plan(m, 8 * n, 8 * k + 64, ranks, 1 if all_reduce else ranks, all_reduce).us
     for plan in push_plans(m, 8 * n, 64, ranks, 1, all_reduce):
         assert plan.flags <= DATA_FLAGS and plan.places <= plan.flags
+
+
+# ---- kernels/sum_push.h on threads of the host ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    tile = host_code.kernel_text("tile.h")
+    starts = (
+        "template <int DT> TSL uint4 tsk_pack8",
+        "template <int DT> TSL void tsk_add8",
+        "TSL void tsk_quad_transpose",
+        "template <int NF> TSL void tsk_scale",
+        "template <int NF, bool COPY, typename Words> TSL void tsk_store_words",
+        "template <int NF, int DT, bool COPY> TSL void tsk_rows",
+    )
+    before, after = ((host_code.HERE / name).read_text() for name in ("host_sum.h", "host_sum_run.h"))
+    helpers = [host_code.function(tile, start) for start in starts]
+    return host_code.build(tmp_path_factory.mktemp("sum"), before, *helpers, host_code.kernel_text("sum_push.h"), after)
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int) for n in ("ranks", "ctas", "tiles", "m", "n", "columns", "inner", "share", "epoch")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "ranks", "outer", "m", "n", "ctas"),
+    [
+        ("scatter", 2, 1, 32, 72, 1),
+        ("scatter", 3, 2, 192, 64, 2),
+        ("scatter", 4, 1, 256, 136, 1),
+        ("two_shot", 2, 1, 40, 64, 1),
+        ("two_shot", 3, 1, 130, 72, 2),
+        ("two_shot", 8, 1, 128, 64, 1),
+        ("one_shot", 2, 1, 5, 128, 1),
+        ("one_shot", 3, 1, 144, 64, 2),
+    ],
+)
+def test_the_device_code_sums(
+    library: ctypes.CDLL, form: str, ranks: int, outer: int, m: int, n: int, ctas: int
+) -> None:
+    """Integers that bfloat16 has, and their sums, so every bit counts."""
+    width, scattered = 64, form == "scatter"
+    plan = next(p for p in push_plans(m, n, 64, ranks, outer, not scattered) if (p.form, p.width) == (form, width))
+    table = torch.tensor(whole_tiles(m, n, width), dtype=torch.int32)
+    products = [torch.randint(-8, 9, (m, n)).float() for _ in range(ranks)]
+    rows, inner = (m // ranks, m // ranks // outer) if scattered else (m, m)
+    outs = [torch.full((rows, n), float("nan"), dtype=torch.bfloat16) for _ in range(ranks)]
+    slots = [torch.full((plan.scratch_bytes // 2,), float("nan"), dtype=torch.bfloat16) for _ in range(ranks)]
+    flags = [torch.full((plan.flags + 1,), 4, dtype=torch.int32) for _ in range(ranks)]  # epochs of an earlier call
+    cells = torch.full((ranks,), 2, dtype=torch.int32)
+    contexts = host_code.contexts(slots, flags, cells)
+    given = Sizes(ranks, ctas, len(table), m, n, -(-n // width), inner, plan.share, 3, 0.5)  # epoch: and 2 of the cell
+    lists = [host_code.pointers(each) for each in (contexts, products, outs)]
+    number = ctypes.c_int(SUM_FORMS.index(form))
+    library.run_sum(number, ctypes.byref(given), ctypes.c_void_p(table.data_ptr()), *lists)
+    total = torch.stack(products).sum(0) / 2
+    for rank in range(ranks):
+        wanted = total.view(outer, ranks, inner, n)[:, rank].reshape(rows, n) if scattered else total
+        assert torch.equal(outs[rank].float(), wanted)
+        assert flags[rank][-1] == 4 and set(flags[rank].tolist()) <= {4, 5}

@@ -170,6 +170,8 @@ class _Recipe:
                 outputs[index] = _multiply(plan.uses[index], source_tensor, others[index], biases[index])
             if channel.captured:
                 self._acknowledge(channel)
+            elif gathered is None:  # they have read the slot: a next call on another stream must wait for them, too
+                channel.link.issue(channel.link.done)
         if gathered is not None:
             outputs.append(gathered)
         return outputs

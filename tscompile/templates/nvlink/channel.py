@@ -30,9 +30,6 @@ ACK = FLAGS - 64  # first flag that tells a rank that a peer has read its slot; 
 MAIN, SIDE, ALARM = 0, 1, 2  # streams of a step
 FORK, JOIN, DONE = 0, 1, 2  # events
 _STUCK_S = 2.0
-# Small sums pull into memory that their link keeps: they are those whose host has no time to lose, and an allocation takes as long as a
-# call of the driver.
-LANDING_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,9 @@ class DeviceLink:
         self.counter_addresses = [tensor.data_ptr() for tensor in self.counters]
         self.landed_addresses = [tensor.data_ptr() for tensor in self.landed]
         self._after_last = steps_of(Step(kind=stream.AWAIT, stream=MAIN, event=DONE))
+        self.done = steps_of(
+            Step(kind=stream.RECORD, stream=MAIN, event=DONE)
+        )  # what follows a call reads its slot as well
         self.record_word = ctypes.c_int64.from_address(self.record.data_ptr())
         self._stuck_at = 0
         self._stuck_since = 0.0
@@ -113,7 +113,6 @@ class DeviceLink:
         self._captured = 0
         self._current = 0  # stream of the last call
         self._last_stream: int | None = None  # that of the last eager one
-        self._landing: torch.Tensor | None = None
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self.pinned: list[Any] = []  # recipes whose tables a captured graph reads
 
@@ -140,14 +139,6 @@ class DeviceLink:
             control=bases,
         )
         return lasting(lambda: words.to(self.device), self.device)
-
-    def landing(self) -> int:
-        """Address of LANDING_BYTES that the kernel of an eager call may use while it runs: the calls of a group follow one another."""
-        if self._landing is None:
-            self._landing = lasting(
-                lambda: torch.empty(LANDING_BYTES, dtype=torch.uint8, device=self.device), self.device
-            )
-        return self._landing.data_ptr()
 
     def _words(self, count: int) -> torch.Tensor:
         return lasting(lambda: torch.zeros(count, dtype=torch.int32, device=self.device), self.device)

@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...nvshmem.device import SLOTS
 from ...problem import FusionProblem, Gemm, Plan
 from ..fresh import maker
 from ..template import register_template, torch_dtype
 from .call import Call
-from .channel import LANDING_BYTES, MAIN, DeviceChannel, DeviceLink
+from .channel import MAIN, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.config import ITEM_BYTES, TILE_M, GemmConfig, depth, pulled_rows
 from .lasting import lasting_tables
@@ -49,7 +48,7 @@ class _Recipe:
         m, n = lhs[0].shape[0], rhs[0].shape[1]
         chosen = _chosen(plan, lhs, rhs, link.size, outer)
         form = _pulled if chosen.form == PULL else _pushed
-        tables, landing, sizes = form(link, chosen, m, n, outer, _is_all_reduce(plan))
+        tables, self._landing, sizes = form(link, chosen, m, n, outer, _is_all_reduce(plan))
         self._dtype = torch_dtype(plan.dtype)
         self._transposed = is_transposed(rhs[0])
         coefficients = plan.coefficients or (1.0,) * len(lhs)
@@ -58,11 +57,7 @@ class _Recipe:
         self._tables = dict(zip(tables, lasting_tables(list(tables.values()), link.device), strict=True))
         rows = m if _is_all_reduce(plan) else m // link.size
         self._shape, self._strides = (rows, n), (n, 1)
-        self._landing = (landing,)
         self._new = maker(lhs[0].device)
-        # Slots whose calls pull into the link's memory. Captured calls do not: they may run beside others. Nor do those that need more.
-        # What is pushed needs none at all.
-        self._shared_slots = (2 if landing * ITEM_BYTES <= LANDING_BYTES else 0) if landing else SLOTS
         self._fixed: dict[str, float] = {
             "M": m,
             "N": n,
@@ -88,8 +83,6 @@ class _Recipe:
     def _call(self, channel: DeviceChannel) -> Call:
         """The steps of a call in the channel's slot."""
         values = self._kernel.values({**channel.values(), **self._fixed}, self._patched)
-        if self._landing[0] and channel.slot < self._shared_slots:
-            values[self._at_landing] = channel.link.landing()
         if channel.captured:
             channel.link.pinned.append(self)
         return Call(channel, [self._kernel.step(values, MAIN)], [], [values])
@@ -101,7 +94,7 @@ class _Recipe:
         if call is None:
             call = self._calls[channel.slot] = self._call(channel)
         (values,) = call.values
-        alive: list[Tensor] = []  # copies of operands, until the kernel is enqueued
+        alive: list[Tensor] = []  # what the kernel reads and nobody else holds, until it is enqueued
         dtype = self._dtype
         for number, left, right, a_lies, b_lies, weight in self._operands:
             a, b = lhs[number], rhs[number]
@@ -119,8 +112,8 @@ class _Recipe:
             values[self._at_bias] = pointer_of(bias, False, alive)
         out = self._new(self._shape, self._strides, dtype)
         values[self._at_out], values[self._at_epoch] = out.data_ptr(), channel.epoch
-        if channel.slot >= self._shared_slots:
-            landing = self._new(self._landing, (1,), dtype)
+        if self._landing:
+            landing = self._new((self._landing,), (1,), dtype)  # free again behind the kernel, on its stream
             values[self._at_landing] = landing.data_ptr()
         channel.link.issue(call.steps)
         return out

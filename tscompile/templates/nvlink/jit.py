@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
@@ -52,30 +53,40 @@ def _build(name: str, args: tuple[Any, ...]) -> tuple[bytes, LaunchSpec]:
 
 
 def artifact(name: str, *args: Any) -> tuple[bytes, LaunchSpec]:
-    """Cubin and launch spec of a kernel. One process of a host compiles it, the others wait and read what it left.
+    """Cubin and launch spec of a kernel: `kept` for `<name>_kernel(*args)` of kernels/<name>.py."""
+    return kept(name, f"{name}{args}", lambda: _build(name, args))
+
+
+def kept(name: str, recipe: str, build: Callable[[], tuple[bytes, LaunchSpec]]) -> tuple[bytes, LaunchSpec]:
+    """What `build` makes. One process of a host compiles it, the others wait and read what it left.
+
+    Args:
+        name: of the files in the cache directory.
+        recipe: all that the kernel is made of, beside tscompile's own files.
+        build: compiles it.
 
     Raises:
         ToolchainError: there is no nvcc, or it failed; the message has its output.
         HeapError: no cache directory that can be written.
     """
-    key = sha256(f"{_sources()} {name}{args}".encode()).hexdigest()[:32]
+    key = sha256(f"{_sources()} {recipe}".encode()).hexdigest()[:32]
     folder = cache_dir() / "kernels"
     try:
         folder.mkdir(exist_ok=True)
         with FileLock(str(folder / f"{name}-{key}.lock")):
-            return _read_or_build(folder / f"{name}-{key}", name, args)
+            return _read_or_build(folder / f"{name}-{key}", recipe, build)
     except OSError as error:
         raise HeapError(
             f"no compiled kernel can be kept in {folder} ({error}): make room, or set XDG_CACHE_HOME"
         ) from error
 
 
-def _read_or_build(path: Path, name: str, args: tuple[Any, ...]) -> tuple[bytes, LaunchSpec]:
+def _read_or_build(path: Path, recipe: str, build: Callable[[], tuple[bytes, LaunchSpec]]) -> tuple[bytes, LaunchSpec]:
     try:
         return path.with_suffix(".cubin").read_bytes(), _parse(path.with_suffix(".json").read_text())
     except FileNotFoundError:
-        log.debug("compiling %s%s", name, args)
-    cubin, spec = _build(name, args)
+        log.debug("compiling %s", recipe)
+    cubin, spec = build()
     for suffix, content in ((".cubin", cubin), (".json", json.dumps(asdict(spec)).encode())):
         scratch = path.with_suffix(f".{os.getpid()}")
         scratch.write_bytes(content)

@@ -22,21 +22,25 @@ _COLUMN_US_PER_K = 4.45e-5
 _PAUSE_US = 1.0
 # Of memory that is read: us per MiB. [measured 2026-11-28, H200: cuBLAS, 128 rows]
 _READ_US_PER_MIB = 0.27
-# Bytes per us that L2 brings to all SMs: what tiles of 128 columns take. Narrower ones wait for it. [their times: to be measured]
+# Bytes per us that L2 brings to all SMs: what tiles of 128 columns take. Narrower ones wait for it. [measured 2026-11-28, H200: kernels
+# of small sums and gathers alone, 64 to 512 rows, tiles of 64 columns; within 15 %]
 _L2_BYTES_PER_US = 10.5e6
 # One pass over NVLink by copy engine: us until the first byte, for each copy and its flag, and per MiB that one rank receives.
 # [measured 2026-11-20, 4 GPUs]
 _PASS_US = 10.0
 _COPY_US = 8.0
 _PUSH_US_PER_MIB = 3.1
-# A gather whose kernel pushes: us until the first byte is there; us per MiB that one rank receives; how much longer a GEMM takes
-# beside it, if it has more waves than that. [to be measured]
+# What pushing kernels are predicted to take longer than the sum of their parts, since no race over NVLink has confirmed it yet.
+UNRACED = 1.06
+# A gather whose kernel pushes: us until the first byte is there; us per MiB that one rank receives, and per MiB of the shard, which
+# warps must at least read and store; how much longer a GEMM takes beside it, if it has more waves than that. [estimated from kernels
+# alone on one H200, 2026-11-28, and the link's rate]
 _PUSHED_US = 6.0
-_PUSHED_US_PER_MIB = 3.3
+_PUSHED_US_PER_MIB, _STORED_US_PER_MIB = 3.3, 6.5
 _PUSHED_FACTOR, _PUSHED_WAVES = 1.1, 2
 _SLICE_BYTES = 256 << 10  # of a shard, at least: 128 of the 264 warps that push 2 KiB each then share a slice
-# us of a fused gather in one kernel: its launch, and what neither transport nor tiles explain, by copy engine [measured as above] and
-# pushed [to be measured].
+# us of a fused gather in one kernel: its launch, and what neither transport nor tiles explain, by copy engine [measured 2026-11-20] and
+# pushed [measured 2026-11-28, alone].
 LAUNCH_US = 6.0
 COPIED_TAIL_US = 10.0
 _PUSHED_TAIL_US = 5.0
@@ -59,7 +63,7 @@ def read_us(k: int, n: int) -> float:
 
 def gemm_us(tiles: int, width: int, k: int, n: int) -> float:
     """Time of a GEMM by one of the kernels, launch included."""
-    return LAUNCH_US + max(waves_of(tiles) * tile_us(width, k), read_us(k, n))
+    return LAUNCH_US + max(waves_of(tiles) * _wave_us(width, k, tiles), read_us(k, n))
 
 
 def tile_width(tile_rows: int, widths: Sequence[int], k: int, transposed: bool) -> int:
@@ -105,17 +109,15 @@ def gather_us(tile: int, rows: int, widths: Sequence[int], k: int, ranks: int, p
     wave, waves = _wave_us(tile, k, tiles), waves_of(tiles)
     least = read_us(k, sum(widths))
     if not pushed:
-        last = waves_of(tiles // ranks) * wave  # the tiles of the shard that comes last
+        last = waves_of(-(-tiles // ranks)) * wave  # the tiles of the shard that comes last
         return max(LAUNCH_US + max(waves * wave, least), push_us(mib, ranks) + last) + COPIED_TAIL_US
     slices, _ = pushed_slices(rows // ranks, k)
     factor = _PUSHED_FACTOR if waves > _PUSHED_WAVES else 1.0
     # Slices come from all ranks at the same time, so the first wave ends when it has multiplied the last one.
-    first, last = (_PUSHED_US + _PUSHED_US_PER_MIB * part for part in (mib / slices, mib))
-    return (
-        LAUNCH_US
-        + max(first + max(factor * waves * wave, least), last + wave / slices + (waves - 1) * wave)
-        + _PUSHED_TAIL_US
-    )
+    sent = max(_PUSHED_US_PER_MIB * mib, _STORED_US_PER_MIB * mib / max(ranks - 1, 1))
+    first, last = (_PUSHED_US + sent / part for part in (slices, 1))
+    longest = max(first + max(factor * waves * wave, least), last + wave / slices + (waves - 1) * wave)
+    return UNRACED * (LAUNCH_US + longest + _PUSHED_TAIL_US)
 
 
 def received_mib(rows: int, k: int, ranks: int) -> float:

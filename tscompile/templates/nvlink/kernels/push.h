@@ -30,21 +30,21 @@ struct TskTargets {
   }
 };
 
-// A unit is stored at every rank: count it, and set the slice's flag everywhere if it was the slice's last one.
+// `done` units of a slice are stored at every rank: count them, and set the slice's flag everywhere if they were its last ones.
 //
 // Why a peer that sees the flag sees the data: all lanes' stores come before the fence of lane 0 (__syncwarp), the fence before its
 // addition, and the additions to one counter follow one another. They are relaxed, but the fence before an earlier one and the fence behind
 // the last one synchronise. So the last fence comes after the stores of all units. The same lane then stores the flags at system scope, and
 // whoever acquires one sees what came before that fence, whichever warp has stored it. Peers read the slot by TMA: both sides have the
 // fence that this takes.
-TSL void tsk_sent(const TskTargets &targets, int size, unsigned int *count, int units, int slice, uint32_t now) {
+TSL void tsk_sent(const TskTargets &targets, int size, unsigned int *count, int done, int units, int slice, uint32_t now) {
   const int lane = threadIdx.x & 31;
   int last = 0;
   __syncwarp();
   if (lane == 0) {
     tsl_fence_async();
     tsl_fence_sys();
-    last = atomicAdd(count, 1u) + 1 == (unsigned)units;
+    last = atomicAdd(count, (unsigned)done) + done == (unsigned)units;
     if (last) tsl_fence_sys();
   }
   if (!__shfl_sync(0xffffffffu, last, 0)) return;
@@ -83,10 +83,12 @@ TSL void tsk_push(TskAddress context, TskAddress counter_words, TskAddress x, in
     }
   };
   int unit = tsk_claim(counters + TSK_UNIT_CLAIMS, total);
+  int done = 0;   // units of the slice that this warp has stored and not counted
   if (unit >= 0) load(unit);
   #pragma unroll 1
   while (unit >= 0) {
     const int slice = unit / whole;
+    ++done;
     unit = lane == 0 ? (int)atomicAdd(counters + TSK_UNIT_CLAIMS, 1u) : 0;   // on its way while the stores go out
     #pragma unroll 1
     for (int i = 0; i < size; ++i) {
@@ -97,7 +99,9 @@ TSL void tsk_push(TskAddress context, TskAddress counter_words, TskAddress x, in
     unit = __shfl_sync(0xffffffffu, unit, 0);
     if (unit >= total) unit = -1;
     if (unit >= 0) load(unit);   // on their way while the fence waits for the stores
-    tsk_sent(targets, size, counters + TSK_SENT + slice, shard.units(slice), slice, now);
+    if (unit >= 0 && unit / whole == slice) continue;   // a fence takes as long as a unit: one for all that a warp has of a slice
+    tsk_sent(targets, size, counters + TSK_SENT + slice, done, shard.units(slice), slice, now);
+    done = 0;
   }
 }
 
