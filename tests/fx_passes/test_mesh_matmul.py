@@ -214,6 +214,16 @@ def test_a_group_of_one_rank_has_no_second_gather() -> None:
     assert sorted(found.codes()) == ["fused", "one-rank"]
 
 
+@pytest.mark.parametrize("dims", [((0, 0),), ((0, 1), (1, 0)), ((1, 1),)], ids=("rows", "contracted", "columns"))
+def test_symbolic_sizes(dims: tuple[tuple[int, int], ...], groups: Groups) -> None:
+    args = (rand(8, 6), rand(6, 10))
+    for argument, dim in dims:
+        torch._dynamo.mark_dynamic(args[argument], dim)
+    found = compile_graphs(FUSED["summa"][1](groups), *args)
+    assert (found.kinds(), found.codes()) == ([KIND], ["fused"]), found.rows
+    assert not [t for t in found.targets() if "_c10d_functional" in t]
+
+
 def test_a_mesh_that_is_not_square_runs_summa() -> None:
     with fake_world(6):
         mesh = init_device_mesh("cpu", (2, 3))

@@ -174,7 +174,7 @@ def verified(life: Life) -> None:
 def wrong_result(life: Life) -> None:
     life.begin(verify=True)
     case = mesh_case(*life.shape, *PANELS)
-    with pytest.raises((TscompileError, PeerError)) as caught:
+    with pytest.raises(TscompileError) as caught:
         mesh.launch(
             case.plan,
             life.row,
@@ -182,6 +182,7 @@ def wrong_result(life: Life) -> None:
             lambda *raw: [reference(case.plan, life.row, *case.args[life.place], life.column, *raw)[0] + 1],
         )
     assert "verify: output 0" in str(caught.value)
+    life.mesh(1)  # the groups themselves are sound
 
 
 def one_rank_raises(life: Life) -> str:

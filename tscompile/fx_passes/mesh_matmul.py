@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,12 +26,12 @@ from ..problem import FusionProblem, GatherUse, Plan
 from .all_gather_matmul import rebuildable, shard_in_order, uncast, wire_dtype
 from .collectives import Collective, group_ranks
 from .describe import dtype_name, shape_text
-from .gathers import Gathered, Home, LiveOuts, Reader, analyse_gather, choose_home, replace_size_readers
+from .gathers import Gathered, Home, LiveOuts, Reader, analyse_gather, choose_home, replace_size_readers, scaled
 from .layout import View
 from .matmuls import TAKEN, Matmul
 from .pattern import Context, Match, register_pattern
-from .rewrite import erase_unused
-from .sizes import hint, product
+from .rewrite import Builder, UnresolvedSizeError, erase_unused
+from .sizes import Size, divides, hint, product, quotient
 
 KIND = "mesh_matmul"
 aten = torch.ops.aten
@@ -185,6 +186,18 @@ def _side(context: Context, gather: Collective) -> Side | None:
     return Side(gather, found, found.readers[0], home, live, wire)
 
 
+def _contracted(builder: Builder, sides: tuple[Side, Side], size: Size) -> Any:
+    """The contracted size as an argument: read off a shard, or a multiple of a dim of one."""
+    try:
+        return builder.size(size, [side.gather.input for side in sides])
+    except UnresolvedSizeError:
+        for side in sides:
+            ranks = side.gather.group_size
+            if side.leads and divides(ranks, size):
+                return scaled(builder, side.gather, builder.size(quotient(size, ranks), [side.gather.input]))
+        raise
+
+
 def _rewrite(context: Context, lhs: Side, rhs: Side, matmul: Matmul, plan: Plan) -> fx.Node:
     builder, sides = context.builder, (lhs, rhs)
     for side in sides:
@@ -196,7 +209,7 @@ def _rewrite(context: Context, lhs: Side, rhs: Side, matmul: Matmul, plan: Plan)
             source = uncast(side.gather.input)
             source = source if source.meta["val"].dtype == side.wire else builder.cast(side.gather.input, side.wire)
             shards.append(shard_in_order(context, source, side.home))
-        contracted = builder.size(matmul.lhs.meta["val"].shape[-1], [matmul.rhs, *(s.gather.input for s in sides)])
+        contracted = _contracted(builder, sides, matmul.lhs.meta["val"].shape[-1])
         tail = (context.token, plan.dumps(), lhs.gather.group)
         node = builder.call(
             ops.op(KIND), *shards, matmul.bias, contracted, rhs.gather.group, *tail, like=lhs.gather.node

@@ -90,14 +90,17 @@ def launch(plan: Plan, group_name: str, args: tuple[Any, ...], reference: Callab
             locks.enter_context(live.lock)
         try:
             with torch.no_grad():
-                outputs = _run(plan, exchanges, args, reference, verify)
+                outputs, fused = _run(plan, exchanges, args, reference, verify)
         except BaseException as error:
             # The peers in either group wait for a rank that has left.
             for state in states:
                 if state is not None and state.heap is not None and state.refusal is None:
                     state.break_off(plan.site, error)
             raise
-    ledger.measured(plan.site, (time.perf_counter() - start) * 1e6)
+    if fused and verify:
+        runtime.compare(plan, outputs, reference(*(exchange.collective() for exchange in exchanges)))
+    if any(state is not None for state in states):
+        ledger.measured(plan.site, (time.perf_counter() - start) * 1e6)
     return outputs
 
 
@@ -107,7 +110,8 @@ def _run(
     args: tuple[Any, ...],
     reference: Callable[..., list[Tensor]],
     verify: bool,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], bool]:
+    """The op's outputs, and whether both operands came through memory."""
     dtype: torch.dtype = getattr(torch, plan.dtype)
     # Both shards are out before this rank waits for any.
     for exchange, keep in zip(exchanges, (plan.return_gathered, plan.return_second), strict=True):
@@ -116,17 +120,13 @@ def _run(
     template = find_template(plan.kind, plan.executor)
     if template is not None and left.posted is not None and right.posted is not None:
         try:
-            outputs = template.run((left.posted, right.posted), plan, *args)
+            return template.run((left.posted, right.posted), plan, *args), True
         except DowngradedError:
             pass  # of which group, settling finds out
-        else:
-            if verify:
-                runtime.compare(plan, outputs, reference(*(exchange.collective() for exchange in exchanges)))
-            return outputs
     for exchange in exchanges:
         exchange.settle()
     _tell(plan.site, exchanges)
-    return reference(*[exchange.gathered(verify) for exchange in exchanges])
+    return reference(*[exchange.gathered(verify) for exchange in exchanges]), False
 
 
 def _tell(site: str, exchanges: list[_Exchange]) -> None:
