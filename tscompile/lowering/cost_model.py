@@ -71,8 +71,11 @@ def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Predictio
 
 
 def schedule(problem: FusionProblem) -> str:
-    """Order in which a mesh_matmul takes its shards, "" for other kinds. On a square mesh Cannon's: at every step each rank of a group
-    reads another arena, where SUMMA's ranks all wait for the same one."""
+    """Order in which a mesh_matmul takes its shards, "" for other kinds.
+
+    On a square mesh Cannon's: at every step each rank of a group reads another arena, where SUMMA's ranks all wait for the same
+    one. On CPU ranks no difference was measured (docs/dev/plan-mesh.md).
+    """
     if problem.kind != "mesh_matmul":
         return ""
     if not problem.panels or any(name in ("bfloat16", "float16") for name in problem.gemm_dtypes):
