@@ -40,7 +40,7 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     if refusal is not None:
         return Keep("unsupported", refusal)
     prediction = cost_model.predict(problem, plan.uses)
-    if options.fuse == "auto" and prediction.fused_us >= prediction.original_us * cost_model.must_gain(problem):
+    if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         return Keep(
             "no-gain",
             f"predicted {prediction.fused_us:.0f} us fused against {prediction.original_us:.0f} us as it is",

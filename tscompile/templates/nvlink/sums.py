@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ...problem import FusionProblem, Gemm
 from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS, STRIPE_ROWS, STRIPES, TILE_M
-from .widths import SWIZZLED_WIDTHS, UNRACED, gemm_us, tile_us, waves_of
+from .widths import SWIZZLED_WIDTHS, gemm_us, tile_us, waves_of
 
 PULL = "pull"  # by kernels/reduce.py; the forms of kernels/sum_push.py are SUM_FORMS
 PULL_WIDTHS = SWIZZLED_WIDTHS  # in both layouts: whoever predicts a sum knows its sizes alone
@@ -28,9 +28,9 @@ _GEMM_FACTOR = 1.04  # of an all_reduce: its GEMM adds, signals and writes resul
 _PULL_WAVES = 1.2  # waves whose transport follows the last one
 _LATENCY_US = 22.0  # from a tile's last product to its sum at every rank
 _TAIL_US = 10.0
-# Pushes from registers: us for a way (stores, fence, flag, sum), and per MiB that one rank sends. [fitted to probes of the same design
-# on 4x H200, 2026-11-20, 128 to 512 rows]
-_WAY_US = 5.0
+# Pushes from registers: us for fences, flags and sums, and per MiB that one rank sends. [measured 2026-11-28, 2x H200, 128 to 1024
+# rows: within 10 %; per MiB also probes of the same design on 4x H200, 2026-11-20]
+_WAY_US = {"scatter": 6.5, "one_shot": 7.0, "two_shot": 9.0}
 _SEND_US_PER_MIB = 4.3
 
 
@@ -134,13 +134,13 @@ def push_plans(m: int, n: int, k: int, ranks: int, outer: int, all_reduce: bool)
         if all_reduce:
             share = tiles * -(-STRIPES // ranks)
             sent = 2 * whole * (ranks - 1) / ranks
-            us = UNRACED * (gemm + 2 * _WAY_US + _SEND_US_PER_MIB * sent)
+            us = gemm + _WAY_US["two_shot"] + _SEND_US_PER_MIB * sent
             places = ranks * share + tiles * STRIPES
             yield SumPlan("two_shot", tiles, width, share, places, places, us)
             share, sent = tiles * STRIPES, whole * (ranks - 1)
-            us = UNRACED * (gemm + _WAY_US + _SEND_US_PER_MIB * sent)
+            us = gemm + _WAY_US["one_shot"] + _SEND_US_PER_MIB * sent
             yield SumPlan("one_shot", tiles, width, share, ranks * share, ranks * share, us)
         elif m // (ranks * outer) % STRIPE_ROWS == 0:
             share = m // ranks // STRIPE_ROWS * columns
-            us = UNRACED * (gemm + _WAY_US + _SEND_US_PER_MIB * whole * (ranks - 1) / ranks)
+            us = gemm + _WAY_US["scatter"] + _SEND_US_PER_MIB * whole * (ranks - 1) / ranks
             yield SumPlan("scatter", tiles, width, share, ranks * share, ranks * share, us)
