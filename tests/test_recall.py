@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 import tscompile
-from tests.programs import ADDRESSABLE, FAMILIES, PROGRAMS, Program, Setting, dtensor
+from tests.programs import ADDRESSABLE, FAMILIES, PROGRAMS, Program, Setting, dtensor, mesh
 from tscompile.problem import Row
 from tscompile.testing import fake_world, short_name
 
@@ -18,20 +18,22 @@ PATTERNS = {
     "matmul_reduce_scatter",
     "matmul_all_reduce",
     "matmul_all_gather",
+    "mesh_matmul",
     "all_reduce_matmul",
     "reduce_scatter_matmul",
 }
 # Addressable collectives that are fused when every supported match is: a floor, so that recognising never stands in for
-# fusing. The three that are missing have no kernel (a reduction before a matmul, twice) or lost their matmul to another
-# site (the gather after llama's output layer).
-FUSED = FAMILIES | {"llama": 18, "TP no-SP": 18, "einsum, consumers, gather-output": 9}
+# fusing. Those that are missing have no kernel (a reduction before a matmul, twice) or lost their matmul to another
+# site (the gather after llama's output layer; on a mesh, the scatter after a gathered weight).
+FUSED = FAMILIES | {"llama": 18, "TP no-SP": 18, "einsum, consumers, gather-output": 9, "2-D mesh": 19}
 # DTensor code may depend on the rank (a vocabulary-parallel embedding does), so all ranks are tried; of programs that
 # never ask for their rank one other rank is enough.
 OTHER_RANKS = [
     (name, rank)
     for name in PROGRAMS
-    for rank in ((1, 2, 3) if name in {program.name for program in dtensor.PROGRAMS} else (3,))
+    for rank in ((1, 2, 3) if name in {program.name for program in (*dtensor.PROGRAMS, *mesh.PROGRAMS)} else (3,))
 ]
+MESH = {program.name for program in mesh.PROGRAMS}  # in groups of 2 of the 4 ranks, too
 
 Tally = Counter[tuple[str, str]]  # (phase, collective) -> number
 
@@ -71,7 +73,7 @@ def test_every_collective_stands_in_one_row(name: str) -> None:
     rows = _rows(name)
     assert _tally(rows) == _expected(PROGRAMS[name], 0)
     assert all(row.collectives for row in rows)
-    assert all(row.ranks == WORLD for row in rows)
+    assert {row.ranks for row in rows} <= ({2, WORLD} if name in MESH else {WORLD})
     assert {row.pattern for row in rows} <= PATTERNS | {None}
     # A refusal that does not say why is of no use to anybody.
     assert all(row.code and row.reason for row in rows if row.decision != "fused")
@@ -89,13 +91,14 @@ def test_every_addressable_collective_is_recognised(name: str) -> None:
 def test_other_ranks_see_the_same_sites(name: str, rank: int) -> None:
     def identity(row: Row) -> tuple[object, ...]:
         shape = (tuple(row.shapes), row.dtype, row.bytes)
-        return (row.site, row.phase, row.pattern, row.group, tuple(row.collectives), row.decision, row.code, *shape)
+        group = "" if name in MESH else row.group  # the groups of a mesh's rows, say, have names of their own
+        return (row.site, row.phase, row.pattern, group, tuple(row.collectives), row.decision, row.code, *shape)
 
     assert [identity(row) for row in _rows(name, rank)] == [identity(row) for row in _rows(name)]
 
 
 def test_recall_of_the_whole_table(summary: list[str]) -> None:
-    """195 of 195, shown per family at the end of the run."""
+    """215 of 215, shown per family at the end of the run."""
     summary.append(f"{'family':<34}{'addressable':>12}{'recognised':>12}{'fused':>8}")
     total = 0
     for family, addressable in FAMILIES.items():

@@ -27,6 +27,7 @@ KINDS = (
     "matmul_reduce_scatter",
     "matmul_all_reduce",
     "matmul_all_gather",
+    "mesh_matmul",
     "all_reduce_matmul",
     "reduce_scatter_matmul",
 )

@@ -53,14 +53,16 @@ class Plan:
 
     site: stable name of the site in its graph, equal on all ranks; it is what an error message names.
     executor: name of the template that runs it ("shm" on CPU ranks of one host).
-    uses: all_gather_matmul only, one entry per matmul.
+    uses: all_gather_matmul: one entry per matmul. mesh_matmul: how its matmul reads the left operand, then the right one.
     rank_axis: matmul_reduce_scatter, matmul_all_gather: where the rank dimension lies in the matmul's result `[M, N]`.
     coefficients: matmul_reduce_scatter, matmul_all_reduce: factor of each term.
     collectives: number of original collectives that the op stands for (all_reduces merged by linearity); term i belongs to
         collective `term_group[i]`. The reference issues them one by one, as the program did.
     reduce_op: "sum" or "avg".
     dtype: dtype of the tensor that crosses ranks.
-    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too.
+    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's.
+    return_second: mesh_matmul: so is the right operand's.
+    schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them.
     """
 
     kind: str
@@ -74,6 +76,8 @@ class Plan:
     term_group: tuple[int, ...] = ()
     reduce_op: Literal["sum", "avg"] = "sum"
     return_gathered: bool = False
+    return_second: bool = False
+    schedule: str = ""
     version: int = PLAN_VERSION
 
     def dumps(self) -> str:
@@ -106,7 +110,11 @@ class Gemm:
 
 @dataclass(frozen=True)
 class FusionProblem:
-    """What the planner decides on. Sizes are hints where the graph is symbolic."""
+    """What the planner decides on. Sizes are hints where the graph is symbolic.
+
+    second_group_size, second_comm_bytes: mesh_matmul: of the right operand's gather; those of the left one stand in the fields that
+        every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim.
+    """
 
     kind: str
     group_size: int
@@ -118,7 +126,11 @@ class FusionProblem:
     gemm_dtypes: tuple[str, ...] = ()  # of each matmul's result, before any cast
     reduce_op: str = "sum"
     return_gathered: bool = False
+    return_second: bool = False
     pieces: int = 1  # P
+    second_group_size: int = 0
+    second_comm_bytes: int = 0
+    panels: bool = False
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 
 
@@ -135,6 +147,7 @@ class Fuse:
     executor: str
     predicted_fused_us: float
     predicted_original_us: float
+    schedule: str = ""
 
 
 Decision = Fuse | Keep

@@ -40,19 +40,26 @@ def fake_world(size: int, rank: int = 0) -> Iterator[dist.ProcessGroup]:
     """A process group of `size` ranks in which this process is `rank` and nobody else exists.
 
     Its collectives finish at once and leave arbitrary data, so programs can be traced and compiled but not checked for
-    values. Dynamo is reset on both sides, because compiled code holds group names of the world it was made in.
+    values. Dynamo and DTensor forget on both sides: compiled code and cached layouts hold group names of the world they were made in.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
         raise RuntimeError("a process group exists already: leave it before entering a fake world")
-    torch._dynamo.reset()
+    _forget()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield dist.group.WORLD  # type: ignore[misc]
     finally:
-        torch._dynamo.reset()
+        _forget()
         dist.destroy_process_group()
+
+
+def _forget() -> None:
+    torch._dynamo.reset()
+    if "torch.distributed.tensor" in sys.modules:
+        debug = importlib.import_module("torch.distributed.tensor.debug")
+        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()  # torch has no public name for it
 
 
 def collective_name(target: object) -> str | None:

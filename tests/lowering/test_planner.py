@@ -86,6 +86,35 @@ def test_refuses_what_no_kernel_takes(change: dict[str, object], expected: str) 
     assert code(replace(PROBLEM, **change), fuse="always") == expected  # type: ignore[arg-type]
 
 
+MESH = replace(
+    PROBLEM, kind="mesh_matmul", gemm_dtypes=("float32",), second_group_size=2, second_comm_bytes=8 << 20, panels=True
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "schedule"),
+    [
+        ({}, "cannon"),
+        ({"second_group_size": 4}, "summa"),
+        ({"panels": False}, "stream"),
+        ({"dtype": "bfloat16", "gemm_dtypes": ("bfloat16",)}, "stream"),
+    ],
+)
+def test_schedule_of_a_mesh(change: dict[str, object], schedule: str) -> None:
+    decision = planner.plan(replace(MESH, **change), replace(PLAN, kind="mesh_matmul"), Options())  # type: ignore[arg-type]
+    assert isinstance(decision, Fuse)
+    assert decision.schedule == schedule
+    assert not decision.predicted_fused_us > decision.predicted_original_us
+
+
+def test_predictions_of_a_mesh_count_both_gathers() -> None:
+    base = cost_model.predict(MESH)
+    for change in ({"second_comm_bytes": 64 << 20}, {"comm_bytes": 64 << 20}, {"return_second": True}):
+        assert cost_model.predict(replace(MESH, **change)).fused_us > base.fused_us  # type: ignore[arg-type]
+    assert code(replace(MESH, second_group_size=1), fuse="always") == "unsupported"
+    assert code(replace(MESH, device="cuda"), fuse="always") == "no-executor"
+
+
 def test_a_disabled_kind_is_kept_whatever_it_gains() -> None:
     assert code(PROBLEM, disable=("all_gather_matmul",), fuse="always") == "disabled"
 

@@ -511,7 +511,7 @@ def test_verdicts_are_decided_once() -> None:
 def test_comparison() -> None:
     plan = Plan("all_gather_matmul", "s", "shm", "float32")
     good = torch.tensor([1.0, float("inf"), float("nan")])
-    runtime._compare(plan, [good.clone()], [good])
+    runtime.compare(plan, [good.clone()], [good])
     for wrong in (torch.tensor([1.1, float("inf"), float("nan")]), torch.tensor([1.0, 1.0, 1.0]), torch.ones(2)):
         with pytest.raises(TscompileError, match="verify: output 0 of site s"):
-            runtime._compare(plan, [wrong], [good])
+            runtime.compare(plan, [wrong], [good])

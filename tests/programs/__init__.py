@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ..compat import TORCH
-from . import dtensor, megatron
+from . import dtensor, megatron, mesh
 from .base import Built, Program, Setting, scalar_loss
 
 FAMILIES: dict[str, int] = {
@@ -21,10 +21,13 @@ FAMILIES: dict[str, int] = {
     "AC / SAC": 10,
     "einsum, consumers, gather-output": 10,
     "SimpleFSDP": 28,
+    "2-D mesh": 20,
 }
-ADDRESSABLE = 195
+ADDRESSABLE = 215
 
-EVERY_PROGRAM: dict[str, Program] = {program.name: program for program in (*dtensor.PROGRAMS, *megatron.PROGRAMS)}
+EVERY_PROGRAM: dict[str, Program] = {
+    program.name: program for program in (*dtensor.PROGRAMS, *megatron.PROGRAMS, *mesh.PROGRAMS)
+}
 
 # What the installed torch itself gets wrong, with every backend: name -> why.
 LEFT_OUT: dict[str, str] = {}

@@ -90,7 +90,7 @@ def test_groups_of_a_world() -> None:
 
 
 def test_registry() -> None:
-    kinds = {"all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce", "matmul_all_gather"}
+    kinds = {"all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce", "matmul_all_gather", "mesh_matmul"}
     assert {(kind, "shm") for kind in kinds} <= set(registered())
     with pytest.raises(ValueError, match="already"):
         register_template("all_gather_matmul")(type("Again", (), {}))
@@ -106,6 +106,7 @@ def problem(**changes: Any) -> FusionProblem:
         "dtype": "float32",
         "comm_bytes": 64,
         "gemms": (Gemm(2, 2, 2),),
+        "second_group_size": 2,
     }
     return FusionProblem(**{**facts, **changes})
 

@@ -84,9 +84,9 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
         return found.refusals[0] if found.refusals else None
     home = choose_home(found.readers)
     readers = [r for r in found.readers if r.use_of(home) is not None]
-    wire = _wire_dtype(gather, readers)
+    wire = wire_dtype(gather, readers)
     live = LiveOuts(gather, found.chain, readers, context.prover, home)
-    if live.nodes and wire != gather.input.meta["val"].dtype and not _rebuildable(live, wire, gather):
+    if live.nodes and wire != gather.input.meta["val"].dtype and not rebuildable(live, wire, gather):
         wire = gather.input.meta["val"].dtype
     uses = tuple(use for r in readers if (use := r.use_of(home)) is not None)
     value = gather.node.meta["val"]
@@ -117,10 +117,10 @@ def find(context: Context, gather: Collective) -> Match | Keep | None:
     )
 
 
-def _wire_dtype(gather: Collective, readers: Sequence[Reader]) -> torch.dtype:
+def wire_dtype(gather: Collective, readers: Sequence[Reader]) -> torch.dtype:
     """The narrowest dtype that carries every bit the readers use: casts commute with moving elements."""
     have: torch.dtype = gather.input.meta["val"].dtype
-    before = _uncast(gather.input)
+    before = uncast(gather.input)
     narrow = before.meta["val"].dtype
     wanted = {r.dtype for r in readers}
     if len(wanted) == 1 and (dtype := next(iter(wanted))).itemsize < min(have.itemsize, narrow.itemsize):
@@ -128,7 +128,7 @@ def _wire_dtype(gather: Collective, readers: Sequence[Reader]) -> torch.dtype:
     return narrow if narrow.itemsize < have.itemsize else have
 
 
-def _uncast(node: fx.Node) -> fx.Node:
+def uncast(node: fx.Node) -> fx.Node:
     """`node`, or what it was exactly up-cast from."""
     if node.target is torch.ops.prims.convert_element_type.default:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -138,9 +138,9 @@ def _uncast(node: fx.Node) -> fx.Node:
     return node
 
 
-def _rebuildable(live: LiveOuts, wire: torch.dtype, gather: Collective) -> bool:
+def rebuildable(live: LiveOuts, wire: torch.dtype, gather: Collective) -> bool:
     """True if every live-out can be had from the narrow wire dtype without losing bits."""
-    exact = _uncast(gather.input).meta["val"].dtype == wire
+    exact = uncast(gather.input).meta["val"].dtype == wire
     return exact or all(node.meta["val"].dtype == wire for node in live.nodes)
 
 
@@ -158,9 +158,9 @@ def _rewrite(
     replace_size_readers(builder, gather, found.chain)
     # Everything is built before anything is replaced: a size that no graph value spells must leave the program as it was.
     with builder.before(gather.node):
-        source = _uncast(gather.input)
+        source = uncast(gather.input)
         source = source if source.meta["val"].dtype == wire else builder.cast(gather.input, wire)
-        shard = _shard(context, source, home)
+        shard = shard_in_order(context, source, home)
         others = [builder.matrix(r.other, r.matmul.batched) for r in readers]
         node = builder.call(
             ops.op(KIND),
@@ -193,7 +193,7 @@ def _output(context: Context, node: fx.Node, index: int, like: fx.Node) -> fx.No
     return context.builder.call(operator.getitem, node, index, like=like)
 
 
-def _shard(context: Context, source: fx.Node, home: Home) -> fx.Node:
+def shard_in_order(context: Context, source: fx.Node, home: Home) -> fx.Node:
     """The local shard as [P, Q] in home order."""
     builder = context.builder
     if not home.keeps_shard_order:

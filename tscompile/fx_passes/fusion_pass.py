@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,13 @@ from torch._inductor.virtualized import V
 
 from .. import observe
 from ..errors import KeptError
-from ..lowering import planner
+from ..lowering import ops, planner
 from ..options import Options
 from ..problem import Fuse, Keep, Phase, Plan, Row
 from . import patterns  # noqa: F401  (importing it registers the patterns)
 from .collectives import Collective, find_collectives, group_ranks
 from .describe import dtype_name, shape_text, source_line
+from .lanes import chain_tokens
 from .layout import Prover
 from .matmuls import TAKEN
 from .pattern import Context, Match, patterns_for
@@ -133,7 +133,7 @@ class _Fusion:
         self.phase = phase
         self.options = options
         self.rows: list[Row] = []
-        self.fused: list[tuple[fx.Node, Plan, str]] = []
+        self.fused: list[tuple[fx.Node, Plan]] = []
         first = collectives[0].node
         builder = Builder(graph, V.fake_mode)
         device = first.args[0].meta["val"].device if isinstance(first.args[0], fx.Node) else torch.device("cpu")
@@ -162,8 +162,7 @@ class _Fusion:
         kept: tuple[str, Keep] | None = None
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
-            if isinstance(found, Match):
-                self._match(f"{len(self.rows)}:{found.kind}", found)
+            if isinstance(found, Match) and self._match(f"{len(self.rows)}:{found.kind}", found):
                 return
             if isinstance(found, Keep) and kept is None:
                 kept = (pattern.kind, found)
@@ -172,25 +171,28 @@ class _Fusion:
         else:
             self._row(label, None, (collective,), _unmatched(collective))
 
-    def _match(self, label: str, match: Match) -> None:
-        group = match.collectives[0].group
+    def _match(self, label: str, match: Match) -> bool:
+        """Decide on a match, and write its row; False, and no row, if another pattern may fuse what this one does not."""
         decision = planner.plan(match.problem, match.plan, self.options)
         if isinstance(decision, Fuse) and self.options.dry_run:
             decision = Keep("dry-run", "dry run: this site would be fused")
         source = source_line(match.collectives[0].node)
         if isinstance(decision, Fuse):
-            plan = replace(match.plan, site=label, executor=decision.executor)
+            plan = replace(match.plan, site=label, executor=decision.executor, schedule=decision.schedule)
             try:
                 node = match.rewrite(self.context, plan)
             except UnresolvedSizeError as error:
                 decision = Keep("symbolic-size", f"the graph has no value for a symbolic size: {error}")
             else:
                 node.meta[TAKEN] = label
-                self.fused.append((node, plan, group))
+                self.fused.append((node, plan))
                 self.context.prover = Prover()
-                for collective in match.collectives:
-                    del self.context.collectives[collective.node]
+        if match.gives_way and isinstance(decision, Keep) and decision.code != "dry-run":
+            return False
         self._row(label, match.kind, match.collectives, decision, match, source)
+        for collective in match.collectives:  # each stands in one row
+            del self.context.collectives[collective.node]
+        return True
 
     def _row(
         self,
@@ -213,15 +215,18 @@ class _Fusion:
             collectives=[c.op_name for c in collectives],
             decision="fused" if fused else "kept" if kind is not None else "unmatched",
             code="fused" if isinstance(decision, Fuse) else decision.code,
-            reason="predicted to pay" if isinstance(decision, Fuse) else decision.reason,
+            reason=decision.reason if isinstance(decision, Keep) else "predicted to pay",
             source=source or source_line(first.node),
         )
         if match is not None:
-            row.shapes, row.dtype, row.bytes = list(match.shapes), match.problem.dtype, match.problem.comm_bytes
+            row.shapes, row.dtype = list(match.shapes), match.problem.dtype
+            row.bytes = match.problem.comm_bytes + match.problem.second_comm_bytes
             if isinstance(decision, Fuse):
                 row.predicted_us = {"fused": decision.predicted_fused_us, "original": decision.predicted_original_us}
                 if self.options.fuse == "always":
                     row.reason = "every supported match is fused (tilescale.fuse = always)"
+                if decision.schedule:
+                    row.reason += f"; runs as {decision.schedule}"
         elif not first.node._erased and isinstance(first.node.args[0], fx.Node):
             value = first.input.meta["val"]
             full = first.group_size if first.kind == "all_gather" else 1
@@ -231,7 +236,8 @@ class _Fusion:
 
     def _finish(self) -> None:
         graph_id = self._name_graph()
-        self._chain_tokens(graph_id)
+        stable_topological_sort(self.graph)
+        self.fused = chain_tokens(self.graph, self.token, self.fused, graph_id)
         with self.graph.inserting_after(self.token):
             begin = self.graph.call_function(torch.ops.tscompile.begin.default, (self.token, self._manifest(graph_id)))
             begin.meta["val"] = None
@@ -250,49 +256,29 @@ class _Fusion:
     def _name_graph(self) -> str:
         """Name graph, rows and plans by what was decided, so that every rank finds the same names."""
         facts = [(r.site, r.decision, r.code, r.shapes, r.dtype) for r in self.rows] + [
-            p.dumps() for _, p, _ in self.fused
+            p.dumps() for _, p in self.fused
         ]
         graph_id = f"{self.phase}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
         for row in self.rows:
             row.graph, row.site = graph_id, f"{graph_id}/{row.site}"
         return graph_id
 
-    def _chain_tokens(self, graph_id: str) -> None:
-        """Thread one token per set of ranks through its fused ops, in an order that the data dependences allow.
-
-        By ranks, not by name: several names may denote one group, and its ops share buffers and epochs.
-        """
-        stable_topological_sort(self.graph)
-        plans = {node: (plan, group) for node, plan, group in self.fused}
-        tokens: dict[tuple[int, ...], fx.Node] = {}
-        self.fused = []
-        for node in list(self.graph.nodes):
-            if node not in plans:
-                continue
-            plan, group = plans[node]
-            plan = replace(plan, site=f"{graph_id}/{plan.site}")
-            ranks = group_ranks(group)
-            node.args = (*node.args[:-3], tokens.get(ranks, self.token), plan.dumps(), group)
-            with self.graph.inserting_after(node):
-                outputs = len(node.meta["val"])
-                tokens[ranks] = self.graph.call_function(operator.getitem, (node, outputs - 1))
-                tokens[ranks].meta["val"] = node.meta["val"][-1]
-            self.fused.append((node, plan, group))
-
     def _manifest(self, graph_id: str) -> str:
-        groups: dict[str, dict[str, Any]] = {}
-        for row in self.rows:
-            if row.group and row.ranks > 1:
-                executor = planner.EXECUTORS.get(self.context.token.meta["val"].device.type, "shm")
-                groups.setdefault(row.group, {"executor": executor, "sites": 0, "scratch_bytes": 0, "plans": []})
-        for node, plan, group in self.fused:
-            entry = groups[group]
-            entry["sites"] += 1
+        executor = planner.EXECUTORS.get(self.context.token.meta["val"].device.type, "shm")
+        names = [row.group for row in self.rows if row.group and row.ranks > 1]
+        names += [group for node, _ in self.fused for group in ops.groups_of(node.args)]
+        groups: dict[str, dict[str, Any]] = {
+            name: {"executor": executor, "sites": 0, "scratch_bytes": 0, "plans": []} for name in names
+        }
+        for node, plan in self.fused:
             args = fx.map_arg(node.args[:-3], lambda n: n.meta["val"])
-            need = planner.prepare(plan, len(group_ranks(group)), args)
-            entry["executor"] = plan.executor
-            entry["scratch_bytes"] = max(entry["scratch_bytes"], need)
-            entry["plans"].append(plan.dumps())
+            need = planner.prepare(plan, len(group_ranks(ops.groups_of(node.args)[0])), args)
+            for group in ops.groups_of(node.args):
+                entry = groups[group]
+                entry["sites"] += 1
+                entry["executor"] = plan.executor
+                entry["scratch_bytes"] = max(entry["scratch_bytes"], need)
+                entry["plans"].append(plan.dumps())
         for entry in groups.values():
             entry["digest"] = hashlib.sha256("\n".join(entry.pop("plans")).encode()).hexdigest()
         options = self.options

@@ -290,7 +290,7 @@ def replace_size_readers(builder: Builder, gather: Collective, chain: Chain) -> 
             with builder.before(reader):
                 new = builder.size(_times(size, shape, gather.group_size), [gather.input])
                 if not isinstance(size, int) and not any(known_eq(size, s) for s in shape):
-                    new = _scaled(builder, gather, new)
+                    new = scaled(builder, gather, new)
             reader.replace_all_uses_with(new)
             builder.graph.erase_node(reader)
 
@@ -301,8 +301,9 @@ def _times(size: Size, shape: Sequence[Size], ranks: int) -> Size:
     return quotient(size, ranks)
 
 
-def _scaled(builder: Builder, gather: Collective, node: fx.Node) -> fx.Node:
+def scaled(builder: Builder, gather: Collective, node: fx.Node) -> fx.Node:
+    """A size times the number of ranks."""
     value = node.meta["val"] * gather.group_size
-    scaled = builder.graph.call_function(operator.mul, (node, gather.group_size))
-    scaled.meta["val"] = value
-    return scaled
+    multiple = builder.graph.call_function(operator.mul, (node, gather.group_size))
+    multiple.meta["val"] = value
+    return multiple

@@ -35,6 +35,7 @@ class Match:
     collectives: the original collectives it replaces; `anchor` is the one it was found from.
     plan: complete but for its site name and executor.
     rewrite: edits the graph for a finished plan and returns the fused op's node.
+    gives_way: if it is not fused, another pattern may still fuse one of its collectives.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Match:
     plan: Plan
     shapes: tuple[str, ...]
     rewrite: Callable[[Context, Plan], fx.Node]
+    gives_way: bool = False
 
 
 Finder = Callable[[Context, Collective], Match | Keep | None]

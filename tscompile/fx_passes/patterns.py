@@ -6,6 +6,7 @@ from . import (
     matmul_all_gather,
     matmul_all_reduce,
     matmul_reduce_scatter,
+    mesh_matmul,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "matmul_all_gather",
     "matmul_all_reduce",
     "matmul_reduce_scatter",
+    "mesh_matmul",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..problem import FusionProblem, GatherUse, Gemm
+from ..templates.mesh_gemm import CANNON, STREAM, SUMMA
 from ..templates.nvlink import sums, widths
 from ..templates.nvlink.gather_rows import one_kernel
 from ..templates.nvlink.kernels.config import SMS, TILE_M
@@ -71,8 +72,35 @@ def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Predictio
     return _predict_gpu(problem, uses) if problem.device == "cuda" else _predict_cpu(problem)
 
 
+def schedule(problem: FusionProblem) -> str:
+    """Order in which a mesh_matmul takes its shards, "" for other kinds.
+
+    On a square mesh Cannon's: at every step each rank of a group reads another arena, where SUMMA's ranks all wait for the same
+    one. On CPU ranks no difference was measured (docs/dev/plan-mesh.md).
+    """
+    if problem.kind != "mesh_matmul":
+        return ""
+    if not problem.panels or any(name in ("bfloat16", "float16") for name in problem.gemm_dtypes):
+        return STREAM
+    return CANNON if problem.group_size == problem.second_group_size else SUMMA
+
+
+def _predict_mesh(problem: FusionProblem, matmul_us: float) -> Prediction:
+    """Both gathers are under way at once in the fused op, and one after the other in the original program."""
+    sides = (
+        (problem.comm_bytes, problem.group_size, problem.return_gathered),
+        (problem.second_comm_bytes, problem.second_group_size, problem.return_second),
+    )
+    sent = [nbytes / _MIB * (size - 1) / max(size, 1) for nbytes, size, _ in sides]
+    copied = sum(nbytes / _MIB for nbytes, _, returned in sides if returned) * GATHERED_US_PER_MIB
+    fused = sum(SHM["all_gather_matmul"].us(mib) for mib in sent) + copied
+    return Prediction(matmul_us + fused, matmul_us + sum(GLOO["all_gather_matmul"].us(mib) for mib in sent))
+
+
 def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
+    if problem.kind == "mesh_matmul":
+        return _predict_mesh(problem, matmul_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:

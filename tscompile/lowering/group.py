@@ -59,7 +59,7 @@ class GroupState:
         self.error: PeerError | None = None  # set: the group is broken
         self.heap: GroupHeap | None = None  # set once a vote was won
         self.executor = executor
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._agreed: set[str] = set()
         self._default_timeout_s = timeout_s
         self._timeout_s = timeout_s
@@ -186,9 +186,8 @@ class GroupState:
                 f"no template for {plan.kind} on {plan.executor!r} (site {plan.site}): the graph was compiled by another "
                 "tscompile: clear the Inductor cache (TORCHINDUCTOR_CACHE_DIR)"
             )
-        with self._lock:
-            if self.error is not None:
-                raise PeerError(self.error.rank, self.error.site, str(self.error))
+        with self.lock:
+            self.raise_error()
             self.epoch += 1
             try:
                 if self.executor.enter(self.heap, self.epoch, plan.site):
@@ -197,20 +196,57 @@ class GroupState:
                 if outputs is not None:
                     return outputs, True
             except DowngradedError as stop:
-                if self.refusal is None:
-                    self.refusal = _decode(stop.reason)
-                    self._tell()
+                self.step_back(stop)
             except PeerError as error:
                 self.error = error
                 self.executor.raised = True
                 raise
             except BaseException as error:
-                text = f"rank {self.rank} raised {type(error).__name__}: {str(error)[:300]}"
-                self.error = self._channel(plan.site).fail(self.heap.rank, text)
-                self.executor.raised = True
-                self.executor.stop()
+                self.break_off(plan.site, error)
                 raise
         return reference(), False
+
+    def raise_error(self) -> None:
+        """Raise what broke the group, if something did."""
+        if self.error is not None:
+            raise PeerError(self.error.rank, self.error.site, str(self.error))
+
+    def enter(self, site: str, need: int) -> HostChannel | None:
+        """Enter the next epoch for an op that runs in several groups, as `launch` does for those of one; `lock` is held.
+
+        Args:
+            need: bytes of a half that it takes.
+
+        Returns:
+            The epoch's channel; None if the ranks of this group run the original ops, as all of them know.
+
+        Raises:
+            DowngradedError: the ranks run the original ops from this epoch on; `step_back` is to be told.
+            PeerError: the group is broken.
+        """
+        if self.refusal is not None or self.heap is None:
+            return None
+        self.raise_error()
+        self.epoch += 1
+        if self.executor.enter(self.heap, self.epoch, site):
+            self._check(site)
+        if need > self.heap.half_bytes and not self._has_room(need, site):
+            return None
+        return self._channel(site)
+
+    def step_back(self, stop: DowngradedError) -> None:
+        """The ranks run the original ops from now on, because a rank takes no part in an epoch."""
+        if self.refusal is None:
+            self.refusal = _decode(stop.reason)
+            self._tell()
+
+    def break_off(self, site: str, error: BaseException) -> None:
+        """This rank leaves an op unfinished: end the waits of its peers. If one of them has said why already, that stands."""
+        assert self.heap is not None
+        text = f"rank {self.rank} raised {type(error).__name__}: {str(error)[:300]}"
+        self.error = self._channel(site).fail(self.heap.rank, text)
+        self.executor.raised = True
+        self.executor.stop()
 
     def _check(self, site: str) -> None:
         """Raise DowngradedError or PeerError if the group will not finish this epoch."""

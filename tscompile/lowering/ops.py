@@ -29,11 +29,14 @@ def group_size(group_name: str) -> int:
     return int(c10d._resolve_process_group(group_name).size())  # type: ignore[arg-type, unused-ignore]
 
 
-def define_op(kind: str, inputs: str, *, fake: Fake, reference: Reference) -> None:
+def define_op(
+    kind: str, inputs: str, *, fake: Fake, reference: Reference, launch: Callable[..., list[Tensor]] | None = None
+) -> None:
     """Register `tscompile::<kind>(<inputs>, Tensor token, str plan, str group_name) -> Tensor[]`.
 
     fake(plan, ranks, *inputs) and reference(plan, group_name, *inputs) return the outputs without the token. The reference is made
-    of c10d and aten ops only and issues the collectives that the program had, in their order.
+    of c10d and aten ops only and issues the collectives that the program had, in their order. `launch` stands in for
+    runtime.launch and may hand the reference more. A str among the inputs is the name of a further group that the op works on.
     """
     if kind in _kinds:
         raise ValueError(f"op {kind} is registered twice")
@@ -45,7 +48,9 @@ def define_op(kind: str, inputs: str, *, fake: Fake, reference: Reference) -> No
     def run(*args: Any) -> list[Tensor]:
         *tensors, token, plan_text, group_name = args
         plan = Plan.loads(plan_text)
-        outputs = runtime.launch(plan, group_name, tuple(tensors), lambda: reference(plan, group_name, *tensors))
+        outputs = (launch or runtime.launch)(
+            plan, group_name, tuple(tensors), lambda *gathered: reference(plan, group_name, *tensors, *gathered)
+        )
         return [*outputs, maker(token.device)((1,), (1,), torch.int64)]
 
     def run_fake(*args: Any) -> list[Tensor]:
@@ -54,6 +59,11 @@ def define_op(kind: str, inputs: str, *, fake: Fake, reference: Reference) -> No
 
     _lib.impl(kind, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tscompile::{kind}", run_fake, lib=_lib)
+
+
+def groups_of(args: Sequence[Any]) -> tuple[str, ...]:
+    """Names of the groups that a fused op with these arguments works on: first the one that every op has."""
+    return (args[-1], *(arg for arg in args[:-3] if isinstance(arg, str)))
 
 
 def op(kind: str) -> Any:

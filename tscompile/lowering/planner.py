@@ -45,7 +45,7 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
             "no-gain",
             f"predicted {prediction.fused_us:.0f} us fused against {prediction.original_us:.0f} us as it is",
         )
-    return Fuse(executor, prediction.fused_us, prediction.original_us)
+    return Fuse(executor, prediction.fused_us, prediction.original_us, cost_model.schedule(problem))
 
 
 def _capability() -> tuple[int, int] | None:
@@ -60,7 +60,8 @@ def prepare(plan: Plan, ranks: int, args: Sequence[Any]) -> int:
         Bytes of the arena that it needs, 0 if its sizes are symbolic: then the first launch grows the arena.
     """
     values = pytree.tree_leaves(args)
-    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,) if v is not None else ())]
+    values = [v for v in values if v is not None and not isinstance(v, str)]
+    sizes = [size for v in values for size in (v.shape if isinstance(v, torch.Tensor) else (v,))]
     template = find_template(plan.kind, plan.executor)
     if template is None or not all(isinstance(size, int) for size in sizes):
         return 0

@@ -42,7 +42,7 @@ class _World:
 _world = _World(None)
 
 
-def _current_world() -> _World:
+def current_world() -> _World:
     """The state of this life of the process group: destroy_process_group and init_process_group start a new one."""
     global _world
     group = distributed_c10d.GroupMember.WORLD
@@ -100,7 +100,7 @@ def begin(manifest: str) -> None:
     Raises:
         TscompileError: the manifest was written by another version.
     """
-    world = _current_world()
+    world = current_world()
     known = world.begun.get(manifest)
     if known is not None:
         for state in known:
@@ -172,7 +172,7 @@ def launch(
         PeerError: a peer died, aborted or did not answer in time, now or in an earlier op of these ranks.
         TscompileError: `verify` is on and the results differ, or no template runs the plan.
     """
-    world = _current_world()
+    world = current_world()
     state = world.by_name.get((group_name, plan.executor))
     if state is None and plan.executor not in executors.NAMES:
         raise TscompileError(
@@ -184,13 +184,13 @@ def launch(
     start = 0.0 if state.executor.runs_ahead else time.perf_counter()
     outputs, fused = state.launch(plan, args, reference)
     if fused and world.verified and plan.site in world.verified:
-        _compare(plan, outputs, reference())
+        compare(plan, outputs, reference())
     if start:  # an executor that only enqueues times the op itself
         ledger.measured(plan.site, (time.perf_counter() - start) * 1e6)
     return outputs
 
 
-def _compare(plan: Plan, outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def compare(plan: Plan, outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     """Raise if an output is further from the reference than its dtypes explain."""
     names = (plan.dtype, *(use.dtype for use in plan.uses))
     for index, (output, reference) in enumerate(zip(outputs, expected, strict=True)):

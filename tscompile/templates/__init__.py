@@ -1,6 +1,6 @@
 """How each kind of fused op runs: one chunked protocol per kind and target, all registered when this package is imported."""
 
-from . import all_gather_gemm, gemm_all_gather, gemm_all_reduce, gemm_reduce_scatter, nvlink
+from . import all_gather_gemm, gemm_all_gather, gemm_all_reduce, gemm_reduce_scatter, mesh_gemm, nvlink
 from .template import Template, find_template, register_template, registered
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "gemm_all_gather",
     "gemm_all_reduce",
     "gemm_reduce_scatter",
+    "mesh_gemm",
     "nvlink",
     "register_template",
     "registered",

@@ -18,11 +18,30 @@ from .arithmetic import MIN_PIECE, is_low_precision, multiply
 from .template import register_template, shm_refusal, torch_dtype
 
 
-class _Use:
-    """One matmul with the gathered tensor, taken chunk by chunk.
+class ChunkLayout:
+    """The matrix G2 of a use, chunk by chunk: the rank dimension lies in its rows or columns as (outer, R, inner).
 
-    The matrix G2 has the rank dimension in its rows, (A, R, inner), or its columns; a chunk is G2 without R.
+    Attributes:
+        split: (outer, R, inner).
+        matrix_shape: of a chunk, which is G2 without R.
+        free: size of G2's dim that is not contracted.
     """
+
+    def __init__(self, use: GatherUse, shard: Tensor, size: int, contracted: int) -> None:
+        pieces, inner = shard.shape
+        self.free = pieces * inner * size // max(contracted, 1)
+        columns = contracted if (use.side == "lhs") != use.transposed else self.free
+        if use.rank_axis == "rows":
+            self.matrix_shape = (pieces * inner // max(columns, 1), columns)
+            self.split = (pieces, size, inner // max(columns, 1))
+        else:
+            outer = columns // max(size * inner, 1)
+            self.split = (outer, size, inner)
+            self.matrix_shape = (pieces // max(outer, 1), outer * inner)
+
+
+class ChunkedUse:
+    """One matmul with the gathered tensor, taken chunk by chunk."""
 
     def __init__(self, use: GatherUse, shard: Tensor, size: int, other: Tensor, bias: Tensor | None) -> None:
         self.use = use
@@ -30,18 +49,10 @@ class _Use:
         self.bias = bias
         self.dtype = torch_dtype(use.dtype)
         self.is_lhs = use.side == "lhs"
-        pieces, inner = shard.shape
-        contracted = other.shape[0 if self.is_lhs else 1]
-        free = pieces * inner * size // max(contracted, 1)
-        columns = contracted if self.is_lhs != use.transposed else free
-        if use.rank_axis == "rows":
-            self.matrix_shape = (pieces * inner // max(columns, 1), columns)
-            self.outer, self.inner = pieces, inner // max(columns, 1)
-        else:
-            self.outer, self.inner = columns // max(size * inner, 1), inner
-            self.matrix_shape = (pieces // max(self.outer, 1), self.outer * inner)
-        self.split = (self.outer, size, self.inner)
-        m, n = (free, other.shape[1]) if self.is_lhs else (other.shape[0], free)
+        layout = ChunkLayout(use, shard, size, other.shape[0 if self.is_lhs else 1])
+        self.matrix_shape, self.split = layout.matrix_shape, layout.split
+        self.outer, _, self.inner = layout.split
+        m, n = (layout.free, other.shape[1]) if self.is_lhs else (other.shape[0], layout.free)
         self.out = other.new_empty((m, n), dtype=self.dtype)
         # 16-bit sums over ranks wait for the whole operand: one matmul, rounded once.
         self.waits_for_all = use.contracts_ranks and is_low_precision(self.dtype)
@@ -130,7 +141,7 @@ class ShmAllGatherGemm:
         own.copy_(shard)
         channel.signal_all()
         uses = [
-            _Use(use, shard, channel.size, other, bias)
+            ChunkedUse(use, shard, channel.size, other, bias)
             for use, other, bias in zip(plan.uses, others, biases, strict=True)
         ]
         late = [use for use in uses if use.waits_for_all]

@@ -79,7 +79,7 @@ class StubRank:
         self.executor.adopt(heaps[rank], ranks, 60.0)
         self.group = GroupState(ranks, rank, 60.0, self.executor)
         self.group.heap = heaps[rank]
-        patch.setitem(runtime._current_world().by_name, (group, "nvlink"), self.group)
+        patch.setitem(runtime.current_world().by_name, (group, "nvlink"), self.group)
 
     @property
     def link(self) -> channel.DeviceLink:
