@@ -22,6 +22,7 @@ FACTOR = 2.0
 # one correct rounding to its dtype, whose relative error is up to half of eps.
 FLOOR_EPS = 0.5
 FUSE_ALL = {"tilescale.inner": "eager", "tilescale.fuse": "always"}
+WORLD_S = 560  # the first test of a world waits for all its programs: some minutes on a busy machine
 CASES = [
     pytest.param(world, dtype, program.name, id=f"{world}-{str(dtype).removeprefix('torch.')}-{program.name}")
     for world in (2, 4)
@@ -35,7 +36,7 @@ CASES = [
 def _world(world: int, dtype: torch.dtype) -> dict[str, list[Outcome]]:
     """All programs in one world, since starting ranks costs more than a program: name -> outcome of each rank."""
     names = [program.name for program in PROGRAMS.values() if dtype in program.numerics]
-    ranks: list[list[Outcome]] = run_ranks(world, run_programs, names, dtype, FUSE_ALL, timeout_s=280)
+    ranks: list[list[Outcome]] = run_ranks(world, run_programs, names, dtype, FUSE_ALL, timeout_s=WORLD_S)
     return {name: [outcomes[index] for outcomes in ranks] for index, name in enumerate(names)}
 
 
@@ -57,12 +58,14 @@ def _check(outcome: Outcome, rank: int, dtype: torch.dtype) -> None:
     assert outcome.fused > 0, f"rank {rank} fused no site: {outcome.decisions}"
 
 
+@pytest.mark.timeout(WORLD_S + 40)
 @pytest.mark.parametrize(("world", "dtype", "name"), CASES)
 def test_error_is_at_most_twice_that_of_eager(world: int, dtype: torch.dtype, name: str) -> None:
     for rank, outcome in enumerate(_world(world, dtype)[name]):
         _check(outcome, rank, dtype)
 
 
+@pytest.mark.timeout(WORLD_S + 40)
 @pytest.mark.parametrize("world", (2, 4))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_gradients_reach_every_parameter(world: int, dtype: torch.dtype) -> None:
