@@ -79,11 +79,11 @@ def test_targets_find_their_cases() -> None:
 
 def test_what_the_planner_keeps_counts_as_one() -> None:
     cases = {case["name"]: case for case in result(0.3)["cases"]}
-    kept = [case for case in cases.values() if case["planned"] != "fused"]
-    assert 0 < len(kept) < len(cases) / 2 and {case["m"] for case in kept} <= {128, 256}
-    for case in kept:
-        assert case["planned"].startswith("[no-gain] predicted")
-        assert gpu_report.as_planned(case, "original", "eager") == 1
+    assert sum(case["planned"] == "fused" for case in cases.values()) > len(cases) / 2
+    few = cases["all_gather_matmul sweep m=128 n=28672 k=8192"]
+    small = {**few, "m": 16, **gpu_plan.planned({**few, "m": 16}, 4, "bfloat16")}
+    assert small["planned"].startswith("[no-gain] predicted")
+    assert gpu_report.as_planned(small, "original", "eager") == 1
     large = cases["matmul_all_reduce 8B down m=8192 n=4096 k=14336"]
     assert large["predicted_us"][0] < large["predicted_us"][1]
     assert gpu_report.as_planned(large, "original", "eager") == gpu_report.speedup(large, "original", "eager") != 1

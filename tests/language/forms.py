@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tscompile.language as tl
+from tscompile.language.compile import parse
 from tscompile.language.dialects import Dialect
 from tscompile.language.launch_spec import LaunchSpec
 from tscompile.templates.nvlink import jit
@@ -56,7 +57,7 @@ _MODULES = (kernels, copy_kernels, rank_kernels, message_kernels, thread_kernels
 def written(d: Dialect, form: Form) -> Any:
     """The prim_func of a form."""
     (module,) = [module for module in _MODULES if form[0] in vars(module)]
-    return getattr(module, form[0])(d, *form[1:])
+    return parse(lambda: getattr(module, form[0])(d, *form[1:]))
 
 
 def pass_configs(form: Form) -> dict[str, Any] | None:

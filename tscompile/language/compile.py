@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from . import toolchain
 from .launch_spec import LaunchSpec, launch_spec
 
 _TIMEOUT_S = 300.0
+_TRIES = 5
+_parser = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,20 @@ def _lower(function: Any, arch: str, pass_configs: dict[str, Any] | None) -> Any
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
     with tvm.transform.PassContext(opt_level=3, config=pass_configs or {}), target:
         return tilelang.lower(function, target=target)
+
+
+def parse(write: Callable[[], Any]) -> Any:
+    """The prim_func that `write` makes, on any thread. TileLang parses Python source for it, and CPython 3.11 counts the depth of all
+    parsers of a process in one place: where two threads parse at once, one gets a SystemError. So these take turns, and if another
+    thread (Dynamo's, say) was in between, they try again."""
+    with _parser:
+        for _ in range(_TRIES - 1):
+            try:
+                return write()
+            except SystemError as error:
+                if "recursion depth" not in str(error):
+                    raise
+        return write()
 
 
 def build_cubin(

@@ -45,11 +45,12 @@ def _sources() -> str:
 
 def _build(name: str, args: tuple[Any, ...]) -> tuple[bytes, LaunchSpec]:
     """Compile `<name>_kernel(*args)` of kernels/<name>.py."""
-    from ...language.compile import build_cubin
+    from ...language.compile import build_cubin, parse
     from .kernels.gemm import PASS_CONFIGS
 
     module = importlib.import_module(f"{__package__}.kernels.{name}")
-    return build_cubin(getattr(module, f"{name}_kernel")(*args), pass_configs=PASS_CONFIGS)
+    function = parse(lambda: getattr(module, f"{name}_kernel")(*args))
+    return build_cubin(function, pass_configs=PASS_CONFIGS)
 
 
 def artifact(name: str, *args: Any) -> tuple[bytes, LaunchSpec]:
