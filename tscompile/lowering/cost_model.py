@@ -133,7 +133,7 @@ class _Gemm:
 
     @property
     def waves(self) -> int:
-        return max(1, -(-self.tiles // SMS))
+        return widths.waves_of(self.tiles)
 
     @property
     def us(self) -> float:
