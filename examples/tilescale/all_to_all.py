@@ -11,26 +11,27 @@ from common import CTX, Example, Kernel, World, assert_equal
 import tscompile.language as tl
 from tscompile.language.dialects import Dialect
 
-PIECES = 4
+PIECES = 64
 
 
-def all_to_all(d: Dialect, ranks: int, rows: int, cols: int):
+def all_to_all(d: Dialect, ranks: int, cols: int):
     """Block (piece, step) sends its part of the rows for the rank `step` ahead and waits for its part from the rank `step` behind.
 
-    `rows`: of the tokens of a rank, and so of what it may get from one sender. Two inboxes alternate, as in allgather.py.
+    `rows`: of the tokens of a rank. `room`: for the rows of one sender. Two inboxes alternate, as in allgather.py.
     """
+    rows, room = T.dynamic("rows"), T.dynamic("room")
 
     @T.prim_func
     def all_to_all_kernel(
         ctx: CTX,
         tokens: T.Tensor((rows, cols), "float32"),
         starts: T.Tensor((ranks + 1,), "int32"),
-        inbox: T.Tensor((2, ranks, rows, cols), "float32"),
+        inbox: T.Tensor((2, ranks, room, cols), "float32"),
         counts: T.Tensor((2, ranks), "int32"),
         arrived: T.Tensor((ranks, PIECES), "int32"),
         epoch: T.int32,
     ):
-        with T.Kernel(PIECES, ranks, threads=128, prelude=d.prelude) as (piece, step):
+        with T.Kernel(PIECES, ranks, threads=256, prelude=d.prelude) as (piece, step):
             thread = d.thread()
             me = tl.rank(ctx)
             to = (me + step) % ranks
@@ -39,7 +40,7 @@ def all_to_all(d: Dialect, ranks: int, rows: int, cols: int):
             first = count * piece // PIECES
             size = T.cast(count * (piece + 1) // PIECES - first, "int64") * (4 * cols)
             there = tl.remote(ctx, inbox[epoch % 2, me, first, 0], to)
-            tl.put_block(there, tokens[starts[to] + first, 0], size, thread, 128)
+            tl.put_block(there, tokens[starts[to] + first, 0], size, thread, 256)
             d.sync()
             if thread == 0:
                 tl.st(tl.remote(ctx, counts[epoch % 2, me], to), count, "relaxed", dtype="int32")
@@ -50,12 +51,12 @@ def all_to_all(d: Dialect, ranks: int, rows: int, cols: int):
 
 
 def kernels(d: Dialect) -> list[Kernel]:
-    return [Kernel("all_to_all", all_to_all(d, 4, 128, 512))]
+    return [Kernel("all_to_all", all_to_all(d, 4, 512))]
 
 
 def run(world: World) -> str:
     rows, cols, size, group = world.args.rows, world.args.cols, world.size, world.group
-    kernel = world.compile(all_to_all(world.dialect, size, rows, cols))
+    kernel = world.compile(all_to_all(world.dialect, size, cols))
     inbox = group.tensor((2, size, rows, cols), torch.float32)
     counts = group.tensor((2, size), torch.int32)
     arrived = group.tensor((size, PIECES), torch.int32)

@@ -10,18 +10,18 @@ from common import CTX, Example, Kernel, World, assert_equal
 import tscompile.language as tl
 from tscompile.language.dialects import Dialect
 
-PIECES = 16
+PIECES = 64
 
 
-def all_gather(d: Dialect, ranks: int, rows: int, cols: int):
-    """Block (piece, step) sends a piece to the rank `step` ahead and waits for that of the rank `step` behind.
+def all_gather(d: Dialect, ranks: int, cols: int):
+    """Rows of any number. Block (piece, step) sends a piece to the rank `step` ahead and waits for that of the rank `step` behind.
 
     In this order a block waits only for blocks of its own number, so it does not matter how many of them run at once.
 
     Two results alternate with the epoch. Two are enough: who has finished an epoch has heard of all ranks in it, so all of them have
     finished with the one before.
     """
-    piece_rows = rows // PIECES
+    rows = T.dynamic("rows")
 
     @T.prim_func
     def all_gather_kernel(
@@ -36,9 +36,10 @@ def all_gather(d: Dialect, ranks: int, rows: int, cols: int):
             me = tl.rank(ctx)
             to = (me + step) % ranks
             source = (me + ranks - step) % ranks
-            row = piece * piece_rows
-            there = tl.remote(ctx, gathered[epoch % 2, me, row, 0], to)
-            tl.put_block(there, shard[row, 0], 4 * piece_rows * cols, thread, 256)
+            first = rows * piece // PIECES
+            size = T.cast(rows * (piece + 1) // PIECES - first, "int64") * (4 * cols)
+            there = tl.remote(ctx, gathered[epoch % 2, me, first, 0], to)
+            tl.put_block(there, shard[first, 0], size, thread, 256)
             d.sync()  # all threads have written before one of them tells
             if thread == 0:
                 tl.signal(tl.remote(ctx, arrived[me, piece], to), epoch, dtype="int32")
@@ -48,14 +49,12 @@ def all_gather(d: Dialect, ranks: int, rows: int, cols: int):
 
 
 def kernels(d: Dialect) -> list[Kernel]:
-    return [Kernel("all_gather", all_gather(d, 4, 1024, 512))]
+    return [Kernel("all_gather", all_gather(d, 4, 512))]
 
 
 def run(world: World) -> str:
     rows, cols, group = world.args.rows, world.args.cols, world.group
-    if rows % PIECES:
-        raise ValueError(f"--rows {rows} must be a multiple of {PIECES}")
-    kernel = world.compile(all_gather(world.dialect, world.size, rows, cols))
+    kernel = world.compile(all_gather(world.dialect, world.size, cols))
     gathered = group.tensor((2, world.size, rows, cols), torch.float32)
     arrived = group.tensor((world.size, PIECES), torch.int32)
     calls = []
