@@ -61,6 +61,16 @@ def test_benchmark_of_models(tmp_path: Path) -> None:
     assert (tmp_path / "model.png").stat().st_size > 10_000
 
 
+def test_benchmark_of_the_examples(tmp_path: Path) -> None:
+    path = tmp_path / "tilescale.json"
+    torchrun("benchmarks.bench_tilescale", "--device=cpu", "--sizes", "64", "1024", "--rounds=2", f"--out={path}")
+    cases = json.loads(path.read_text())["cases"]
+    assert [case["name"] for case in cases] == [
+        f"{op} {kib} KiB" for op in ("all_gather", "all_to_all") for kib in (64, 1024)
+    ]
+    assert all(len(case["rounds"]) == 2 and case["us"].keys() == {"ours", "gloo"} for case in cases)
+
+
 def test_gpu_tests_on_cpu_ranks() -> None:
     """All files but the programs, which tests/test_fused_programs.py runs; of the failures one."""
     chosen = "test_ops or test_stress or test_groups or silent-matmul_reduce_scatter"

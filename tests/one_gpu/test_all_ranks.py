@@ -51,6 +51,7 @@ def shapes(ranks: int) -> list[Shape]:
     ]
 
 
+@pytest.mark.timeout(600)  # racecheck takes minutes
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
 def test_results_and_bits(patch: pytest.MonkeyPatch, ranks: int) -> None:
     """Every shape in every form: the right results, and the same bits again."""
