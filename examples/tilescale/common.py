@@ -268,9 +268,10 @@ class Example:
         return said
 
 
-_processes = multiprocessing.get_context("forkserver")
+_forked = multiprocessing.get_context("forkserver")
 # What every rank needs is imported once, in the server that ranks are forked from.
-_processes.set_forkserver_preload(["torch", "torch.distributed", "tilelang", "tscompile.language.group"])
+_forked.set_forkserver_preload(["torch", "torch.distributed", "tilelang", "tscompile.language.group"])
+_spawned = multiprocessing.get_context("spawn")  # on GPUs: importing tilelang touches CUDA, which does not survive a fork
 
 
 def launch(script: Path, arguments: Sequence[str], ranks: int, bound_s: float = 600.0) -> str:
@@ -280,11 +281,12 @@ def launch(script: Path, arguments: Sequence[str], ranks: int, bound_s: float = 
         ExampleError: a rank failed, or they are not done after `bound_s` seconds.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = _spawned if "--gpu" in arguments else _forked
     running, processes, said = {}, [], ""
     try:
         for rank in range(ranks):
-            here, there = _processes.Pipe(duplex=False)
-            process = _processes.Process(target=_rank_main, args=(script, arguments, rank, ranks, store.port, there))
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_rank_main, args=(script, arguments, rank, ranks, store.port, there))
             process.start()
             there.close()
             processes.append(process)
