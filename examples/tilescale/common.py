@@ -271,7 +271,9 @@ class Example:
 _forked = multiprocessing.get_context("forkserver")
 # What every rank needs is imported once, in the server that ranks are forked from.
 _forked.set_forkserver_preload(["torch", "torch.distributed", "tilelang", "tscompile.language.group"])
-_spawned = multiprocessing.get_context("spawn")  # on GPUs: importing tilelang touches CUDA, which does not survive a fork
+_spawned = multiprocessing.get_context(
+    "spawn"
+)  # on GPUs: importing tilelang touches CUDA, which does not survive a fork
 
 
 def launch(script: Path, arguments: Sequence[str], ranks: int, bound_s: float = 600.0) -> str:

@@ -46,8 +46,8 @@ def summing(dtype: str, transposed: bool, operands: int, bias: bool, tile_n: int
     return GemmConfig(dtype, transposed, operands, bias, tile_n, stages), all_reduce
 
 
-def gathering(dtype: str, transposed: bool, operands: int, bias: bool, tile_n: int, collects: bool):
-    return GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n)), collects
+def gathering(dtype: str, transposed: bool, operands: int, bias: bool, tile_n: int, collects: bool, rows: int = TILE_M):
+    return GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n), rows), collects
 
 
 GATHERS = [
@@ -60,7 +60,7 @@ GATHERS = [
     gathering("float16", True, 3, True, 176, False),
     gathering("bfloat16", True, 1, False, 160, False),
     gathering("float16", True, 1, True, 144, True),
-    gathering("bfloat16", True, 2, False, 128, True),
+    gathering("bfloat16", True, 2, False, 128, True, rows=64),
     gathering("float16", False, 2, False, 256, True),
     gathering("bfloat16", False, 3, True, 192, False),
     gathering("float16", False, 1, False, 128, False),
@@ -70,7 +70,7 @@ PUSHES = [
     gathering("bfloat16", True, 1, False, 224, False),
     gathering("float16", True, 2, False, 144, True),
     gathering("bfloat16", True, 1, True, 128, False),
-    gathering("bfloat16", True, 3, False, 96, True),
+    gathering("bfloat16", True, 3, False, 96, True, rows=48),
     gathering("float16", True, 1, True, 64, False),
     gathering("float16", False, 2, False, 256, True),
     gathering("bfloat16", False, 3, True, 192, False),
@@ -88,7 +88,7 @@ REDUCES = [
     summing("float16", False, 3, True, 128, False),
 ]
 SUM_PUSHES = [
-    (GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n)), form)
+    (GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n), 16 if form == "one_shot" else TILE_M), form)
     for dtype, transposed, operands, bias, tile_n, form in [
         ("bfloat16", True, 1, False, 64, "one_shot"),
         ("float16", False, 3, True, 64, "two_shot"),
@@ -217,6 +217,8 @@ def test_only_the_loading_warp_loads_and_claims(build, config: GemmConfig, flag:
     sums = build in (reduce_kernel, sum_push_kernel)
     lefts = config.operands if sums else 1 if build is gather_push_kernel else 2
     assert len(set(re.findall(r"tl::tma_load\((\w+)_desc", loader))) == lefts + config.operands
+    if build is not gather_blocks_kernel:
+        assert set(re.findall(r"expect_transaction\((\d+)\)", loader)) == {str(config.rows * config.tile_k * 2)}
     for others in (multiplier, idle):
         assert "tma_load" not in others and "tsk_claim" not in others
     assert "wgmma" in multiplier and "wgmma" not in loader + idle

@@ -44,6 +44,7 @@ def test_a_small_sum(form: str, ranks: int, outer: int, stripes: int, odd: int, 
     ]
     table = whole_tiles(m, 8 * n, plan.width)
     assert len(table) == plan.tiles
+    assert all(row[2] <= plan.rows for row in table)
     rows, dice = m // ranks if scattered else m, random.Random(seed)
     workers = [dice.randint(1, 3) for _ in range(ranks)]
     world = push_all(plan, table, products, inner, rows, workers, seed)

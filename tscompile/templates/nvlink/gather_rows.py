@@ -14,7 +14,7 @@ from ..template import torch_dtype
 from . import widths
 from .channel import DeviceLink
 from .jit import kernel
-from .kernels.config import MAX_OPERANDS, GemmConfig, depth
+from .kernels.config import MAX_OPERANDS, GemmConfig, depth, loaded_rows
 from .lasting import lasting_tables
 from .operands import is_transposed, lies
 from .refusal import serves_use
@@ -96,8 +96,9 @@ def _config(
     """What the kernel of a batch is compiled for."""
     k, transposed = int(weights[0].shape[0]), is_transposed(weights[0])
     columns = [int(weight.shape[1]) for weight in weights]
-    tile_n = widths.gather_width(_rows(ranks, shard, k), columns, k, ranks, transposed, pushed)
-    return GemmConfig(dtype, transposed, len(weights), bias, tile_n, depth(tile_n))
+    rows = _rows(ranks, shard, k)
+    tile_n = widths.gather_width(rows, columns, k, ranks, transposed, pushed)
+    return GemmConfig(dtype, transposed, len(weights), bias, tile_n, depth(tile_n), loaded_rows(rows))
 
 
 class RowsLaunch:

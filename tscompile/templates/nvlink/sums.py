@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...problem import FusionProblem, Gemm
-from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS, STRIPE_ROWS, STRIPES, TILE_M
+from .kernels.config import DATA_FLAGS, ITEM_BYTES, SMS, STRIPE_ROWS, STRIPES, TILE_M, loaded_rows
 from .widths import SWIZZLED_WIDTHS, gemm_us, tile_us, waves_of
 
 PULL = "pull"  # by kernels/reduce.py; the forms of kernels/sum_push.py are SUM_FORMS
@@ -38,7 +38,7 @@ _SEND_US_PER_MIB = 4.3
 class SumPlan:
     """
     form: PULL, or one of SUM_FORMS.
-    tiles: of the whole result; of a PULL, of all ranks together. width: columns of a tile.
+    tiles: of the whole result; of a PULL, of all ranks together. width: columns of a tile. rows: of a tile that are loaded.
     share: tiles (PULL) or stripes of tiles (otherwise) that a rank sums, at most.
     places: tiles or stripes that a slot has room for. flags: that a slot needs.
     us: predicted time.
@@ -47,6 +47,7 @@ class SumPlan:
     form: str
     tiles: int
     width: int
+    rows: int
     share: int
     places: int
     flags: int
@@ -105,7 +106,8 @@ def pull_plan(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool)
     widest, *narrower = PULL_WIDTHS
     width = min((widest, *(w for w in narrower if tile_rows * -(-n // w) <= _MOST_TILES)), key=compared)
     tiles = tile_rows * -(-n // width)
-    gemm, waves = gemm_us(tiles, width, k, n), waves_of(tiles)
+    rows = loaded_rows(m // pieces)
+    gemm, waves = gemm_us(tiles, width, k, n, rows), waves_of(tiles)
     if all_reduce:
         transport = _PASS_US + _PULL_BOTH_US_PER_MIB * 2 * received
         exposed = min(1.0, _PULL_WAVES / waves) * transport
@@ -113,34 +115,34 @@ def pull_plan(m: int, n: int, k: int, ranks: int, pieces: int, all_reduce: bool)
     else:
         transport = _PASS_US + _PULL_US_PER_MIB * received
         us = max(gemm + transport / waves, transport + _SCATTER_TAIL_US) + _SCATTER_TAIL_US
-    return pulled(tiles, width, ranks, all_reduce, us)
+    return pulled(tiles, width, ranks, all_reduce, us, rows)
 
 
-def pulled(tiles: int, width: int, ranks: int, all_reduce: bool, us: float) -> SumPlan:
+def pulled(tiles: int, width: int, ranks: int, all_reduce: bool, us: float, rows: int = TILE_M) -> SumPlan:
     """The plan for so many tiles: those of the peers travel, and for an all_reduce the own sums; the flags of both have places."""
     share = -(-tiles // ranks)
-    return SumPlan(PULL, tiles, width, share, (ranks - 1 + all_reduce) * share, 2 * ranks * share, us)
+    return SumPlan(PULL, tiles, width, rows, share, (ranks - 1 + all_reduce) * share, 2 * ranks * share, us)
 
 
 def push_plans(m: int, n: int, k: int, ranks: int, outer: int, all_reduce: bool) -> Iterator[SumPlan]:
     """What kernels/sum_push.py can do in one wave of tiles: in a second one its multiplying warps would wait for peers."""
-    whole = m * n * ITEM_BYTES / _MIB
+    whole, rows = m * n * ITEM_BYTES / _MIB, loaded_rows(m)
     for width in PUSH_WIDTHS:
         columns = -(-n // width)
         tiles = -(-m // TILE_M) * columns
         if not 0 < tiles <= SMS:
             continue
-        gemm = gemm_us(tiles, width, k, n)
+        gemm = gemm_us(tiles, width, k, n, rows)
         if all_reduce:
             share = tiles * -(-STRIPES // ranks)
             sent = 2 * whole * (ranks - 1) / ranks
             us = gemm + _WAY_US["two_shot"] + _SEND_US_PER_MIB * sent
             places = ranks * share + tiles * STRIPES
-            yield SumPlan("two_shot", tiles, width, share, places, places, us)
+            yield SumPlan("two_shot", tiles, width, rows, share, places, places, us)
             share, sent = tiles * STRIPES, whole * (ranks - 1)
             us = gemm + _WAY_US["one_shot"] + _SEND_US_PER_MIB * sent
-            yield SumPlan("one_shot", tiles, width, share, ranks * share, ranks * share, us)
+            yield SumPlan("one_shot", tiles, width, rows, share, ranks * share, ranks * share, us)
         elif m // (ranks * outer) % STRIPE_ROWS == 0:
             share = m // ranks // STRIPE_ROWS * columns
             us = gemm + _WAY_US["scatter"] + _SEND_US_PER_MIB * whole * (ranks - 1) / ranks
-            yield SumPlan("scatter", tiles, width, share, ranks * share, ranks * share, us)
+            yield SumPlan("scatter", tiles, width, rows, share, ranks * share, ranks * share, us)

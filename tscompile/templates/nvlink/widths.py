@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...problem import GatherUse
-from .kernels.config import ITEM_BYTES, MAX_SLICES, SMS, TILE_K, TILE_M
+from .kernels.config import ITEM_BYTES, MAX_SLICES, SMS, TILE_K, TILE_M, loaded_rows
 
 # TMA swizzles the columns of a right operand [K, N] by 64, and wgmma takes multiples of 8 of one [N, K]; epilogues want 16.
 SWIZZLED_WIDTHS = (256, 192, 128)
@@ -59,9 +59,9 @@ def read_us(k: int, n: int) -> float:
     return k * n * ITEM_BYTES / (1 << 20) * _READ_US_PER_MIB
 
 
-def gemm_us(tiles: int, width: int, k: int, n: int) -> float:
-    """Time of a GEMM by one of the kernels, launch included."""
-    return LAUNCH_US + max(waves_of(tiles) * _wave_us(width, k, tiles), read_us(k, n))
+def gemm_us(tiles: int, width: int, k: int, n: int, rows: int = TILE_M) -> float:
+    """Time of a GEMM by one of the kernels, launch included; a tile loads `rows` rows."""
+    return LAUNCH_US + max(waves_of(tiles) * _wave_us(width, k, tiles, rows), read_us(k, n))
 
 
 def tile_width(tile_rows: int, widths: Sequence[int], k: int, transposed: bool) -> int:
@@ -78,9 +78,9 @@ def _choices(transposed: bool, narrow: bool = False) -> tuple[int, ...]:
     return (DENSE_WIDTHS if transposed else SWIZZLED_WIDTHS) + (NARROW_WIDTHS[transposed] if narrow else ())
 
 
-def _wave_us(tile: int, k: int, tiles: int) -> float:
-    """Time of a wave of `tiles` tiles, or of as many as there are SMs."""
-    loaded = min(tiles, SMS) * (TILE_M + tile) * k * ITEM_BYTES
+def _wave_us(tile: int, k: int, tiles: int, rows: int) -> float:
+    """Time of a wave of `tiles` tiles, or of as many as there are SMs, which load `rows` rows each."""
+    loaded = min(tiles, SMS) * (rows + tile) * k * ITEM_BYTES
     return max(tile_us(tile, k), loaded / _L2_BYTES_PER_US)
 
 
@@ -104,7 +104,7 @@ def gather_us(tile: int, rows: int, widths: Sequence[int], k: int, ranks: int, p
         mib: MiB that a rank receives.
     """
     tiles = -(-rows // TILE_M) * sum(-(-width // tile) for width in widths)
-    wave, waves = _wave_us(tile, k, tiles), waves_of(tiles)
+    wave, waves = _wave_us(tile, k, tiles, loaded_rows(rows)), waves_of(tiles)
     least = read_us(k, sum(widths))
     if not pushed:
         last = waves_of(-(-tiles // ranks)) * wave  # the tiles of the shard that comes last

@@ -89,7 +89,7 @@ def pass_end(full: Any, empty: Any, turn: Any, stage: Any, phase: Any) -> None:
 def load_tile(
     A: Any, B: Any, row: Any, col: Any, As: Any, Bs: Any, full: Any, empty: Any, stage: T.Ref, phase: T.Ref, config: Any
 ) -> None:
-    """Loading warp: rows [row, row + tile_m) of A and columns [col, col + tile_n) of B, all of k, stage by stage."""
+    """Loading warp: rows [row, row + rows) of A and columns [col, col + tile_n) of B, all of k, stage by stage."""
     load_steps(A, B, row, col, 0, T.ceildiv(A.shape[1], config.tile_k), As, Bs, full, empty, stage, phase, config)
 
 
@@ -114,8 +114,8 @@ def load_steps(
         k = first + i
         T.barrier_wait(empty[stage], phase ^ 1)
         T.tma_copy(
-            A[row : row + config.tile_m, k * config.tile_k : (k + 1) * config.tile_k],
-            As[bounded(stage, config), :, :],
+            A[row : row + config.rows, k * config.tile_k : (k + 1) * config.tile_k],
+            As[bounded(stage, config), 0 : config.rows, :],
             barrier=full[stage],
             leader_scope_threads=32,
         )
