@@ -21,6 +21,7 @@ NAMES = (
     "allgather",
     "all_to_all",
     "attention_all_to_all",
+    "sp_ag_attention",
     "allgather_gemm",
     "allgather_gemm_overlapped",
     "gemm_reduce_scatter_overlapped",
