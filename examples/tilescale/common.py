@@ -212,6 +212,7 @@ class Example:
         kernels: all kernels of the script for a dialect, for tests that compile them without a GPU.
         sizes: numbers that can be given as options: (default on CPU, default on GPUs).
         switches: options without a value, and what they do.
+        ranks_per_node: for an example of two levels, how many ranks form a node if `--ranks-per-node` does not say it.
         ranks: how many there are unless `--ranks` says so.
         allowed: says why the example does not work with so many ranks, "" if it does.
     """
@@ -222,6 +223,7 @@ class Example:
     ranks: int = 2
     allowed: Callable[[int], str] = lambda _: ""
     switches: Mapping[str, str] = field(default_factory=dict)
+    ranks_per_node: Callable[[int], int] | None = None
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The options of a run."""
@@ -239,8 +241,17 @@ class Example:
             parser.add_argument(f"--{name}", type=int, help=f"({cpu}; {gpu} on GPUs)")
         for name, does in self.switches.items():
             parser.add_argument(f"--{name}", action="store_true", help=does)
+        if self.ranks_per_node:
+            text = "ranks of each node, which may be virtual (two nodes if their number is even)"
+            parser.add_argument("--ranks-per-node", type=int, help=text)
         args = parser.parse_args(arguments)
         args.ranks = int(os.environ.get("WORLD_SIZE", args.ranks))
+        if self.ranks_per_node is None:
+            args.ranks_per_node = None
+        elif args.ranks_per_node is None:
+            args.ranks_per_node = self.ranks_per_node(args.ranks)
+        elif args.ranks_per_node < 1 or args.ranks % args.ranks_per_node:
+            parser.error(f"{args.ranks} ranks are no nodes of {args.ranks_per_node}")
         for name, defaults in self.sizes.items():
             if getattr(args, name) is None:
                 setattr(args, name, defaults[args.gpu])
@@ -280,7 +291,9 @@ class Example:
             device_id=device,
             timeout=timedelta(seconds=args.timeout),
         )
-        with tl.SymmetricGroup(nbytes=HEAP_BYTES[args.gpu], timeout_s=args.timeout) as group:
+        with tl.SymmetricGroup(
+            nbytes=HEAP_BYTES[args.gpu], timeout_s=args.timeout, ranks_per_node=args.ranks_per_node
+        ) as group:
             generator = torch.Generator(device=group.device).manual_seed(1000 * args.seed + rank)
             dialect = tl.dialect("cuda" if args.gpu else "cpu")
             said = self.run(World(args, group, dialect, random.Random(1000 * args.seed + rank), generator))

@@ -19,6 +19,8 @@ NAMES = (
     "primitives",
     "simple_shift",
     "allgather",
+    "allgather_two_level",
+    "reduce_scatter_two_level",
     "all_to_all",
     "attention_all_to_all",
     "sp_ag_attention",
