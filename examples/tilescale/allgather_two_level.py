@@ -15,8 +15,8 @@ from tscompile.language.dialects import Dialect
 
 
 def all_gather(d: Dialect, count: int, width: int, items: int):
-    """For `count` nodes of `width` ranks. In the order of their numbers, blocks send to counterparts, send the own shard to the node, or
-    hand on. The latter two also wait for what the same block of another rank sends them, so when the kernel ends, all has arrived.
+    """For `count` nodes of `width` ranks. In the order of their numbers, blocks send to counterparts, send the own shard to the node,
+    or hand on. The latter two also wait for what the same block of another rank sends them, so when the kernel ends, all is there.
 
     A block waits only for blocks of lower numbers, or of its own number that send before they wait, so it does not matter how many
     blocks run at once. Two halves are enough: who has finished an epoch has heard of all ranks in it, so all have finished the last.

@@ -280,7 +280,7 @@ def have_read(d: Dialect, ranks: int):
 
 
 def kernels(d: Dialect) -> list[Kernel]:
-    shapes = [(8, 8, 128, "bfloat16"), (8, 2, 128, "float16"), (8, 1, 64, "bfloat16")]
+    shapes = [(8, 2, 128, "bfloat16"), (8, 1, 64, "float16")]
     return [
         *(Kernel(f"attention {shape}", attention(d, *shape), PASS_CONFIGS) for shape in shapes),
         Kernel("may_send", may_send(d, 4)),

@@ -15,8 +15,8 @@ from tscompile.language.dialects import Dialect
 
 
 def reduce_scatter(d: Dialect, count: int, width: int, items: int):
-    """For `count` nodes of `width` ranks. In the order of their numbers, blocks send to the node, add up for a counterpart and send it the
-    sum, or add up for this rank. None waits for one of a higher number, so it does not matter how many run at once.
+    """For `count` nodes of `width` ranks. In the order of their numbers, blocks send to the node, add up for a counterpart and send it
+    the sum, or add up for this rank. None waits for one of a higher number, so it does not matter how many run at once.
 
     Two halves alternate. They are enough: a rank writes into memory of its node and of its counterparts, each of which has sent it
     something in the epoch before, and had done with the one before that by then.

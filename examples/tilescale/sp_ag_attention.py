@@ -59,10 +59,17 @@ class GatheredAttention:
 
     Args:
         problem: the same on all ranks.
+
+    Raises:
+        ValueError: a rank has no query.
     """
 
     def __init__(self, world: World, problem: Problem) -> None:
         d, rank, size = world.dialect, world.rank, world.size
+        if not all(problem.queries.rows(r) for r in range(size)):
+            raise ValueError(
+                f"{sum(problem.queries.lengths)} queries: too few for every one of {size} ranks to have some"
+            )
         self.group, self.problem, self.rank = world.group, problem, rank
         self.schedule = problem.schedule(d.name)
         gathered = self.schedule.gathered
