@@ -49,7 +49,8 @@ def test_runs_and_checks_itself(name: str) -> None:
 def test_all_ran() -> None:
     lines, done = lines_of_all()
     assert list(lines) == list(NAMES) and done.returncode == 0, done.stdout + done.stderr
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "mesh", "run_all"}
+    helpers = {"common", "mesh", "run_all", "kv_attention", "sp_ag_bench", "two_level"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - helpers
     assert scripts == set(NAMES), "add the script to NAMES in run_all.py"
     table = (FOLDER / "README.md").read_text()
     assert all(f"| `{name}.py` |" in table for name in NAMES), "add the script to the table in README.md"
@@ -85,6 +86,31 @@ def test_a_script_under_torchrun_with_another_number_of_ranks() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     done = run([*command, "--nproc-per-node", "3", str(FOLDER / "primitives.py"), "--only", "1", "--rounds", "2"])
     assert done.returncode == 0 and "put_block" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ranks", "width", "nodes"), [(2, 1, "2 nodes of 1"), (2, 2, "1 nodes of 2"), (6, 2, "3 nodes of 2")]
+)
+@pytest.mark.parametrize("name", ["allgather_two_level", "reduce_scatter_two_level"])
+def test_virtual_nodes(name: str, ranks: int, width: int, nodes: str) -> None:
+    options = ["--ranks", str(ranks), "--ranks-per-node", str(width), "--rounds", "3", "--repeat", "1"]
+    done = run([sys.executable, str(FOLDER / f"{name}.py"), *options])
+    assert done.returncode == 0 and done.stdout.startswith(nodes), done.stdout + done.stderr
+
+
+def test_nodes_that_ranks_do_not_make_up() -> None:
+    done = run([sys.executable, str(FOLDER / "allgather_two_level.py"), "--ranks", "4", "--ranks-per-node", "3"])
+    assert done.returncode == 2 and "4 ranks are no nodes of 3" in done.stderr
+
+
+def test_the_race_of_attention_checks_all_sides_first() -> None:
+    options = ["--bench", "--seq", "64", "--rounds", "1"]
+    done = run([sys.executable, str(FOLDER / "sp_ag_attention.py"), *options])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("full", "zig-zag"):
+        assert re.search(
+            rf"^{name}: tscompile [\d.]+; gloo \+ flash [\d.]+; flash, keys there [\d.]+; ", done.stdout, re.M
+        )
 
 
 def test_a_rank_that_fails_ends_the_others() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import tscompile.language as tl
-from tests.language.ptx import read_non_coherently
+from tests.language.ptx import before, read_non_coherently
 
 FOLDER = Path(__file__).parents[1] / "examples" / "tilescale"
 sys.path.insert(0, str(FOLDER))  # the scripts import each other by these names
@@ -20,17 +22,55 @@ PRIVATE = {
     "x",
     "starts",
     "b",
+    "tile_table",
+    "step_table",
+    "readers",
+    "senders",
 }  # what kernels read through plain loads of a parameter: nobody writes it meanwhile
 
 pytestmark = pytest.mark.slow
 
 
+@cache
+def compiled(make) -> dict[str, tl.CudaArtifact]:
+    """The kernels of an example, by name."""
+    return {k.name: tl.compile_cuda(k.function, pass_configs=k.pass_configs) for k in make(tl.dialect("cuda"))}
+
+
 @pytest.mark.parametrize("make", MAKERS, ids=MAKERS.values())
 def test_kernels_compile_for_gpus(make) -> None:
-    for kernel in make(tl.dialect("cuda")):
-        artifact = tl.compile_cuda(kernel.function, pass_configs=kernel.pass_configs)
-        assert artifact.cubin[:4] == b"\x7fELF", kernel.name
-        assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0, kernel.name
-        assert artifact.shared_bytes <= 227 << 10, kernel.name
-        assert "call.uni" not in artifact.ptx, kernel.name  # all inlined
-        assert read_non_coherently(artifact) <= PRIVATE, kernel.name
+    for name, artifact in compiled(make).items():
+        assert artifact.cubin[:4] == b"\x7fELF", name
+        assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0, name
+        assert artifact.shared_bytes <= 227 << 10, name
+        assert "call.uni" not in artifact.ptx, name  # all inlined
+        assert read_non_coherently(artifact) <= PRIVATE, name
+
+
+def test_attention_waits_in_the_warp_that_loads_and_before_it_loads() -> None:
+    found = {
+        name: a for name, a in compiled(__import__("kv_attention").kernels).items() if name.startswith("attention")
+    }
+    assert len(found) == 2
+    for name, artifact in found.items():
+        head, _, rest = artifact.source.partition("if (((int)threadIdx.x) < 128) {")
+        loading, _, multiplying = rest.partition("warpgroup_reg_alloc<232>")
+        before(
+            loading,
+            r"threadIdx\.x\) < 32",
+            r"for \(",
+            "tsl_x_warp_wait_s32",
+            r"k_empty\[.*\]\.wait\(",
+            r"tl::tma_load\(kv_desc, k_full",
+            r"v_empty\[.*\]\.wait\(",
+            r"tl::tma_load\(kv_desc, v_full",
+        )
+        assert "tsl_x" not in head + multiplying and "tma_load" not in head + multiplying, name
+        assert loading.count("tl::tma_load(kv_desc") == 2 and "kv[" not in artifact.source, (
+            name
+        )  # keys come by TMA alone
+        # The scores of a step are under way while the values of the last one are added.
+        loop = multiplying[multiplying.index("< count") :]
+        before(loop, "wgmma_ss<", "wgmma_rs<", "wait_wgmma<1>", "AllReduce<tl::MaxOp", "wait_wgmma<0>")
+        assert not re.search(r"wgmma.*serialized", artifact.log), name
+        before(artifact.ptx, r"ld\.acquire\.sys\.global\.u32", r"fence\.proxy\.async;", r"cp\.async\.bulk\.tensor\.3d")

@@ -187,6 +187,22 @@ def assert_close(what: str, got: torch.Tensor, want: torch.Tensor) -> None:
         raise AssertionError(f"{what}: differs from the reference by {error:.1e} of its largest number")
 
 
+def assert_as_good(what: str, got: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor) -> None:
+    """For results of many roundings: at most twice as far from the truth as torch's own in the same dtype, and one rounding.
+
+    In float32 some more: the C target adds up one by one, torch with several partial sums.
+    """
+    eps = torch.finfo(got.dtype).eps * (8 if got.dtype == torch.float32 else 1)
+
+    def errors(x: torch.Tensor) -> torch.Tensor:
+        off = x.to(truth.dtype) - truth
+        return torch.stack((off.norm() / truth.norm(), off.abs().max() / truth.abs().max()))
+
+    ours, allowed = errors(got), 2 * errors(baseline) + eps
+    if not bool((ours <= allowed).all()):  # nan too
+        raise AssertionError(f"{what}: relative errors (norm, largest) {ours.tolist()}, allowed {allowed.tolist()}")
+
+
 @dataclass(frozen=True)
 class Example:
     """One script.
@@ -195,6 +211,8 @@ class Example:
         run: what each rank does; returns what was checked, in words.
         kernels: all kernels of the script for a dialect, for tests that compile them without a GPU.
         sizes: numbers that can be given as options: (default on CPU, default on GPUs).
+        switches: options without a value, and what they do.
+        ranks_per_node: for an example of two levels, how many ranks form a node if `--ranks-per-node` does not say it.
         ranks: how many there are unless `--ranks` says so.
         allowed: says why the example does not work with so many ranks, "" if it does.
     """
@@ -204,6 +222,8 @@ class Example:
     sizes: Mapping[str, tuple[int, int]]
     ranks: int = 2
     allowed: Callable[[int], str] = lambda _: ""
+    switches: Mapping[str, str] = field(default_factory=dict)
+    ranks_per_node: Callable[[int], int] | None = None
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The options of a run."""
@@ -219,8 +239,19 @@ class Example:
         parser.add_argument("--seed", type=int, default=0, help="of the random data (0)")
         for name, (cpu, gpu) in self.sizes.items():
             parser.add_argument(f"--{name}", type=int, help=f"({cpu}; {gpu} on GPUs)")
+        for name, does in self.switches.items():
+            parser.add_argument(f"--{name}", action="store_true", help=does)
+        if self.ranks_per_node:
+            text = "ranks of each node, which may be virtual (two nodes if their number is even)"
+            parser.add_argument("--ranks-per-node", type=int, help=text)
         args = parser.parse_args(arguments)
         args.ranks = int(os.environ.get("WORLD_SIZE", args.ranks))
+        if self.ranks_per_node is None:
+            args.ranks_per_node = None
+        elif args.ranks_per_node is None:
+            args.ranks_per_node = self.ranks_per_node(args.ranks)
+        elif args.ranks_per_node < 1 or args.ranks % args.ranks_per_node:
+            parser.error(f"{args.ranks} ranks are no nodes of {args.ranks_per_node}")
         for name, defaults in self.sizes.items():
             if getattr(args, name) is None:
                 setattr(args, name, defaults[args.gpu])
@@ -260,7 +291,9 @@ class Example:
             device_id=device,
             timeout=timedelta(seconds=args.timeout),
         )
-        with tl.SymmetricGroup(nbytes=HEAP_BYTES[args.gpu], timeout_s=args.timeout) as group:
+        with tl.SymmetricGroup(
+            nbytes=HEAP_BYTES[args.gpu], timeout_s=args.timeout, ranks_per_node=args.ranks_per_node
+        ) as group:
             generator = torch.Generator(device=group.device).manual_seed(1000 * args.seed + rank)
             dialect = tl.dialect("cuda" if args.gpu else "cpu")
             said = self.run(World(args, group, dialect, random.Random(1000 * args.seed + rank), generator))

@@ -115,3 +115,45 @@ def one_has_no_room(rank: int, size: int) -> str:
 def test_a_rank_without_memory_refuses_for_all() -> None:
     for said in run_world(2, one_has_no_room):
         assert said.startswith("rank 1 has no symmetric memory: no room in /dev/shm")
+
+
+def send_parts(rank: int, size: int) -> str:
+    """Rows of a symmetric tensor, and a flag behind them that a kernel's wait would look at."""
+    with tl.SymmetricGroup(nbytes=1 << 16, ranks_per_node=1) as group:
+        assert group.nodes == tl.Nodes(rank, size, 1)
+        rows, flags = group.tensor((6, 5), torch.float32), group.tensor((size,), torch.int32)
+        engine, to = tl.CopyEngine(group), (rank + 1) % size
+        mine = rows[2 * rank : 2 * rank + 2]
+        mine.fill_(10.0 + rank)
+        group.barrier()
+        engine.fork()
+        engine.put(to, mine, flags[rank : rank + 1], -7)
+        engine.join()
+        source = (rank - 1) % size
+        while flags[source].item() != -7:
+            time.sleep(0.001)
+        assert rows.sum(1).tolist() == [50.0, 50.0, 55.0, 55.0, 0.0, 0.0]
+        assert group.remote(rows[3], to) - group.remote(rows, to) == 3 * rows[0].nbytes
+        for wrong in (rows[:, 1:], torch.zeros(3)):
+            with pytest.raises(HeapError, match="not symmetric, or with gaps"):
+                engine.put(to, wrong, flags[:1], 1)
+        with pytest.raises(ValueError, match=r"a flag is one int32, not 2 of torch\.int32"):
+            engine.put(to, rows, flags, 1)
+    return "done"
+
+
+def test_transfers_that_the_host_asks_for() -> None:
+    assert run_world(2, send_parts) == ["done", "done"]
+
+
+def disagree(rank: int, size: int) -> str:
+    with pytest.raises(ValueError, match="2 ranks are no nodes of 3: pass a divisor of 2"):
+        tl.SymmetricGroup(nbytes=4096, ranks_per_node=3)
+    with pytest.raises(HeapError) as raised:
+        tl.SymmetricGroup(nbytes=4096, ranks_per_node=1 + rank)
+    return str(raised.value)
+
+
+def test_nodes_that_ranks_do_not_agree_on() -> None:
+    for said in run_world(2, disagree):
+        assert said == "ranks_per_node must be the same on all ranks; they passed [1, 2]"

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from .addresses import epoch, num_ranks, peer, peer_address, pointer, rank, remote
     from .bulk import bulk_get, bulk_put, bulk_wait, bulk_wait_read, mbarrier_init, mbarrier_wait
     from .compile import CudaArtifact, compile_cuda
+    from .copies import CopyEngine
     from .dialects import Dialect, Target, dialect, prelude
     from .grid import gpu_arrive, gpu_wait, grid_sync
     from .group import SymmetricGroup
     from .memory import atomic_add, fence, fence_async, get_block, get_warp, put_block, put_warp, red_add
+    from .nodes import Nodes
     from .sync import (
         aborted,
         barrier,
@@ -64,10 +66,12 @@ _MODULES = {
     "addresses": "epoch num_ranks peer peer_address pointer rank remote",
     "bulk": "bulk_get bulk_put bulk_wait bulk_wait_read mbarrier_init mbarrier_wait",
     "compile": "CudaArtifact compile_cuda",
+    "copies": "CopyEngine",
     "dialects": "Dialect Target dialect prelude",
     "grid": "gpu_arrive gpu_wait grid_sync",
     "group": "SymmetricGroup",
     "memory": "atomic_add fence fence_async get_block get_warp put_block put_warp red_add",
+    "nodes": "Nodes",
     "sync": "aborted barrier block_arrive block_sync elect lane shuffle signal wait wait_eq wait_ge wait_gt wait_le wait_lt"
     " wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
     "toolchain": "ToolchainError nvcc use_wheels",
@@ -79,8 +83,10 @@ __all__ = [
     "MAX_RANKS",
     "RECORD_WORDS",
     "WORDS",
+    "CopyEngine",
     "CudaArtifact",
     "Dialect",
+    "Nodes",
     "SymmetricGroup",
     "Target",
     "ToolchainError",

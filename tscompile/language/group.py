@@ -25,6 +25,7 @@ from ..nvshmem.device import CONTROL_BYTES, SLOTS, NvlinkHeap
 from ..nvshmem.shm import ShmHeap
 from ..nvshmem.world import DEFAULT_HEAP_BYTES
 from . import context
+from .nodes import Nodes
 
 FLAGS = 1 << 16
 """int32 words of the "flags" region."""
@@ -43,13 +44,16 @@ class SymmetricGroup:
         nbytes: room for tensors on each rank.
         device: of the memory: the CPU, or this rank's GPU. If None, the current GPU where the group's backend is NCCL, else the CPU.
         timeout_s: bound of every wait, in kernels and here, in seconds.
+        ranks_per_node: see `nodes`; all ranks form one node if None.
 
     Raises:
-        HeapError: there is no such memory on some rank; every rank raises.
+        ValueError: nodes of `ranks_per_node` do not make up the group.
+        HeapError: there is no such memory on some rank, or ranks have different `ranks_per_node`; every rank raises.
         PeerError: a rank did not come in time.
 
     Attributes:
         rank, size: of this rank in the group, and of the group.
+        nodes: which ranks are of one node: for algorithms of two levels, whatever memory the ranks share.
         device: where the tensors are.
         context: what kernels take as `ctx`, int64 `[WORDS]` on the device.
         flags: the own "flags" region, int32 `[FLAGS]`: for `tl.barrier`, and flags that are addressed by offset.
@@ -62,11 +66,13 @@ class SymmetricGroup:
         *,
         device: torch.device | None = None,
         timeout_s: float = 30.0,
+        ranks_per_node: int | None = None,
     ) -> None:
         self._ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
         self.rank, self.size = self._ranks.index(dist.get_rank()), len(self._ranks)
         if self.size > context.MAX_RANKS:
             raise HeapError(f"{self.size} ranks: kernels address {context.MAX_RANKS} at most, so form smaller groups")
+        self.nodes = Nodes(self.rank, self.size, self.size if ranks_per_node is None else ranks_per_node)
         self.device = device or _device_of(group)
         self.timeout_s = timeout_s
         self._store, self._turn = _store_of(self._ranks), 0
@@ -123,6 +129,21 @@ class SymmetricGroup:
         return [
             self._view(rank, CONTROL_BYTES + offset, tuple(tensor.shape), tensor.dtype) for rank in range(self.size)
         ]
+
+    def remote(self, tensor: torch.Tensor, rank: int) -> int:
+        """The address, as mapped here, at which a rank keeps the same elements: what `tl.remote` is in kernels.
+
+        Args:
+            tensor: of `tensor`, or a part of one without gaps.
+            rank: group rank, 0 <= rank < size.
+
+        Raises:
+            HeapError: `tensor` is not symmetric, or has gaps.
+        """
+        offset = tensor.data_ptr() - self._bases[self.rank] - CONTROL_BYTES
+        if not (tensor.is_contiguous() and 0 <= offset <= self._used - tensor.nbytes):
+            raise HeapError("not symmetric, or with gaps: pass what SymmetricGroup.tensor returned, or rows of it")
+        return self._bases[rank] + CONTROL_BYTES + offset
 
     def barrier(self) -> None:
         """Wait until all ranks are here and their devices have done what they had to do.
@@ -193,7 +214,10 @@ class SymmetricGroup:
         except HeapError as error:
             post = {"refused": str(error)}
         try:
-            posts = self._exchange(post)
+            said = self._exchange([post, self.nodes.ranks_per_node])
+            posts, widths = [post for post, _ in said], [width for _, width in said]
+            if len(set(widths)) > 1:
+                raise HeapError(f"ranks_per_node must be the same on all ranks; they passed {widths}")
             for rank, other in zip(self._ranks, posts, strict=True):
                 if "refused" in other:
                     raise HeapError(f"rank {rank} has no symmetric memory: {other['refused']}")
