@@ -80,6 +80,8 @@ USES: dict[str, Callable[[Place], Any]] = {
     **{name: _wait(name) for name in ("wait_eq", "wait_ne", "wait_ge", "wait_gt", "wait_le", "wait_lt")},
     "aborted": lambda p: tl.aborted(p.ctx),
     "barrier": lambda p: tl.barrier(p.ctx, 0, p.epoch),
+    "barrier_blocks": lambda p: tl.barrier_blocks(p.ctx, p.flags[0], p.epoch),
+    "sync_blocks": lambda p: tl.sync_blocks(p.ctx, p.flags[0], p.epoch),
     "block_sync": lambda p: tl.block_sync(9, 128),
     "block_arrive": lambda p: tl.block_arrive(9, 128),
     "warp_sync": lambda p: tl.warp_sync(),

@@ -34,16 +34,19 @@ if TYPE_CHECKING:
     from .dialects import Dialect, Target, dialect, prelude
     from .grid import gpu_arrive, gpu_wait, grid_sync
     from .group import SymmetricGroup
+    from .host import dist_print, perf_fn
     from .memory import atomic_add, fence, fence_async, get_block, get_warp, put_block, put_warp, red_add
     from .sync import (
         aborted,
         barrier,
+        barrier_blocks,
         block_arrive,
         block_sync,
         elect,
         lane,
         shuffle,
         signal,
+        sync_blocks,
         wait,
         wait_eq,
         wait_ge,
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
         warp_wait,
     )
     from .toolchain import ToolchainError, nvcc, use_wheels
+    from .topology import has_fullmesh_nvlink, supports_p2p_native_atomic
     from .words import ld, ld128, st, st128
 
 _MODULES = {
@@ -67,9 +71,11 @@ _MODULES = {
     "dialects": "Dialect Target dialect prelude",
     "grid": "gpu_arrive gpu_wait grid_sync",
     "group": "SymmetricGroup",
+    "host": "dist_print perf_fn",
     "memory": "atomic_add fence fence_async get_block get_warp put_block put_warp red_add",
-    "sync": "aborted barrier block_arrive block_sync elect lane shuffle signal wait wait_eq wait_ge wait_gt wait_le wait_lt"
-    " wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
+    "sync": "aborted barrier barrier_blocks block_arrive block_sync elect lane shuffle signal sync_blocks wait wait_eq wait_ge"
+    " wait_gt wait_le wait_lt wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
+    "topology": "has_fullmesh_nvlink supports_p2p_native_atomic",
     "toolchain": "ToolchainError nvcc use_wheels",
     "words": "ld ld128 st st128",
 }
@@ -87,6 +93,7 @@ __all__ = [
     "aborted",
     "atomic_add",
     "barrier",
+    "barrier_blocks",
     "block_arrive",
     "block_sync",
     "bulk_get",
@@ -95,6 +102,7 @@ __all__ = [
     "bulk_wait_read",
     "compile_cuda",
     "dialect",
+    "dist_print",
     "elect",
     "epoch",
     "fence",
@@ -105,6 +113,7 @@ __all__ = [
     "gpu_arrive",
     "gpu_wait",
     "grid_sync",
+    "has_fullmesh_nvlink",
     "lane",
     "ld",
     "ld128",
@@ -114,6 +123,7 @@ __all__ = [
     "nvcc",
     "peer",
     "peer_address",
+    "perf_fn",
     "pointer",
     "prelude",
     "put_block",
@@ -125,6 +135,8 @@ __all__ = [
     "signal",
     "st",
     "st128",
+    "supports_p2p_native_atomic",
+    "sync_blocks",
     "use_wheels",
     "wait",
     "wait_eq",
