@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tilelang
 import torch
 
 import tscompile.language as tl
@@ -87,9 +88,22 @@ def test_what_needs_a_gpu_to_compile_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "nvcc", lambda: (_ for _ in ()).throw(toolchain.ToolchainError("no nvcc")))
-    with pytest.raises(toolchain.ToolchainError):
-        tl.dialect("cuda").compile(kernels.put_remote(tl.dialect("cuda"), 100))
+    """Said where TileLang fails without it; a failure beside a good nvcc stays what it is."""
+
+    def fails(*_: object, **__: object) -> Path:
+        raise RuntimeError("what TileLang says")
+
+    def none() -> Path:
+        raise toolchain.ToolchainError("no nvcc: pip install")
+
+    function = kernels.put_remote(tl.dialect("cuda"), 100)
+    monkeypatch.setattr(tilelang, "compile", fails)
+    monkeypatch.setattr(toolchain, "nvcc", Path)
+    with pytest.raises(RuntimeError, match="what TileLang says"):
+        tl.dialect("cuda").compile(function)
+    monkeypatch.setattr(toolchain, "nvcc", none)
+    with pytest.raises(toolchain.ToolchainError, match="no nvcc: pip install"):
+        tl.dialect("cuda").compile(function)
 
 
 class Nvrtc:

@@ -6,7 +6,6 @@ The primitives are CUDA C++, inlined into a kernel's text by `prelude`, so every
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,6 @@ import tilelang  # noqa: F401  (it brings tvm)
 import tvm
 
 from ..errors import BackendError
-from . import toolchain
 
 Backend = Literal["auto", "tvm_ffi", "cython", "nvrtc", "cutedsl"]
 
@@ -56,7 +54,8 @@ def choose(backend: str | None, target: Literal["cuda", "cpu"]) -> str:
     if backend in SERVING[target]:
         return backend
     if target == "cpu" and backend in (*SERVING["cuda"], *_REASONS):
-        raise refusal(backend, f'TileLang compiles its C target with "cython" only{source}', 'leave it out for "cpu"')
+        action = "unset it for CPU ranks" if source else 'leave it out for "cpu"'
+        raise refusal(backend, f'TileLang compiles its C target with "cython" only{source}', action)
     if backend in _REASONS:
         reason, action = _REASONS[backend]
         raise refusal(backend, reason + source, action)
@@ -68,19 +67,14 @@ def check(backend: str, target: Literal["cuda", "cpu"]) -> None:
 
     Raises:
         BackendError: it lacks something; the message says what, and how to get it.
-        ToolchainError: it needs nvcc, and there is none.
     """
-    if target == "cpu":
+    if target == "cpu" or backend == "tvm_ffi":
         return
     if backend == "nvrtc":
         _check_nvrtc()
-    else:
-        toolchain.nvcc()
-    if backend == "tvm_ffi":
-        return
     import torch
 
-    if not torch.cuda.is_available() or not (backend == "nvrtc" or ctypes.util.find_library("cuda")):
+    if not torch.cuda.is_available():
         reason = "it loads a kernel as soon as it is compiled, and there is no GPU with a driver here"
         raise refusal(
             backend, reason, 'compile on a machine with a GPU, or with "tvm_ffi", which loads at the first launch'

@@ -29,7 +29,7 @@ from tilelang.language.kernel import KernelLaunchFrame
 
 from ..errors import HeapError
 from ..nvshmem import native
-from . import backends
+from . import backends, toolchain
 from .backends import Backend
 
 _HERE = Path(__file__).parent
@@ -126,13 +126,18 @@ class Dialect:
             ToolchainError: there is no nvcc.
         """
         backends.check(self.backend, self.name)
-        return tilelang.compile(
-            function,
-            target=self.target,
-            execution_backend=self.backend,
-            compile_flags=self.compile_flags(),
-            pass_configs=pass_configs,
-        )
+        try:
+            return tilelang.compile(
+                function,
+                target=self.target,
+                execution_backend=self.backend,
+                compile_flags=self.compile_flags(),
+                pass_configs=pass_configs,
+            )
+        except RuntimeError:
+            if self.name == "cuda" and self.backend != "nvrtc":
+                toolchain.nvcc()  # not before: a kernel in the cache needs none
+            raise
 
 
 def dialect(target: Target, arch: str = "sm_90a", execution_backend: Backend = "auto") -> Dialect:
