@@ -134,7 +134,7 @@ class Dialect:
                 compile_flags=self.compile_flags(),
                 pass_configs=pass_configs,
             )
-        except RuntimeError:
+        except Exception:
             if self.name == "cuda" and self.backend != "nvrtc":
                 toolchain.nvcc()  # not before: a kernel in the cache needs none
             raise
