@@ -12,8 +12,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from markdown_table import table
 
 from tscompile.options import KINDS, OptionRow, Options
 from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
@@ -25,11 +28,6 @@ from benchmarks import gpu_report, plot  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def default_of(row: OptionRow) -> str:
@@ -177,7 +175,14 @@ def main() -> int:
     if arguments.capture:
         new_parts = {f"capture:{arguments.capture}": report_in(sys.stdin.read())}
     else:
-        new_parts = {f"generated:{name}": part() for name, part in PARTS.items()}
+        import language_tables  # loads TileLang
+
+        parts = {
+            **PARTS,
+            "primitives": language_tables.primitives,
+            "backends": partial(language_tables.execution_backends, arguments.check),
+        }
+        new_parts = {f"generated:{name}": part() for name, part in parts.items()}
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = new = path.read_text()

@@ -114,6 +114,11 @@ def test_options_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = found(probes._probe_options)
     assert checks["options"].detail == "TSCOMPILE_FUSE=always"
     assert "TSCOMPILE_VERIFY" in checks["TSCOMPILE_VERIFI"].action
+    monkeypatch.setenv("TILELANG_USE_NVSHMEM", "0")
+    monkeypatch.setenv("TILELANG_USE_DISTRIBUTED", "maybe")
+    checks = found(probes._probe_options)
+    assert checks["TILELANG_USE_NVSHMEM"].detail.startswith("off; TileScale's switch")
+    assert checks["TILELANG_USE_DISTRIBUTED"].status == "warn"
 
 
 def test_missing_compiler_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

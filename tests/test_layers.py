@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tscompile"
 
-LEAVES = ["problem", "options", "errors", "observe", "versions"]
+LEAVES = ["problem", "options", "errors", "observe", "versions", "switches"]
 READERS = ["report", "doctor", "probes"]  # read leaves only
 LAYERS = [
     "nvshmem",

@@ -19,6 +19,18 @@ class HeapError(TscompileError):
     """Symmetric memory could not be allocated or mapped."""
 
 
+class BackendError(ValueError, TscompileError):
+    """A TileLang execution backend that cannot run a kernel, or cannot do so on this machine.
+
+    Attributes:
+        backend: its name.
+    """
+
+    def __init__(self, backend: str, message: str) -> None:
+        super().__init__(message)
+        self.backend = backend
+
+
 class PeerError(TscompileError):
     """A peer died, aborted, or did not answer in time.
 

@@ -32,7 +32,7 @@ KINDS = (
     "reduce_scatter_matmul",
 )
 
-_BOOLEANS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
+BOOLEANS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -52,9 +52,9 @@ def _one_of(*allowed: str) -> Callable[[object], str]:
 def _boolean(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    known = _BOOLEANS.get(str(value).strip().lower())
+    known = BOOLEANS.get(str(value).strip().lower())
     if known is None:
-        raise _Refused("allowed: True, False; in the environment: " + ", ".join(_BOOLEANS))
+        raise _Refused("allowed: True, False; in the environment: " + ", ".join(BOOLEANS))
     return known
 
 

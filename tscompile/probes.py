@@ -20,7 +20,7 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, Literal
 
-from . import versions
+from . import switches, versions
 from .errors import HeapError, OptionError
 from .options import Options, unknown_variables
 
@@ -135,6 +135,14 @@ def _probe_options() -> Iterator[Check]:
         if getattr(options, row.name) != row.default
     ]
     yield Check("ok", "options", ", ".join(changed) or "no TSCOMPILE_* variable is set")
+    for name in (switches.NVSHMEM, switches.DISTRIBUTED):
+        try:
+            value = switches.switch(name)
+        except OptionError as error:
+            yield Check("warn", name, str(error), "unset it: nothing here needs it")
+            continue
+        if value is not None:
+            yield Check("ok", name, f"{'on' if value else 'off'}; TileScale's switch, see docs/tilescale.md")
     for name, nearest in unknown_variables().items():
         yield Check("warn", name, "not an option, has no effect", f"did you mean {nearest}?" if nearest else "unset it")
 

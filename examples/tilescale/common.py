@@ -14,7 +14,6 @@ import importlib
 import multiprocessing
 import os
 import random
-import statistics
 import sys
 import time
 import traceback
@@ -158,18 +157,8 @@ class World:
             time.sleep(seconds)
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        """Median time of `call` on the slowest rank; all ranks start together."""
-        taken = []
-        for _ in range(self.args.repeat):
-            self.group.barrier()
-            start = time.perf_counter()
-            call()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-        slowest = torch.tensor([1000 * statistics.median(taken)], device=self.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        return float(slowest)
+        """Median time of `call` on the slowest rank."""
+        return tl.perf_fn(call, self.group, warmup=1, iters=self.args.repeat)
 
 
 def assert_equal(what: str, got: torch.Tensor, want: torch.Tensor) -> None:

@@ -151,6 +151,39 @@ def meetings(d: Dialect, blocks: int):
     return meetings_kernel
 
 
+def meeting_blocks(d: Dialect, size: int):
+    """Ranks meet on words of a tensor, twice; between the meetings each reads what all wrote before the first one.
+
+    out: cells that were wrong, and meetings that took place. Epochs are used in pairs."""
+
+    @T.prim_func
+    def meeting_blocks_kernel(
+        ctx: CTX,
+        words: T.Tensor((64,), "int32"),
+        cells: T.Tensor((size,), "int32"),
+        epoch: T.int32,
+        out: T.Tensor((2,), "int32"),
+    ):
+        with T.Kernel(1, threads=32, prelude=d.prelude) as _:
+            thread = d.thread()
+            if thread == 0:
+                for rank in T.serial(size):
+                    tl.st(tl.remote(ctx, cells[tl.rank(ctx)], rank), epoch, "relaxed", dtype="int32")
+            d.sync()
+            if tl.barrier_blocks(ctx, words[32], epoch):
+                if thread == 0:
+                    out[1] = out[1] + 1
+                    for rank in T.serial(size):
+                        if tl.ld(cells[rank], "relaxed") != epoch:
+                            out[0] = out[0] + 1
+            d.sync()
+            if tl.sync_blocks(ctx, words[32], epoch + 1):
+                if thread == 0:
+                    out[1] = out[1] + 1
+
+    return meeting_blocks_kernel
+
+
 def who(d: Dialect):
     """Rank, number of ranks, and the address of byte 8 * r + 1 of each region of each rank r."""
     regions = list(enumerate(("data", "flags", "control")))

@@ -35,17 +35,20 @@ if TYPE_CHECKING:
     from .dialects import Dialect, Target, dialect, prelude
     from .grid import gpu_arrive, gpu_wait, grid_sync
     from .group import SymmetricGroup
+    from .host import dist_print, perf_fn
     from .memory import atomic_add, fence, fence_async, get_block, get_warp, put_block, put_warp, red_add
     from .nodes import Nodes
     from .sync import (
         aborted,
         barrier,
+        barrier_blocks,
         block_arrive,
         block_sync,
         elect,
         lane,
         shuffle,
         signal,
+        sync_blocks,
         wait,
         wait_eq,
         wait_ge,
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
         warp_wait,
     )
     from .toolchain import ToolchainError, nvcc, use_wheels
+    from .topology import has_fullmesh_nvlink, supports_p2p_native_atomic
     from .words import ld, ld128, st, st128
 
 _MODULES = {
@@ -70,10 +74,12 @@ _MODULES = {
     "dialects": "Dialect Target dialect prelude",
     "grid": "gpu_arrive gpu_wait grid_sync",
     "group": "SymmetricGroup",
+    "host": "dist_print perf_fn",
     "memory": "atomic_add fence fence_async get_block get_warp put_block put_warp red_add",
     "nodes": "Nodes",
-    "sync": "aborted barrier block_arrive block_sync elect lane shuffle signal wait wait_eq wait_ge wait_gt wait_le wait_lt"
-    " wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
+    "sync": "aborted barrier barrier_blocks block_arrive block_sync elect lane shuffle signal sync_blocks wait wait_eq wait_ge"
+    " wait_gt wait_le wait_lt wait_ne warp_all warp_any warp_ballot warp_sync warp_wait",
+    "topology": "has_fullmesh_nvlink supports_p2p_native_atomic",
     "toolchain": "ToolchainError nvcc use_wheels",
     "words": "ld ld128 st st128",
 }
@@ -93,6 +99,7 @@ __all__ = [
     "aborted",
     "atomic_add",
     "barrier",
+    "barrier_blocks",
     "block_arrive",
     "block_sync",
     "bulk_get",
@@ -101,6 +108,7 @@ __all__ = [
     "bulk_wait_read",
     "compile_cuda",
     "dialect",
+    "dist_print",
     "elect",
     "epoch",
     "fence",
@@ -111,6 +119,7 @@ __all__ = [
     "gpu_arrive",
     "gpu_wait",
     "grid_sync",
+    "has_fullmesh_nvlink",
     "lane",
     "ld",
     "ld128",
@@ -120,6 +129,7 @@ __all__ = [
     "nvcc",
     "peer",
     "peer_address",
+    "perf_fn",
     "pointer",
     "prelude",
     "put_block",
@@ -131,6 +141,8 @@ __all__ = [
     "signal",
     "st",
     "st128",
+    "supports_p2p_native_atomic",
+    "sync_blocks",
     "use_wheels",
     "wait",
     "wait_eq",

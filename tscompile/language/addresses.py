@@ -10,6 +10,7 @@ import tilelang.language as T
 from tvm import DataType, tirx
 
 from . import context
+from .backends import refuse_target
 
 Expr = Any
 """A TileLang expression, or a Python number."""
@@ -62,7 +63,12 @@ def cast(value: Expr, dtype: str) -> Expr:
 
 
 def call(name: str, returns: str, *arguments: Expr) -> Expr:
-    """A call of the entry point `tsl_x_<name>`; the same IR serves CUDA and the C target."""
+    """A call of the entry point `tsl_x_<name>`; the same IR serves CUDA and the C target.
+
+    Raises:
+        BackendError: TileLang says that it writes the kernel for a target that has no such functions.
+    """
+    refuse_target()
     return T.call_extern(returns, f"tsl_x_{name}", *arguments)
 
 

@@ -2,7 +2,15 @@
 // The text is inlined into each kernel as its prelude, so that TileLang's cache key sees it. It precedes TileLang's own headers.
 // cuda_words.h and cuda_grid.h follow it. Everything is __forceinline__: a real call inside a kernel with wgmma makes ptxas serialise the matrix instructions.
 #pragma once
+#ifdef __CUDACC_RTC__   // TileLang's backend "nvrtc": there is no C++ standard library, and memcpy is built in
+#include <cuda/std/cstdint>
+#else
 #include <cstdint>
+#include <cstring>
+// TileLang's backend "cython" lets each kernel begin before the one in front of it has ended, and no kernel waits for what that one
+// wrote. Host code that follows this line launches in stream order.
+#define cudaLaunchAttributeProgrammaticStreamSerialization cudaLaunchAttributeIgnore
+#endif
 
 #define TSL static __device__ __forceinline__
 

@@ -2,8 +2,6 @@
 // ---- loads and stores of one element, in all orders, scopes and widths -------------------------------------------------------
 // "na" is .L1::no_allocate, "nc" is .nc. Only what PTX has is here: words.py refuses the rest.
 
-#include <cstring>
-
 #define TSL_LD(NAME, PTX, BITS, WORD, REG)                                                                             \
   TSL uint##BITS##_t tsl_x_ld_##NAME##_u##BITS(TslAddress p) {                                                         \
     WORD v;                                                                                                            \

@@ -29,6 +29,8 @@ from tilelang.language.kernel import KernelLaunchFrame
 
 from ..errors import HeapError
 from ..nvshmem import native
+from . import backends, toolchain
+from .backends import Backend
 
 _HERE = Path(__file__).parent
 
@@ -81,7 +83,7 @@ class Dialect:
     Attributes:
         name: "cuda" or "cpu".
         target: for `tilelang.compile`.
-        backend: execution backend for `tilelang.compile`.
+        backend: execution backend for `tilelang.compile`: "tvm_ffi", "cython" or "nvrtc"; "cython" on the C target.
         prelude: for `T.Kernel`.
         alloc_shared, alloc_fragment: tiles; plain local arrays on the C target, where shared memory does not work.
         parallel: a parallel loop over a tile.
@@ -117,29 +119,43 @@ class Dialect:
         return ["-O2", str(library), f"-Wl,-rpath,{library.parent}"]
 
     def compile(self, function: Any, pass_configs: dict[str, Any] | None = None) -> Any:
-        """The compiled kernel of a prim_func, from TileLang's cache if it is there; `pass_configs` as TileLang takes them."""
-        return tilelang.compile(
-            function,
-            target=self.target,
-            execution_backend=self.backend,
-            compile_flags=self.compile_flags(),
-            pass_configs=pass_configs,
-        )
+        """The compiled kernel of a prim_func, from TileLang's cache if it is there; `pass_configs` as TileLang takes them.
+
+        Raises:
+            BackendError: the execution backend lacks something on this machine; the message says what, and how to get it.
+            ToolchainError: there is no nvcc.
+        """
+        backends.check(self.backend, self.name)
+        try:
+            return tilelang.compile(
+                function,
+                target=self.target,
+                execution_backend=self.backend,
+                compile_flags=self.compile_flags(),
+                pass_configs=pass_configs,
+            )
+        except Exception:
+            if self.name == "cuda" and self.backend != "nvrtc":
+                toolchain.nvcc()  # not before: a kernel in the cache needs none
+            raise
 
 
-def dialect(target: Target, arch: str = "sm_90a") -> Dialect:
+def dialect(target: Target, arch: str = "sm_90a", execution_backend: Backend = "auto") -> Dialect:
     """The dialect of a target.
 
     Args:
         target: "cuda" or "cpu".
-        arch: of the GPU, for CUDA; compiling needs no GPU.
+        arch: of the GPU, for CUDA; compiling with "tvm_ffi" needs no GPU.
+        execution_backend: TileLang's, as `tilelang.compile` takes it. "auto": what TILELANG_EXECUTION_BACKEND says, else "tvm_ffi"
+            for CUDA and "cython" for the C target.
 
     Raises:
         ValueError: no such target.
+        BackendError: kernels with these primitives cannot be compiled by this backend; the message says why.
     """
-    text = prelude(target)
+    text, backend = prelude(target), backends.choose(execution_backend, target)
     if target == "cuda":
         return Dialect(
-            "cuda", {"kind": "cuda", "arch": arch}, "tvm_ffi", text, T.alloc_shared, T.alloc_fragment, T.Parallel
+            "cuda", {"kind": "cuda", "arch": arch}, backend, text, T.alloc_shared, T.alloc_fragment, T.Parallel
         )
-    return Dialect("cpu", "c", "cython", text, T.alloc_local, T.alloc_local, T.grid)
+    return Dialect("cpu", "c", backend, text, T.alloc_local, T.alloc_local, T.grid)

@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .. import switches
 from ..errors import HeapError, PeerError
 from ..nvshmem.device import CONTROL_BYTES, SLOTS, NvlinkHeap
 from ..nvshmem.shm import ShmHeap
 from ..nvshmem.world import DEFAULT_HEAP_BYTES
+from ..observe import once
 from . import context
 from .nodes import Nodes
 
@@ -68,6 +70,7 @@ class SymmetricGroup:
         timeout_s: float = 30.0,
         ranks_per_node: int | None = None,
     ) -> None:
+        wanted = {name: switches.switch(name) for name in (switches.NVSHMEM, switches.DISTRIBUTED)}
         self._ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
         self.rank, self.size = self._ranks.index(dist.get_rank()), len(self._ranks)
         if self.size > context.MAX_RANKS:
@@ -87,6 +90,7 @@ class SymmetricGroup:
         self.flags = self._view(self.rank, _FLAGS_AT, (FLAGS,), torch.int32)
         self.context = self._fill_context()
         self.barrier()
+        self._say_what_is_in_vain(wanted)
 
     def __enter__(self) -> SymmetricGroup:
         return self
@@ -255,6 +259,22 @@ class SymmetricGroup:
             flags=[base + _FLAGS_AT for base in self._bases],
             control=self._bases,
         ).to(self.device)
+
+    @property
+    def provider(self) -> str:
+        """Where the memory comes from, the same on every rank: "shm" for CPU ranks, "nvshmem" or "symm_mem" for GPUs."""
+        return self._heap.provider if isinstance(self._heap, NvlinkHeap) else "shm"
+
+    def _say_what_is_in_vain(self, wanted: dict[str, bool | None]) -> None:
+        """Warn of TileScale's switches that ask for what this group is not."""
+        if wanted[switches.DISTRIBUTED] is False:
+            once(switches.DISTRIBUTED, "%s=0 has no effect: this program makes symmetric memory", switches.DISTRIBUTED)
+        if wanted[switches.NVSHMEM] and self.provider != "nvshmem":
+            heap = self._heap
+            reason = heap.provider_reason if isinstance(heap, NvlinkHeap) else "CPU ranks share POSIX memory instead"
+            once(switches.NVSHMEM, "%s=1 has no effect on ranks %s: %s", switches.NVSHMEM, self._ranks, reason)
+        if wanted[switches.NVSHMEM] is False and self.provider == "nvshmem":
+            once(switches.NVSHMEM, "%s=0 came too late: this process uses NVSHMEM already", switches.NVSHMEM)
 
     def _failure(self) -> PeerError | None:
         """The error that stands for what another rank said when it failed."""

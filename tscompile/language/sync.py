@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import tilelang.language as T
+
+from . import context
 from .addresses import Expr, Operand, address, bits_of, call, cast, dtype_of, from_bits, succeeded, to_bits
 from .memory import red_add
 from .words import Scope, st
@@ -156,6 +159,25 @@ def barrier(ctx: Any, flags_offset: Expr, epoch: Expr, *, site: Expr = 0) -> Exp
     """
     numbers = (cast(flags_offset, "uint64"), cast(epoch, "uint32"), cast(site, "uint32"))
     return succeeded(call("barrier", "int32", address(ctx), *numbers))
+
+
+def barrier_blocks(ctx: Any, words: Operand, epoch: Expr, *, site: Expr = 0) -> Expr:
+    """`barrier` on words of a symmetric tensor instead of the flags region: all ranks of the group meet, by one warp per rank.
+
+    TileScale's name. Its barrier starts from zero and subtracts what it has added; this one counts epochs, and is never reset.
+
+    Args:
+        ctx: the context.
+        words: the first of `num_ranks` 32-bit words, the same element on every rank; nothing else writes them.
+        epoch, site: as in `barrier`.
+    """
+    base = ctx[context.FLAGS + T.cast(ctx[context.RANK], "int32")]
+    return barrier(ctx, address(words) - cast(base, "uint64"), epoch, site=site)
+
+
+def sync_blocks(ctx: Any, words: Operand, epoch: Expr, *, site: Expr = 0) -> Expr:
+    """`barrier_blocks`: TileScale's `sync_blocks` orders no memory, but a barrier that orders it can stand in its place."""
+    return barrier_blocks(ctx, words, epoch, site=site)
 
 
 def block_sync(barrier_id: Expr, threads: Expr) -> Expr:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .. import switches
 from ..errors import HeapError
 
 SONAME = "libnvshmem_host.so.3"
@@ -190,8 +191,10 @@ def load() -> Nvshmem:
     """The library that torch has mapped, else that of the wheel. Does not initialise NVSHMEM.
 
     Raises:
-        HeapError: there is none, or it cannot be loaded; the message says what to do.
+        HeapError: there is none, it cannot be loaded, or the user does not want it; the message says what to do.
     """
+    if switches.switch(switches.NVSHMEM) is False:
+        raise HeapError(f"{switches.NVSHMEM} asks to do without it: unset it, or set it to 1")
     try:
         return Nvshmem(ctypes.CDLL(SONAME, mode=os.RTLD_NOLOAD | os.RTLD_NOW), "the library that torch has mapped")
     except OSError:
