@@ -21,6 +21,7 @@ NAMES = (
     "allgather",
     "all_to_all",
     "attention_all_to_all",
+    "deepep",
     "allgather_gemm",
     "allgather_gemm_overlapped",
     "gemm_reduce_scatter_overlapped",
