@@ -19,11 +19,11 @@ DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.
 
 
 def kernels_for(d: tl.Dialect) -> list[Kernel]:
-    sizes = {dtype: kernels.Sizes(4, 256, 8, 7168, dtype, 1 << 14, 64) for dtype in ("bfloat16", "float32")}
-    return [
-        *(Kernel(make.__name__, make(d, sizes["bfloat16"])) for make in kernels.KERNELS),
-        Kernel("combine float32", kernels.combine(d, sizes["float32"])),
+    made = [
+        Kernel(make.__name__, make(d, kernels.Sizes(8, 256, 8, 7168, "bfloat16", 1 << 15, 64)))
+        for make in kernels.KERNELS
     ]
+    return [*made, Kernel("combine", kernels.combine(d, kernels.Sizes(4, 256, 8, 7168, "float32", 1 << 14, 64)))]
 
 
 def run_experts(x: torch.Tensor, topk_weights: torch.Tensor, rank: int) -> torch.Tensor:
