@@ -58,6 +58,13 @@ def hash_of(words: str) -> int:
 
 
 def refuses_together(world: World, exchange: ExpertExchange) -> None:
+    """All ranks raise, nothing that was received before is touched, and the exchange goes on."""
+    got = exchange.dispatch(*tokens_for(world, TOKENS, "any expert"))
+    everything = (got.x, got.topk_idx, got.topk_weights, got.src_idx)
+    before = [part.clone() for part in everything]
+    raised(lambda: exchange.dispatch(*tokens_for(world, MANY, "any expert")), ExchangeRefused)
+    world.group.barrier()
+    assert all(torch.equal(part, kept) for part, kept in zip(everything, before, strict=True)), "rows were sent"
     for way in ("all tokens to the last rank", "any expert"):
         much = tokens_for(world, MANY, way)
         said = same_words(world, raised(lambda: exchange.dispatch(*much), ExchangeRefused))  # noqa: B023

@@ -27,8 +27,11 @@ def kernels_for(d: tl.Dialect) -> list[Kernel]:
 
 
 def run_experts(x: torch.Tensor, topk_weights: torch.Tensor, rank: int) -> torch.Tensor:
-    """What stands for the experts of a rank."""
-    return (x.float() * (topk_weights.sum(1, keepdim=True) + rank)).to(x.dtype)
+    """What stands for the experts of a rank. Those of ranks 0 and 1 cancel, and the others are small beside them: in another order the
+    sums would be other ones."""
+    if rank % 4 < 2:
+        return x * (256 if rank % 4 == 0 else -256)
+    return (x.float() * (topk_weights.sum(1, keepdim=True) + 1) / 256).to(x.dtype)
 
 
 def compare(what: str, got: Received, want: reference.Received) -> None:
