@@ -1,4 +1,4 @@
-"""The exchange of examples/tilescale/expert_parallel: layout, conversions, kernels for GPUs, and CPU ranks in odd situations."""
+"""The exchange of examples/tilescale/expert_parallel: layout, conversions, and CPU ranks in odd situations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tscompile.language as tl
-from tests.language.ptx import before
 
 FOLDER = Path(__file__).parents[1] / "examples" / "tilescale"
 sys.path.insert(0, str(FOLDER))  # the scripts import each other by these names
@@ -179,18 +178,6 @@ def test_halves_are_converted_as_torch_does_it(dtype: torch.dtype) -> None:
         want, got = values.to(dtype), narrow.view(dtype)
         assert torch.equal(got.isnan(), want.isnan())
         assert torch.equal(got.nan_to_num(7.0).view(torch.int16), want.nan_to_num(7.0).view(torch.int16))
-
-
-def test_rows_move_in_words_of_16_bytes_with_many_loads_in_flight() -> None:
-    d, sizes = tl.dialect("cuda"), kernels.Sizes(8, 256, 8, 7168, "float16", 1 << 15, 132)
-    sent, summed = (tl.compile_cuda(make(d, sizes)) for make in (kernels.dispatch, kernels.combine))
-    before(sent.ptx, *[r"ld\.global\.L1::no_allocate\.v4\.u32"] * 4, *[r"st\.global\.v4\.u32"] * 4)
-    load = r"ld\.relaxed\.sys\.global\.L1::no_allocate\.v4\.u32"
-    before(summed.ptx, *[load] * 8, r"add\.(rn\.)?f32", r"st\.weak\.global\.v4\.u32")
-    for artifact in (sent, summed):
-        assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0
-        assert artifact.registers <= 128  # of 512 threads
-        before(artifact.ptx, r"st\.release\.sys", r"ld\.acquire\.sys", r"bar\.sync|barrier\.sync", r"st\.release\.sys")
 
 
 def test_ranks_in_odd_situations() -> None:

@@ -19,11 +19,9 @@ DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.
 
 
 def kernels_for(d: tl.Dialect) -> list[Kernel]:
-    made = [
-        Kernel(make.__name__, make(d, kernels.Sizes(8, 256, 8, 7168, "bfloat16", 1 << 15, 64)))
-        for make in kernels.KERNELS
-    ]
-    return [*made, Kernel("combine", kernels.combine(d, kernels.Sizes(4, 256, 8, 7168, "float32", 1 << 14, 64)))]
+    narrow, wide = (kernels.Sizes(8, 256, 8, 7168, dtype, 1 << 15, 64) for dtype in ("bfloat16", "float32"))
+    made = [Kernel(make.__name__, make(d, narrow)) for make in (kernels.layout, kernels.notify, kernels.dispatch)]
+    return [*made, *(Kernel(f"combine {s.dtype}", kernels.combine(d, s)) for s in (narrow, wide))]
 
 
 def run_experts(x: torch.Tensor, topk_weights: torch.Tensor, rank: int) -> torch.Tensor:

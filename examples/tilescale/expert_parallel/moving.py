@@ -20,6 +20,7 @@ from .sizes import CHUNK, Sizes
 
 ARRIVING, ARRIVED, READABLE, READ = 2, 3, 4, 5  # sites of waits, for messages
 WARPS = 16  # of a block
+LOADS = 8  # of 16 bytes that a lane of combine has in flight: what is asked for now arrives some microseconds later
 
 
 @T.macro
@@ -115,7 +116,7 @@ def dispatch(d: Dialect, s: Sizes):
 
 
 def combine(d: Dialect, s: Sizes):
-    """A warp adds up a token at a time: 16 bytes per lane and rank in flight.
+    """A warp adds up a token at a time, some 128 bytes per lane in flight, whatever the number of ranks.
 
     `y`, `weights`: what this rank made of the rows that it received. `out`, `out_weights`: their sums over ranks, per token; the second
     only if `weighted` is 1.
@@ -124,6 +125,7 @@ def combine(d: Dialect, s: Sizes):
     carrier = halves.carrier(d, s.dtype)
     wide = 16 * s.hidden // s.row_bytes  # elements in 16 bytes
     chunks = s.hidden // wide
+    depth = max(1, LOADS // s.ranks) if d.name == "cuda" else 1  # chunks at once
     each = T.unroll if d.name == "cuda" else T.serial
     tokens = T.dynamic("tokens")
 
@@ -145,7 +147,7 @@ def combine(d: Dialect, s: Sizes):
             thread = d.thread()
             row = T.alloc_local((s.ranks,), "int32")
             there = T.alloc_local((s.ranks,), "int64")  # where the rows are, 0 for none
-            parts = T.alloc_local((s.ranks, wide), carrier)
+            parts = T.alloc_local((depth, s.ranks, wide), carrier)
             total = T.alloc_local((wide,), "float32")
             sums = T.alloc_local((wide,), carrier)
             weight = T.alloc_var("float32")
@@ -164,23 +166,26 @@ def combine(d: Dialect, s: Sizes):
                         if row[r] >= 0:
                             row[r] = row[r] + first[t // CHUNK, r]
                             there[r] = T.cast(tl.remote(ctx, y[row[r], 0], r), "int64")
-                    for k in T.serial(T.ceildiv(chunks, lanes)):
-                        chunk = k * lanes + thread % 32
-                        if chunk < chunks:
-                            for r in each(s.ranks):  # all loads before the first sum: they take long
-                                if there[r] != 0:
-                                    tl.ld128(
-                                        parts[r, 0], tl.pointer(there[r] + chunk * 16), "relaxed", no_allocate=True
-                                    )
-                            for e in each(wide):
-                                total[e] = 0
-                            for r in each(s.ranks):
-                                if there[r] != 0:
-                                    for e in each(wide):
-                                        total[e] = total[e] + halves.widen(d, s.dtype, parts[r, e])
-                            for e in each(wide):
-                                sums[e] = halves.narrow(d, s.dtype, total[e])
-                            tl.st128(out[t, chunk * wide], sums[0])
+                    for k in T.serial(T.ceildiv(chunks, lanes * depth)):
+                        for q in each(depth):  # all loads before the first sum: they take long
+                            chunk = (k * depth + q) * lanes + thread % 32
+                            if chunk < chunks:
+                                for r in each(s.ranks):
+                                    if there[r] != 0:
+                                        from_there = tl.pointer(there[r] + chunk * 16)
+                                        tl.ld128(parts[q, r, 0], from_there, "relaxed", no_allocate=True)
+                        for q in each(depth):
+                            chunk = (k * depth + q) * lanes + thread % 32
+                            if chunk < chunks:
+                                for e in each(wide):
+                                    total[e] = 0
+                                for r in each(s.ranks):
+                                    if there[r] != 0:
+                                        for e in each(wide):
+                                            total[e] = total[e] + halves.widen(d, s.dtype, parts[q, r, e])
+                                for e in each(wide):
+                                    sums[e] = halves.narrow(d, s.dtype, total[e])
+                                tl.st128(out[t, chunk * wide], sums[0])
                     if weighted != 0:
                         for k in T.serial(T.ceildiv(s.topk, lanes)):
                             j = k * lanes + thread % 32
