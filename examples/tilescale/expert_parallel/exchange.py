@@ -68,8 +68,8 @@ class _Plan:
 class ExpertExchange:
     """The exchange of one group. Making it is collective, and so is every call but `layout` and `combine_input`.
 
-    Calls and what uses their results belong on one stream, and not into CUDA graphs: each call has an epoch of its own. A rank that does not come ends the waits of the others after the group's
-    time-out: `group.check()` raises it.
+    Calls and what uses their results belong on one stream, and not into CUDA graphs: each call has an epoch of its own. A rank that
+    does not come ends the waits of the others after the group's time-out: `group.check()` raises it.
 
     Args:
         world: the ranks; two tensors of max_recv_tokens rows are taken from its symmetric memory.
