@@ -124,11 +124,16 @@ def launcher(kernel: Kernel, **values: int) -> Callable[[], None]:
     return launch
 
 
-def launchers(nbytes: int, own: int, peer: int) -> dict[str, Callable[[], None]]:
-    """Copies of `nbytes`: pushes from `own` to `peer` + nbytes, pulls from `peer` to `own` + nbytes. Names begin with the way."""
+def launchers(
+    nbytes: int, own: int, peer: int, shapes: Sequence[tuple[int, int]] = OURS
+) -> dict[str, Callable[[], None]]:
+    """Copies of `nbytes`: pushes from `own` to `peer` + nbytes, pulls from `peer` to `own` + nbytes. Names begin with the way.
+
+    `shapes`: launches of the primitives, beside those of the plain kernels.
+    """
     with ThreadPoolExecutor(8) as pool:
         plain = pool.submit(plain_cubin)
-        ours = {(way, *shape): pool.submit(built, way, *shape) for way in WAYS for shape in OURS}
+        ours = {(way, *shape): pool.submit(built, way, *shape) for way in WAYS for shape in shapes}
     driver, sides = stream.load(), {}
     for way in WAYS:
         dst, src = (peer + nbytes, own) if way == "put_block" else (own + nbytes, peer)
@@ -137,7 +142,7 @@ def launchers(nbytes: int, own: int, peer: int) -> dict[str, Callable[[], None]]
             kernel = Kernel(spec, driver.load_kernel(plain.result(), spec.kernel, 0))
             name = f"{way} plain {shape[0]}x{shape[1]}, {shape[2]} in flight"
             sides[name] = launcher(kernel, dst=dst, src=src, count=nbytes // 16)
-        for shape in OURS:
+        for shape in shapes:
             cubin, spec = ours[way, *shape].result()
             kernel = Kernel(spec, driver.load_kernel(cubin, spec.kernel, spec.shared_bytes))
             sides[f"{way} ours {shape[0]}x{shape[1]}"] = launcher(kernel, dst=dst, src=src, size=nbytes)

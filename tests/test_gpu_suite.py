@@ -47,6 +47,19 @@ def test_benchmark_of_ops(tmp_path: Path) -> None:
     assert "did not end" in again and "..." not in again, "a case that hung is not tried again"
 
 
+def test_benchmark_of_expert_parallelism(tmp_path: Path) -> None:
+    path = tmp_path / "deepep.json"
+    said = torchrun("benchmarks.bench_deepep", "--device=cpu", "--rounds=2", f"--out={path}")
+    assert "results are right" in said and said.count(" x once, ") == 3
+    cases = {case["name"]: case for case in json.loads(path.read_text())["cases"]}
+    assert list(cases) == ["dispatch", "cached dispatch", "combine"]
+    for case in cases.values():
+        assert case["bytes"] > 0 and case["best"] == f"{case['name']}, 2 SMs" and case["of_peak"] is None
+        once = f"{case['name'].split()[-1]} once"
+        ratios = sorted(times[once] / times[case["best"]] for times in case["rounds"])
+        assert case["speedup_once"]["value"] == pytest.approx(sum(ratios) / 2)
+
+
 def test_benchmark_of_models(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     torchrun("benchmarks.model_llama", "--tiny", "--device=cpu", "--dtype=float32", f"--out={path}")

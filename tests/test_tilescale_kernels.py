@@ -17,16 +17,9 @@ sys.path.insert(0, str(FOLDER))  # the scripts import each other by these names
 from run_all import NAMES  # noqa: E402
 
 MAKERS = {__import__(name).EXAMPLE.kernels: name for name in NAMES}  # cannon and summa share theirs
-PRIVATE = {
-    "ctx",
-    "x",
-    "starts",
-    "b",
-    "tile_table",
-    "step_table",
-    "readers",
-    "senders",
-}  # what kernels read through plain loads of a parameter: nobody writes it meanwhile
+# What kernels read through plain loads of a parameter: nobody writes it meanwhile.
+PRIVATE = {"ctx", "x", "starts", "b", "tile_table", "step_table", "readers", "senders"}
+PRIVATE |= {"topk_idx", "topk_weights", "position", "counts", "first", "go"}
 
 pytestmark = pytest.mark.slow
 
@@ -74,3 +67,15 @@ def test_attention_waits_in_the_warp_that_loads_and_before_it_loads() -> None:
         before(loop, "wgmma_ss<", "wgmma_rs<", "wait_wgmma<1>", "AllReduce<tl::MaxOp", "wait_wgmma<0>")
         assert not re.search(r"wgmma.*serialized", artifact.log), name
         before(artifact.ptx, r"ld\.acquire\.sys\.global\.u32", r"fence\.proxy\.async;", r"cp\.async\.bulk\.tensor\.3d")
+
+
+def test_rows_for_experts_move_in_words_of_16_bytes_with_many_loads_in_flight() -> None:
+    artifacts = compiled(__import__("deepep").EXAMPLE.kernels)
+    sent, summed, wide = (artifacts[name] for name in ("dispatch", "combine bfloat16", "combine float32"))
+    before(sent.ptx, *[r"ld\.global\.L1::no_allocate\.v4\.u32"] * 4, *[r"st\.global\.v4\.u32"] * 4)
+    load = r"ld\.relaxed\.sys\.global\.L1::no_allocate\.v4\.u32"
+    for artifact in (summed, wide):  # of 8 ranks
+        before(artifact.ptx, *[load] * 8, r"add\.(rn\.)?f32", r"st\.weak\.global\.v4\.u32")
+    for artifact in (sent, summed, wide):
+        assert artifact.registers <= 128  # of 512 threads
+        before(artifact.ptx, r"st\.release\.sys", r"ld\.acquire\.sys", r"bar\.sync|barrier\.sync", r"st\.release\.sys")

@@ -24,6 +24,7 @@ NAMES = (
     "all_to_all",
     "attention_all_to_all",
     "sp_ag_attention",
+    "deepep",
     "allgather_gemm",
     "allgather_gemm_overlapped",
     "gemm_reduce_scatter_overlapped",
