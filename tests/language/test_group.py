@@ -56,7 +56,7 @@ def test_tensors_and_kernels() -> None:
 def wait_for(group: tl.SymmetricGroup, value: int) -> None:
     """What a kernel does that waits until the first flag is `value`, for the other rank."""
     folder = Path(tl.__file__).parent  # the library alone: no need to load TileLang
-    library = ctypes.CDLL(str(native.build(folder / "cpu.c", headers=(folder / "cpu.h",))))
+    library = ctypes.CDLL(str(native.build(folder / "cpu.c", headers=tuple(sorted(folder.glob("cpu*.h"))))))
     address, flag = ctypes.c_uint64(group.context.data_ptr()), ctypes.c_uint64(group.flags.data_ptr())
     library.tsl_x_wait_s32(address, flag, 2, value, 1 - group.rank, 7)
     group.check()

@@ -29,19 +29,24 @@ from tilelang.language.kernel import KernelLaunchFrame
 
 from ..errors import HeapError
 from ..nvshmem import native
+from . import linking, modules
+from .linking import Linking
 
 _HERE = Path(__file__).parent
 
 Target = Literal["cuda", "cpu"]
 
 
-@lru_cache(maxsize=1)
-def _cuda_header() -> str:
-    return "".join((_HERE / name).read_text() for name in ("cuda.h", "cuda_words.h", "cuda_grid.h"))
+_HEADERS = ("cuda.h", "cuda_words.h", "cuda_grid.h", "cuda_team.h")
 
 
-def prelude(target: Target) -> str | None:
-    """What to pass as `T.Kernel(prelude=...)`.
+@lru_cache(maxsize=2)
+def _cuda_header(nvshmem: bool) -> str:
+    return "".join((_HERE / name).read_text() for name in (*_HEADERS, *["cuda_nvshmem.h"] * nvshmem))
+
+
+def prelude(target: Target, nvshmem: bool = False) -> str | None:
+    """What to pass as `T.Kernel(prelude=...)`; `nvshmem`: with what calls of `tl.nvshmem` need.
 
     The text of the headers itself, not an `#include`: TileLang's cache key covers the text of a kernel and no file it includes. None on
     the C target, whose functions are in a library that `Dialect.compile_flags` links.
@@ -51,7 +56,7 @@ def prelude(target: Target) -> str | None:
     """
     if target not in ("cuda", "cpu"):
         raise ValueError(f"target {target!r}: cuda or cpu")
-    return _cuda_header() if target == "cuda" else None
+    return _cuda_header(nvshmem) if target == "cuda" else None
 
 
 def only_cuda(what: str, reason: str) -> None:
@@ -71,7 +76,7 @@ def cpu_library() -> Path:
     Raises:
         HeapError: it cannot be compiled; the message says what to do.
     """
-    return native.build(_HERE / "cpu.c", headers=(_HERE / "cpu.h",))
+    return native.build(_HERE / "cpu.c", headers=tuple(sorted(_HERE.glob("cpu*.h"))))
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Dialect:
         prelude: for `T.Kernel`.
         alloc_shared, alloc_fragment: tiles; plain local arrays on the C target, where shared memory does not work.
         parallel: a parallel loop over a tile.
+        nvshmem: how kernels get NVSHMEM's device code; None if they make none of its calls.
     """
 
     name: Target
@@ -94,6 +100,7 @@ class Dialect:
     alloc_shared: Callable[..., Any]
     alloc_fragment: Callable[..., Any]
     parallel: Callable[..., Any]
+    nvshmem: Linking | None = None
 
     def thread(self) -> Any:
         """Number of this thread in its block, int32."""
@@ -107,39 +114,49 @@ class Dialect:
         """For `tilelang.compile`. On the C target they link the primitives, and turn the optimiser on, which it is not by default.
 
         Raises:
-            HeapError: the primitives cannot be compiled, or the cache directory's name has a blank in it.
+            HeapError: the primitives cannot be compiled, the cache directory's name has a blank in it, or there is no NVSHMEM.
         """
         if self.name == "cuda":
-            return []
+            return [] if self.nvshmem is None else linking.options(self.nvshmem)
         library = cpu_library()
         if any(letter.isspace() for letter in str(library)):
             raise HeapError(f"{library}: TileLang splits flags at blanks: set XDG_CACHE_HOME to a path without any")
         return ["-O2", str(library), f"-Wl,-rpath,{library.parent}"]
 
     def compile(self, function: Any, pass_configs: dict[str, Any] | None = None) -> Any:
-        """The compiled kernel of a prim_func, from TileLang's cache if it is there; `pass_configs` as TileLang takes them."""
-        return tilelang.compile(
+        """The compiled kernel of a prim_func, from TileLang's cache if it is there; `pass_configs` as TileLang takes them.
+
+        Raises:
+            HeapError: as `compile_flags`.
+            ValueError: pass configs that do not go with the kernel's calls.
+            ToolchainError: NVSHMEM cannot be linked this way.
+        """
+        if self.nvshmem == "rdc":
+            modules.link_where_asked()
+        kernel = tilelang.compile(
             function,
             target=self.target,
             execution_backend=self.backend,
             compile_flags=self.compile_flags(),
-            pass_configs=pass_configs,
+            pass_configs=linking.pass_configs(function, pass_configs) if self.name == "cuda" else pass_configs,
         )
+        return kernel if self.nvshmem is None else modules.NvshmemKernel(kernel)
 
 
-def dialect(target: Target, arch: str = "sm_90a") -> Dialect:
+def dialect(target: Target, arch: str = "sm_90a", nvshmem: Linking | None = None) -> Dialect:
     """The dialect of a target.
 
     Args:
         target: "cuda" or "cpu".
         arch: of the GPU, for CUDA; compiling needs no GPU.
+        nvshmem: "inline" or "rdc" for kernels with calls of `tl.nvshmem`, see docs/language.md. CPU ranks need neither.
 
     Raises:
-        ValueError: no such target.
+        ValueError: no such target, or no such way to link NVSHMEM.
     """
-    text = prelude(target)
+    way = None if nvshmem is None else linking.checked(nvshmem)
+    text = prelude(target, nvshmem=way is not None)
     if target == "cuda":
-        return Dialect(
-            "cuda", {"kind": "cuda", "arch": arch}, "tvm_ffi", text, T.alloc_shared, T.alloc_fragment, T.Parallel
-        )
+        kind = {"kind": "cuda", "arch": arch}
+        return Dialect("cuda", kind, "tvm_ffi", text, T.alloc_shared, T.alloc_fragment, T.Parallel, way)
     return Dialect("cpu", "c", "cython", text, T.alloc_local, T.alloc_local, T.grid)
