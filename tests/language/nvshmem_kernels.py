@@ -199,3 +199,57 @@ def refused(d: Dialect):
             tl.nvshmem.putmem_block(ctx, dst[0], src[0], 64, pe)
 
     return refused_kernel
+
+
+def gemm_and_put(d: Dialect):
+    """A warp-specialised matmul whose first warp tells a peer at the end."""
+
+    @T.prim_func
+    def gemm_and_put_kernel(
+        ctx: CTX,
+        a: T.Tensor((256, 256), "bfloat16"),
+        b: T.Tensor((256, 256), "bfloat16"),
+        c: T.Tensor((256, 256), "bfloat16"),
+        arrived: T.Tensor((1,), "int64"),
+        pe: T.int32,
+    ):
+        with T.Kernel(2, 2, threads=128, prelude=d.prelude) as (i, j):
+            thread = d.thread()
+            left = T.alloc_shared((128, 64), "bfloat16")
+            right = T.alloc_shared((64, 128), "bfloat16")
+            acc = T.alloc_fragment((128, 128), "float32")
+            T.clear(acc)
+            for step in T.Pipelined(4, num_stages=3):
+                T.copy(a[i * 128, step * 64], left)
+                T.copy(b[step * 64, j * 128], right)
+                T.gemm(left, right, acc)
+            T.copy(acc, c[i * 128, j * 128])
+            if thread < 32:
+                tl.nvshmem.putmem_signal_warp(ctx, c[0, 0], c[0, 0], 512, arrived[0], 1, Amo.SIGNAL_ADD, pe)
+
+    return gemm_and_put_kernel
+
+
+def joint_gemm(d: Dialect):
+    """The same in small, with a call that all threads of a block make."""
+
+    @T.prim_func
+    def joint_gemm_kernel(
+        ctx: CTX,
+        a: T.Tensor((128, 256), "bfloat16"),
+        b: T.Tensor((256, 128), "bfloat16"),
+        c: T.Tensor((128, 128), "bfloat16"),
+    ):
+        with T.Kernel(1, threads=128, prelude=d.prelude) as _:
+            left = T.alloc_shared((128, 64), "bfloat16")
+            right = T.alloc_shared((64, 128), "bfloat16")
+            acc = T.alloc_fragment((128, 128), "float32")
+            T.clear(acc)
+            for step in T.Pipelined(4, num_stages=3):
+                T.copy(a[0, step * 64], left)
+                T.copy(b[step * 64, 0], right)
+                T.gemm(left, right, acc)
+            T.copy(acc, c)
+            tl.nvshmem.barrier_all_block(ctx)
+
+    return joint_gemm_kernel

@@ -19,23 +19,36 @@ from tilelang.transform import PassConfigKey
 
 from ..errors import HeapError, TscompileError
 from ..nvshmem import host, stream
+from ..observe import log
 from . import linking, toolchain
 
 _HOOK = "runtime.nvshmem.cumodule_init"
 _COMPILE = "tilelang_callback_cuda_compile"
 _lock = threading.Lock()
 _calls = 0
+_refusal: HeapError | None = None  # tvm_ffi passes on the text of an error, and RuntimeError as its class
 _previous = tvm_ffi.get_global_func(_HOOK, allow_missing=True)
 
 
 def _loaded(module: Any) -> None:
     """TVM's hook: whatever was registered before is called too."""
-    global _calls
+    global _calls, _refusal
     with _lock:
         _calls += 1
     if _previous is not None:
         _previous(module)
-    stream.load().initialize_module(int(getattr(module, "value", module) or 0))
+    try:
+        driver = stream.load()
+    except (
+        HeapError
+    ) as error:  # kernels without NVSHMEM run all the same; those with it look at their state, and give up
+        log.debug("no module is looked at for NVSHMEM: %s", error)
+        return
+    try:
+        driver.initialize_module(int(getattr(module, "value", module) or 0))
+    except HeapError as error:
+        _refusal = error
+        raise
 
 
 tvm_ffi.register_global_func(_HOOK, f=_loaded, override=True)
@@ -76,9 +89,17 @@ class NvshmemKernel:
         return getattr(self._kernel, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        global _refusal
+        stream.load()
         if not host.load().initialized():
             raise HeapError("NVSHMEM has not started: make a tl.SymmetricGroup on GPUs before the first kernel runs")
-        result = self._kernel(*args, **kwargs)
+        try:
+            result = self._kernel(*args, **kwargs)
+        except RuntimeError as error:
+            refusal, _refusal = _refusal, None
+            if refusal is None:
+                raise
+            raise refusal from error
         if not _calls:
             raise TscompileError(
                 "TVM loaded this kernel without NVSHMEM, and the kernel gave up: import tscompile.language before the first TileLang "
