@@ -21,6 +21,7 @@ from tests.gpu.language_group import agree
 from tests.language import nvshmem_checks as checks
 from tests.language import nvshmem_kernels as k
 from tscompile.errors import PeerError
+from tscompile.language import context
 from tscompile.language.compile import build_cubin, parse
 from tscompile.nvshmem import stream
 from tscompile.templates.nvlink.launch import Kernel
@@ -76,7 +77,7 @@ def test_a_group_of_some_ranks(world: World) -> None:
 
 
 def test_a_pe_that_is_not_there(world: World) -> None:
-    group = tl.SymmetricGroup(nbytes=4096, timeout_s=10)
+    group = tl.SymmetricGroup(nbytes=4096, timeout_s=30)
     dst, src = group.tensor((16,), torch.int32), torch.full((16,), 7, dtype=torch.int32, device=group.device)
     run = checks.kernel(group, "refused")
     group.barrier()
@@ -91,13 +92,14 @@ def test_a_pe_that_is_not_there(world: World) -> None:
 
 def test_a_rank_that_does_not_come(world: World) -> None:
     """A collective without rank 1 ends on all others after the time-out, and says whom it waited for."""
-    group = tl.SymmetricGroup(nbytes=ROOM, timeout_s=1.0)
+    group = tl.SymmetricGroup(nbytes=ROOM)
     words = [group.tensor((number,), torch.int32) for number in (k.WORDS, k.WORDS, 8 * k.WORDS, 8)]
     run, bad = (
         checks.kernel(group, "collectives", "_block"),
         torch.zeros(3, 128, dtype=torch.int32, device=group.device),
     )
     group.barrier()
+    group.context[context.TIMEOUT_NS] = int(1e9)
     begin = time.monotonic()
     if group.rank != 1:
         run(group.nvshmem(), *words, 2, 10, bad)
@@ -171,8 +173,7 @@ def test_kernels_launched_through_the_driver(symmetric: tl.SymmetricGroup) -> No
     dst = symmetric.tensor((16,), torch.int32)
     src = torch.full((16,), 50 + symmetric.rank, dtype=torch.int32, device=symmetric.device)
     to = (symmetric.rank + 1) % symmetric.size
-    context = symmetric.nvshmem()
-    known = {"ctx": context.data_ptr(), "dst": dst.data_ptr(), "src": src.data_ptr(), "pe": to}
+    known = {"ctx": symmetric.nvshmem().data_ptr(), "dst": dst.data_ptr(), "src": src.data_ptr(), "pe": to}
     values = kernel.values(known)
     symmetric.barrier()
     issue(stream.steps_of(kernel.step(values, 0)))
@@ -183,12 +184,11 @@ def test_kernels_launched_through_the_driver(symmetric: tl.SymmetricGroup) -> No
 @pytest.mark.gpu
 def test_a_module_whose_state_was_not_initialised(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel finds out by itself, moves nothing and ends the waits of the group."""
-    group = tl.SymmetricGroup(nbytes=4096, timeout_s=10)
+    group = tl.SymmetricGroup(nbytes=4096, timeout_s=30)
     monkeypatch.setattr(stream.Driver, "initialize_module", lambda self, module: False)
     kernel = through_the_driver()
     dst, src = group.tensor((16,), torch.int32), torch.ones(16, dtype=torch.int32, device=group.device)
-    context = group.nvshmem()
-    values = kernel.values({"ctx": context.data_ptr(), "dst": dst.data_ptr(), "src": src.data_ptr(), "pe": 0})
+    values = kernel.values({"ctx": group.nvshmem().data_ptr(), "dst": dst.data_ptr(), "src": src.data_ptr(), "pe": 0})
     group.barrier()
     if group.rank == 0:
         issue(stream.steps_of(kernel.step(values, 0)))

@@ -56,7 +56,7 @@ def test_tvm_s_hook(loader: Loader) -> None:
     assert loader.library.modules == [MODULE]
     loader.library.module_code = 3
     with pytest.raises(
-        HeapError, match=r"NVSHMEM 3\.4\.5 refuses a kernel's module \(code 3\): compile the kernel anew"
+        RuntimeError, match=r"NVSHMEM 3\.4\.5 refuses a kernel's module \(code 3\): compile the kernel anew"
     ):
         hook(ctypes.c_void_p(MODULE))
 
