@@ -77,7 +77,9 @@ class GatheredAttention:
         self.halves = self.group.tensor(shape, problem.dtype)  # zeros, which the filling between sequences stays
         self.arrived = self.group.tensor((gathered.slabs,), torch.int32)
         self.done = self.group.tensor((size,), torch.int32)
-        self.engine = tl.CopyEngine(self.group)
+        # Copies take no SM, so a kernel whose blocks all wait for what peers send cannot keep this rank from sending.
+        self.side = torch.cuda.Stream(priority=-1) if d.name == "cuda" else None
+        self.sending = self.group.on_stream(self.side)
 
         def on_device(numbers: list) -> torch.Tensor:
             return torch.tensor(numbers, dtype=torch.int32, device=world.device)
@@ -109,14 +111,17 @@ class GatheredAttention:
         self.arrived[self.rank * parts : (self.rank + 1) * parts].fill_(self.epoch)
         # On the stream of the kernels, before the attention: a wait of its own could find no SM free of blocks that wait themselves.
         self.may_send(context, self.receivers, self.done, self.epoch - 2)
-        self.engine.fork()
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream())
         for peer, slab in self.sends:
             begin, end = self.schedule.gathered.slab(slab)
-            self.engine.put(peer, kv[begin:end], self.arrived[slab : slab + 1], self.epoch)
+            rows = kv[begin:end]
+            self.sending.putmem_signal(rows, rows, self.arrived[slab : slab + 1], self.epoch, peer)
         out = torch.empty_like(q)
         self.attention(context, q, kv, out, self.tiles, self.steps, self.arrived, parts, self.epoch)
         self.have_read(context, self.senders, self.done, self.epoch)
-        self.engine.join()
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
         return out
 
 

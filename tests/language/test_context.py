@@ -20,7 +20,7 @@ FIELDS = [
     "abort_word",
     "abort_offset",
     "record",
-    "reserved",
+    "team",
     "data",
     "flags",
     "control",

@@ -125,7 +125,7 @@ def test_a_step_that_the_driver_refuses(rank: StubRank, call: str, step: str) ->
     steps = next(iter(rank.group._memo(None, SUM, args).kept.recipe._calls.values())).steps  # type: ignore[arg-type]
     number = 2 if call == "record" else 1
     rank.driver.refused.value = CALLS.index(call)
-    message = rf"CUDA refused a {step} of a fused op \(step {number} of 2: CUresult 700\)"
+    message = rf"CUDA refused a {step} \(step {number} of 2: CUresult 700\)"
     with pytest.raises(HeapError, match=message):  # the other slot's maps are still to be made
         rank.launch(SUM, args)
     with pytest.raises(PeerError, match=message):

@@ -69,6 +69,8 @@ class FakeLibrary:
         self.place = (rank, network.size)
         self.init_code = 0
         self.room = 1 << 40
+        self.modules: list[int] = []
+        self.module_code = 0
         self.hangs = threading.Event()
         self.hangs.set()  # cleared: the initialisation waits
         for name in dir(self):
@@ -118,6 +120,10 @@ class FakeLibrary:
 
     def _do_nvshmem_ptr(self, address: int, pe: int) -> int | None:
         return self.network.bases[pe] + address - self.network.bases[self.rank]
+
+    def _do_nvshmemx_cumodule_init(self, module: int) -> int:
+        self.modules.append(module)
+        return self.module_code
 
     def _do_nvshmemx_vendor_get_version_info(self, major: Any, minor: Any, patch: Any) -> None:
         major._obj.value, minor._obj.value, patch._obj.value = 3, 4, 5

@@ -16,6 +16,8 @@
 Every call lowers to one inlined device function of cuda*.h (or to a function of cpu.c on TileLang's C target). None of them uses
 `__syncthreads`, `blockDim` or `threadIdx`, so they may stand in any branch of a warp-specialised kernel. Every wait is bounded.
 
+`tl.nvshmem` has NVSHMEM's device calls.
+
 Importing the package is quick: its functions import tilelang when the first of them is looked up.
 """
 
@@ -28,10 +30,10 @@ from .context import MAX_RANKS, RECORD_WORDS, WORDS
 from .context import fill as fill_context
 
 if TYPE_CHECKING:
+    from . import nvshmem as nvshmem
     from .addresses import epoch, num_ranks, peer, peer_address, pointer, rank, remote
     from .bulk import bulk_get, bulk_put, bulk_wait, bulk_wait_read, mbarrier_init, mbarrier_wait
     from .compile import CudaArtifact, compile_cuda
-    from .copies import CopyEngine
     from .dialects import Dialect, Target, dialect, prelude
     from .grid import gpu_arrive, gpu_wait, grid_sync
     from .group import SymmetricGroup
@@ -70,7 +72,6 @@ _MODULES = {
     "addresses": "epoch num_ranks peer peer_address pointer rank remote",
     "bulk": "bulk_get bulk_put bulk_wait bulk_wait_read mbarrier_init mbarrier_wait",
     "compile": "CudaArtifact compile_cuda",
-    "copies": "CopyEngine",
     "dialects": "Dialect Target dialect prelude",
     "grid": "gpu_arrive gpu_wait grid_sync",
     "group": "SymmetricGroup",
@@ -89,7 +90,6 @@ __all__ = [
     "MAX_RANKS",
     "RECORD_WORDS",
     "WORDS",
-    "CopyEngine",
     "CudaArtifact",
     "Dialect",
     "Nodes",
@@ -160,6 +160,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nvshmem":
+        return import_module(".nvshmem", __name__)
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
@@ -168,4 +170,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "nvshmem"})

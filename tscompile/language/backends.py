@@ -81,6 +81,17 @@ def check(backend: str, target: Literal["cuda", "cpu"]) -> None:
         )
 
 
+def refuse_linking(backend: str) -> None:
+    """Refuse a backend for kernels with NVSHMEM's calls, whose modules must be initialised when they are loaded.
+
+    Raises:
+        BackendError: it is not "tvm_ffi", the one that hands over what it loads.
+    """
+    if backend != "tvm_ffi":
+        reason = "kernels with NVSHMEM's calls must be initialised when they are loaded, and it does not hand them over"
+        raise refusal(backend, reason, 'use "tvm_ffi" for them')
+
+
 def _check_nvrtc() -> None:
     install = "pip install 'tscompile[nvrtc]'"
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
@@ -15,10 +14,9 @@ import tilelang
 import tvm
 from tilelang.contrib.nvcc import default_compile_options
 
-from . import toolchain
+from . import linking, toolchain
 from .launch_spec import LaunchSpec, launch_spec
 
-_TIMEOUT_S = 300.0
 _TRIES = 5
 _parser = threading.Lock()
 
@@ -48,27 +46,14 @@ class CudaArtifact:
     log: str
 
 
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise toolchain.ToolchainError(
-            f"nvcc does not run or does not end: {error}: is the machine overloaded?"
-        ) from error
-    if done.returncode:
-        said = done.stderr or done.stdout
-        errors = "\n".join(line for line in said.splitlines() if "error" in line)  # among warnings without end
-        raise toolchain.ToolchainError(f"{' '.join(command)} failed: {errors or said[-3000:]}")
-    return done.stdout + done.stderr
-
-
 def _largest(pattern: str, text: str) -> int:
     return max((int(number) for number in re.findall(pattern, text)), default=0)
 
 
 def _lower(function: Any, arch: str, pass_configs: dict[str, Any] | None) -> Any:
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
-    with tvm.transform.PassContext(opt_level=3, config=pass_configs or {}), target:
+    configs = linking.pass_configs(function, pass_configs) or {}
+    with tvm.transform.PassContext(opt_level=3, config=configs), target:
         return tilelang.lower(function, target=target)
 
 
@@ -86,40 +71,68 @@ def parse(write: Callable[[], Any]) -> Any:
         return write()
 
 
+def _options(source: str, way: linking.Linking) -> list[str]:
+    nvshmem = linking.options(linking.checked(way)) if linking.MARK in source else []
+    return [*default_compile_options(), *nvshmem]
+
+
+def _ptx(source: str, arch: str, way: linking.Linking, folder: str) -> Path:
+    cu, ptx = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "ptx"))
+    cu.write_text(source)
+    command = [str(toolchain.nvcc()), "-ptx", "-O3", f"-arch={arch}", *_options(source, way)]
+    toolchain.run([*command, "-o", str(ptx), str(cu)])
+    return ptx
+
+
+def _assemble(source: str, ptx: Path, arch: str, way: linking.Linking, cubin: Path) -> str:
+    """Make the cubin; returns what ptxas said."""
+    nvcc = toolchain.nvcc()
+    if linking.MARK in source and way == "rdc":
+        return linking.link(nvcc, ptx, arch, cubin)
+    return toolchain.run([str(nvcc), "-cubin", "-Xptxas", "-v", f"-arch={arch}", "-o", str(cubin), str(ptx)])
+
+
 def build_cubin(
-    function: Any, arch: str = "sm_90a", pass_configs: dict[str, Any] | None = None
+    function: Any,
+    arch: str = "sm_90a",
+    pass_configs: dict[str, Any] | None = None,
+    nvshmem: linking.Linking = "inline",
 ) -> tuple[bytes, LaunchSpec]:
     """The ELF image of a prim_func, and how to launch it without TileLang. Arguments and errors as `compile_cuda`."""
-    nvcc = str(toolchain.nvcc())
     lowered = _lower(function, arch, pass_configs)
+    source = str(lowered.kernel_source)
     with tempfile.TemporaryDirectory(prefix="tscompile-") as folder:
-        cu, cubin = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "cubin"))
-        cu.write_text(str(lowered.kernel_source))
-        _run([nvcc, "-cubin", "-O3", f"-arch={arch}", *default_compile_options(), "-o", str(cubin), str(cu)])
+        cubin = Path(folder) / "kernel.cubin"
+        _assemble(source, _ptx(source, arch, nvshmem, folder), arch, nvshmem, cubin)
         return cubin.read_bytes(), launch_spec(lowered)
 
 
-def compile_cuda(function: Any, arch: str = "sm_90a", pass_configs: dict[str, Any] | None = None) -> CudaArtifact:
+def compile_cuda(
+    function: Any,
+    arch: str = "sm_90a",
+    pass_configs: dict[str, Any] | None = None,
+    nvshmem: linking.Linking = "inline",
+) -> CudaArtifact:
     """Compile a prim_func for CUDA and report on it; nothing is cached, nothing is loaded.
 
     Args:
         function: a `T.prim_func` with its prelude in it.
         arch: the GPU architecture.
         pass_configs: as `tilelang.compile` takes them.
+        nvshmem: how NVSHMEM's device code gets into a kernel whose prelude has it: "inline", or "rdc" (see docs/language.md).
 
     Raises:
-        ToolchainError: there is no nvcc, or the kernel does not compile; the message has the compiler's last words.
+        ToolchainError: there is no nvcc, or the kernel does not compile or link; the message has the compiler's last words.
+        HeapError: the kernel makes NVSHMEM calls, and NVSHMEM is not installed.
+        ValueError: no such way to link, or pass configs that do not go with the kernel's calls.
     """
-    nvcc = str(toolchain.nvcc())
     lowered = _lower(function, arch, pass_configs)
     source = str(lowered.kernel_source)
     kernels = [kernel.attrs for kernel in lowered.device_mod.functions.values() if kernel.attrs is not None]
     dynamic = max(int(attrs.get("dyn_shared_memory_buf", 0)) for attrs in kernels)
     with tempfile.TemporaryDirectory(prefix="tscompile-") as folder:
-        cu, ptx, cubin = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "ptx", "cubin"))
-        cu.write_text(source)
-        _run([nvcc, "-ptx", "-O3", f"-arch={arch}", *default_compile_options(), "-o", str(ptx), str(cu)])
-        log = _run([nvcc, "-cubin", "-Xptxas", "-v", f"-arch={arch}", "-o", str(cubin), str(ptx)])
+        ptx, cubin = _ptx(source, arch, nvshmem, folder), Path(folder) / "kernel.cubin"
+        log = _assemble(source, ptx, arch, nvshmem, cubin)
         return CudaArtifact(
             source=source[source.find('extern "C" __global__') :],
             ptx=ptx.read_text(),

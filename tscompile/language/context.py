@@ -21,7 +21,7 @@ EPOCH_CELL = 3
 ABORT_WORD = 4
 ABORT_OFFSET = 5
 RECORD = 6
-RESERVED = 7
+TEAM = 7
 DATA = 8
 FLAGS = DATA + MAX_RANKS
 CONTROL = FLAGS + MAX_RANKS
@@ -30,10 +30,35 @@ WORDS = CONTROL + MAX_RANKS
 RECORD_WORDS = 8
 """uint64 words at the record address: 1 + the rank that gave up, peer, site, expected, seen, and three that are free."""
 
+TEAM_WORDS = 2 + MAX_RANKS
+"""uint64 words of TslTeam: how often the ranks met, the PEs, and a flag for each rank."""
+
+REFUSED = 0xFFFFFFFF
+"""The site in the record of a call that was refused; `expected` says why, as a key of REFUSALS."""
+
+REFUSALS = {
+    1: "the context has no team: pass that of a SymmetricGroup",
+    2: "NVSHMEM cannot address the memory of the group: SymmetricGroup.nvshmem() says why",
+    3: "the kernel's module was loaded without NVSHMEM: import tscompile.language before the first TileLang kernel of the "
+    "process is launched, and compile with tl.dialect(..., nvshmem=...)",
+    4: "there is no such PE in the group",
+}
+
 
 def _signed(word: int) -> int:
     """Addresses use all 64 bits; a tensor's words are signed."""
     return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def pack_pes(pes: Sequence[int]) -> int:
+    """The word of TslTeam that says which PE each rank is, a byte each: 1 + PE, as a signed 64-bit number.
+
+    Raises:
+        ValueError: more ranks or higher PEs than the word holds.
+    """
+    if len(pes) > MAX_RANKS or not all(0 <= pe < 255 for pe in pes):
+        raise ValueError(f"PEs {list(pes)}: at most {MAX_RANKS}, from 0 to 254")
+    return _signed(sum((1 + pe) << 8 * rank for rank, pe in enumerate(pes)))
 
 
 def fill(
@@ -49,6 +74,7 @@ def fill(
     data: Sequence[int],
     flags: Sequence[int],
     control: Sequence[int],
+    team: int = 0,
 ) -> torch.Tensor:
     """Write a context into a CPU tensor; copy it to the device afterwards if the kernels run there.
 
@@ -64,6 +90,8 @@ def fill(
         data: per rank, the base of the slot, as mapped here.
         flags: per rank, the base of the slot's flags, as mapped here.
         control: per rank, the base of the control block, as mapped here.
+        team: address of TEAM_WORDS uint64 in this rank's control block, at the same offset in every rank's; 0 if there is none, and
+            then no call of `tl.nvshmem` can be made.
 
     Returns:
         `tensor`.
@@ -80,7 +108,7 @@ def fill(
     words = [0] * WORDS
     words[RANK], words[SIZE], words[TIMEOUT_NS] = rank, size, timeout_ns
     words[EPOCH_CELL], words[ABORT_WORD], words[ABORT_OFFSET] = epoch_cell, abort_word, abort_offset
-    words[RECORD] = record
+    words[RECORD], words[TEAM] = record, team
     for start, addresses in ((DATA, data), (FLAGS, flags), (CONTROL, control)):
         if len(addresses) != size:
             raise ValueError(f"{len(addresses)} addresses for {size} ranks")

@@ -182,3 +182,5 @@ uint32_t tsl_x_lane(void) { return 0; }
   SHUFFLE(shuffle, TYPE, T) SHUFFLE(shuffle_xor, TYPE, T) SHUFFLE(shuffle_up, TYPE, T) SHUFFLE(shuffle_down, TYPE, T)
 ALL_SHUFFLE(u32, uint32_t)
 ALL_SHUFFLE(u64, uint64_t)
+
+#include "cpu_nvshmem.h"

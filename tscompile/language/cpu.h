@@ -14,12 +14,19 @@ typedef struct {
   uint64_t abort_word;
   uint64_t abort_offset;
   uint64_t record;
-  uint64_t reserved;
+  uint64_t team;
   uint64_t data[TSL_MAX_RANKS];
   uint64_t flags[TSL_MAX_RANKS];
   uint64_t control[TSL_MAX_RANKS];
 } TslContext;
 
+typedef struct {
+  uint64_t turn;
+  uint64_t pes;
+  uint64_t flags[TSL_MAX_RANKS];
+} TslTeam;
+
 typedef uint64_t TslAddress;
 
 enum { TSL_EQ = 0, TSL_NE = 1, TSL_GE = 2, TSL_GT = 3, TSL_LE = 4, TSL_LT = 5, TSL_EPOCH = 6 };
+enum { TSL_REFUSED = 0xffffffff, TSL_NO_TEAM = 1, TSL_NO_NVSHMEM = 2, TSL_NO_STATE = 3, TSL_NO_PE = 4 };

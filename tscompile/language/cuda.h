@@ -1,10 +1,12 @@
 // Device primitives of tscompile.language for NVIDIA GPUs that reach each other's memory over NVLink.
 // The text is inlined into each kernel as its prelude, so that TileLang's cache key sees it. It precedes TileLang's own headers.
-// cuda_words.h and cuda_grid.h follow it. Everything is __forceinline__: a real call inside a kernel with wgmma makes ptxas serialise the matrix instructions.
+// cuda_words.h, cuda_grid.h and cuda_team.h follow it. Everything is __forceinline__: a real call inside a kernel with wgmma makes ptxas serialise the matrix instructions.
 #pragma once
 #ifdef __CUDACC_RTC__   // TileLang's backend "nvrtc": there is no C++ standard library, and memcpy is built in
+#include <cuda/std/cstddef>
 #include <cuda/std/cstdint>
 #else
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 // TileLang's backend "cython" lets each kernel begin before the one in front of it has ended, and no kernel waits for what that one
@@ -25,11 +27,20 @@ struct TslContext {
   uint64_t abort_word;                // local u32 in this rank's control block; peers write it too
   uint64_t abort_offset;              // of that word from a rank's control base, in bytes
   uint64_t record;                    // host-mapped u64[8]: 1 + rank that gave up, peer, site, expected, seen, ...
-  uint64_t reserved;
+  uint64_t team;                      // TslTeam in this rank's control block, 0 if there is none
   uint64_t data[TSL_MAX_RANKS];       // base of the slot in each rank's region, as mapped here
   uint64_t flags[TSL_MAX_RANKS];      // base of the slot's flags in each rank's control block
   uint64_t control[TSL_MAX_RANKS];    // base of each rank's control block
 };
+
+// What the ranks of a group keep to meet, at the same place in each rank's control block. Zero at first, but for `pes`.
+struct TslTeam {
+  uint64_t turn;                      // meetings and collectives that this rank has ended
+  uint64_t pes;                       // byte r: 1 + the NVSHMEM PE of rank r; 0: NVSHMEM cannot address this group
+  uint64_t flags[TSL_MAX_RANKS];      // flags[r]: the turn that rank r is in, written by rank r
+};
+constexpr uint32_t TSL_REFUSED = 0xffffffffu;   // the site of a call that was refused
+enum TslRefusal { TSL_NO_TEAM = 1, TSL_NO_NVSHMEM = 2, TSL_NO_STATE = 3, TSL_NO_PE = 4 };
 
 // ---- loads, stores and fences at system scope -------------------------------------------------------------------------------
 

@@ -29,21 +29,25 @@ from tilelang.language.kernel import KernelLaunchFrame
 
 from ..errors import HeapError
 from ..nvshmem import native
-from . import backends, toolchain
+from . import backends, linking, modules, toolchain
 from .backends import Backend
+from .linking import Linking
 
 _HERE = Path(__file__).parent
 
 Target = Literal["cuda", "cpu"]
 
 
-@lru_cache(maxsize=1)
-def _cuda_header() -> str:
-    return "".join((_HERE / name).read_text() for name in ("cuda.h", "cuda_words.h", "cuda_grid.h"))
+_HEADERS = ("cuda.h", "cuda_words.h", "cuda_grid.h", "cuda_team.h")
 
 
-def prelude(target: Target) -> str | None:
-    """What to pass as `T.Kernel(prelude=...)`.
+@lru_cache(maxsize=2)
+def _cuda_header(nvshmem: bool) -> str:
+    return "".join((_HERE / name).read_text() for name in (*_HEADERS, *["cuda_nvshmem.h"] * nvshmem))
+
+
+def prelude(target: Target, nvshmem: bool = False) -> str | None:
+    """What to pass as `T.Kernel(prelude=...)`; `nvshmem`: with what calls of `tl.nvshmem` need.
 
     The text of the headers itself, not an `#include`: TileLang's cache key covers the text of a kernel and no file it includes. None on
     the C target, whose functions are in a library that `Dialect.compile_flags` links.
@@ -53,7 +57,7 @@ def prelude(target: Target) -> str | None:
     """
     if target not in ("cuda", "cpu"):
         raise ValueError(f"target {target!r}: cuda or cpu")
-    return _cuda_header() if target == "cuda" else None
+    return _cuda_header(nvshmem) if target == "cuda" else None
 
 
 def only_cuda(what: str, reason: str) -> None:
@@ -73,7 +77,7 @@ def cpu_library() -> Path:
     Raises:
         HeapError: it cannot be compiled; the message says what to do.
     """
-    return native.build(_HERE / "cpu.c", headers=(_HERE / "cpu.h",))
+    return native.build(_HERE / "cpu.c", headers=tuple(sorted(_HERE.glob("cpu*.h"))))
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Dialect:
         prelude: for `T.Kernel`.
         alloc_shared, alloc_fragment: tiles; plain local arrays on the C target, where shared memory does not work.
         parallel: a parallel loop over a tile.
+        nvshmem: how kernels get NVSHMEM's device code; None if they make none of its calls.
     """
 
     name: Target
@@ -96,6 +101,7 @@ class Dialect:
     alloc_shared: Callable[..., Any]
     alloc_fragment: Callable[..., Any]
     parallel: Callable[..., Any]
+    nvshmem: Linking | None = None
 
     def thread(self) -> Any:
         """Number of this thread in its block, int32."""
@@ -109,10 +115,10 @@ class Dialect:
         """For `tilelang.compile`. On the C target they link the primitives, and turn the optimiser on, which it is not by default.
 
         Raises:
-            HeapError: the primitives cannot be compiled, or the cache directory's name has a blank in it.
+            HeapError: the primitives cannot be compiled, the cache directory's name has a blank in it, or there is no NVSHMEM.
         """
         if self.name == "cuda":
-            return []
+            return [] if self.nvshmem is None else linking.options(self.nvshmem)
         library = cpu_library()
         if any(letter.isspace() for letter in str(library)):
             raise HeapError(f"{library}: TileLang splits flags at blanks: set XDG_CACHE_HOME to a path without any")
@@ -123,24 +129,31 @@ class Dialect:
 
         Raises:
             BackendError: the execution backend lacks something on this machine; the message says what, and how to get it.
-            ToolchainError: there is no nvcc.
+            HeapError: as `compile_flags`.
+            ValueError: pass configs that do not go with the kernel's calls.
+            ToolchainError: there is no nvcc, or NVSHMEM cannot be linked this way.
         """
         backends.check(self.backend, self.name)
+        if self.nvshmem == "rdc":
+            modules.link_where_asked()
         try:
-            return tilelang.compile(
+            kernel = tilelang.compile(
                 function,
                 target=self.target,
                 execution_backend=self.backend,
                 compile_flags=self.compile_flags(),
-                pass_configs=pass_configs,
+                pass_configs=linking.pass_configs(function, pass_configs) if self.name == "cuda" else pass_configs,
             )
         except Exception:
             if self.name == "cuda" and self.backend != "nvrtc":
                 toolchain.nvcc()  # not before: a kernel in the cache needs none
             raise
+        return kernel if self.nvshmem is None else modules.NvshmemKernel(kernel)
 
 
-def dialect(target: Target, arch: str = "sm_90a", execution_backend: Backend = "auto") -> Dialect:
+def dialect(
+    target: Target, arch: str = "sm_90a", execution_backend: Backend = "auto", nvshmem: Linking | None = None
+) -> Dialect:
     """The dialect of a target.
 
     Args:
@@ -148,14 +161,17 @@ def dialect(target: Target, arch: str = "sm_90a", execution_backend: Backend = "
         arch: of the GPU, for CUDA; compiling with "tvm_ffi" needs no GPU.
         execution_backend: TileLang's, as `tilelang.compile` takes it. "auto": what TILELANG_EXECUTION_BACKEND says, else "tvm_ffi"
             for CUDA and "cython" for the C target.
+        nvshmem: "inline" or "rdc" for kernels with calls of `tl.nvshmem`, see docs/language.md. CPU ranks need neither.
 
     Raises:
-        ValueError: no such target.
-        BackendError: kernels with these primitives cannot be compiled by this backend; the message says why.
+        ValueError: no such target, or no such way to link NVSHMEM.
+        BackendError: kernels with these primitives, or with NVSHMEM's calls, cannot be compiled by this backend; the message says why.
     """
-    text, backend = prelude(target), backends.choose(execution_backend, target)
-    if target == "cuda":
-        return Dialect(
-            "cuda", {"kind": "cuda", "arch": arch}, backend, text, T.alloc_shared, T.alloc_fragment, T.Parallel
-        )
-    return Dialect("cpu", "c", backend, text, T.alloc_local, T.alloc_local, T.grid)
+    way = None if nvshmem is None else linking.checked(nvshmem)
+    text, backend = prelude(target, nvshmem=way is not None), backends.choose(execution_backend, target)
+    if target == "cpu":
+        return Dialect("cpu", "c", backend, text, T.alloc_local, T.alloc_local, T.grid)
+    if way is not None:
+        backends.refuse_linking(backend)
+    kind = {"kind": "cuda", "arch": arch}
+    return Dialect("cuda", kind, backend, text, T.alloc_shared, T.alloc_fragment, T.Parallel, way)

@@ -28,11 +28,12 @@ from ..nvshmem.world import DEFAULT_HEAP_BYTES
 from ..observe import once
 from . import context
 from .nodes import Nodes
+from .stream import GroupStream
 
 FLAGS = 1 << 16
 """int32 words of the "flags" region."""
 
-_ABORT, _CELL = 0, 64  # bytes from the control base
+_ABORT, _CELL, _TEAM = 0, 64, 256  # bytes from the control base
 _FLAGS_AT = 4096
 _ALIGNMENT = 256  # of tensors, in bytes
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
@@ -59,6 +60,7 @@ class SymmetricGroup:
         device: where the tensors are.
         context: what kernels take as `ctx`, int64 `[WORDS]` on the device.
         flags: the own "flags" region, int32 `[FLAGS]`: for `tl.barrier`, and flags that are addressed by offset.
+        provider: what the memory is: "shm" (CPU), "nvshmem", or "symm_mem", torch's own.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class SymmetricGroup:
         if self.device.type == "cuda":
             self._record = self._record.pin_memory()
         self.flags = self._view(self.rank, _FLAGS_AT, (FLAGS,), torch.int32)
+        self.provider = self._heap.provider if isinstance(self._heap, NvlinkHeap) else "shm"
+        self._view(self.rank, _TEAM + 8, (1,), torch.int64).fill_(self._pes())
         self.context = self._fill_context()
         self.barrier()
         self._say_what_is_in_vain(wanted)
@@ -134,20 +138,39 @@ class SymmetricGroup:
             self._view(rank, CONTROL_BYTES + offset, tuple(tensor.shape), tensor.dtype) for rank in range(self.size)
         ]
 
-    def remote(self, tensor: torch.Tensor, rank: int) -> int:
-        """The address, as mapped here, at which a rank keeps the same elements: what `tl.remote` is in kernels.
-
-        Args:
-            tensor: of `tensor`, or a part of one without gaps.
-            rank: group rank, 0 <= rank < size.
+    def remote(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """Where another rank keeps a symmetric tensor, or a contiguous part of one, as mapped here.
 
         Raises:
-            HeapError: `tensor` is not symmetric, or has gaps.
+            HeapError: `tensor` is not symmetric or not contiguous, or there is no such rank.
         """
-        offset = tensor.data_ptr() - self._bases[self.rank] - CONTROL_BYTES
-        if not (tensor.is_contiguous() and 0 <= offset <= self._used - tensor.nbytes):
-            raise HeapError("not symmetric, or with gaps: pass what SymmetricGroup.tensor returned, or rows of it")
-        return self._bases[rank] + CONTROL_BYTES + offset
+        if not 0 <= rank < self.size:
+            raise HeapError(f"rank {rank} of a group of {self.size}")
+        offset = tensor.data_ptr() - self._bases[self.rank]
+        end = offset + tensor.numel() * tensor.element_size()
+        if not 0 <= offset <= end <= CONTROL_BYTES + self._used or not tensor.is_contiguous():
+            raise HeapError(
+                "this tensor is not symmetric: pass a contiguous part of what SymmetricGroup.tensor returned"
+            )
+        return self._view(rank, offset, tuple(tensor.shape), tensor.dtype)
+
+    def nvshmem(self) -> torch.Tensor:
+        """The context, for kernels that make calls of `tl.nvshmem`; on CPU ranks those need no NVSHMEM.
+
+        Raises:
+            HeapError: NVSHMEM cannot address the memory of this group; the message says why it is another.
+        """
+        if self.provider == "symm_mem":
+            assert isinstance(self._heap, NvlinkHeap)
+            raise HeapError(
+                "NVSHMEM cannot address the memory of this group, which is torch's symmetric memory "
+                f"({self._heap.provider_reason}): python -m tscompile.doctor says more; calls outside of tl.nvshmem work"
+            )
+        return self.context
+
+    def on_stream(self, stream: torch.cuda.Stream | None = None) -> GroupStream:
+        """Copies, signals, waits and barriers that the host issues on a stream; the current one of the time of each call if None."""
+        return GroupStream(self, stream)
 
     def barrier(self) -> None:
         """Wait until all ranks are here and their devices have done what they had to do.
@@ -173,9 +196,7 @@ class SymmetricGroup:
         if said is not None:
             raise said
         if int(self._record[0]):
-            _, peer, site, expected, seen = self._record[:5].tolist()
-            text = f"the kernel waited for rank {self._ranks[peer]} at site {site} until its flag is {expected}; it is {seen}"
-            raise PeerError(self._ranks[peer], str(site), f"rank {dist.get_rank()} gave up: {text}: {_ADVICE}")
+            raise self._given_up(*self._record[1:5].tolist())
         text = f"rank {self._ranks[writer]} gave up a wait, and so ended those of all ranks"
         raise PeerError(self._ranks[writer], "", f"{text}: look at its error")
 
@@ -258,12 +279,8 @@ class SymmetricGroup:
             data=[base + CONTROL_BYTES for base in self._bases],
             flags=[base + _FLAGS_AT for base in self._bases],
             control=self._bases,
+            team=own + _TEAM,
         ).to(self.device)
-
-    @property
-    def provider(self) -> str:
-        """Where the memory comes from, the same on every rank: "shm" for CPU ranks, "nvshmem" or "symm_mem" for GPUs."""
-        return self._heap.provider if isinstance(self._heap, NvlinkHeap) else "shm"
 
     def _say_what_is_in_vain(self, wanted: dict[str, bool | None]) -> None:
         """Warn of TileScale's switches that ask for what this group is not."""
@@ -275,6 +292,24 @@ class SymmetricGroup:
             once(switches.NVSHMEM, "%s=1 has no effect on ranks %s: %s", switches.NVSHMEM, self._ranks, reason)
         if wanted[switches.NVSHMEM] is False and self.provider == "nvshmem":
             once(switches.NVSHMEM, "%s=0 came too late: this process uses NVSHMEM already", switches.NVSHMEM)
+
+    def _given_up(self, peer: int, site: int, expected: int, seen: int) -> PeerError:
+        """The error that stands for this rank's record."""
+        if site == context.REFUSED:
+            text = context.REFUSALS.get(expected, f"reason {expected}")
+            return PeerError(
+                dist.get_rank(), "", f"a kernel of rank {dist.get_rank()} made a call that cannot be: {text} ({seen})"
+            )
+        guilty = self._ranks[peer] if 0 <= peer < self.size else -1
+        whom = f"for rank {guilty}" if guilty >= 0 else "for a signal"
+        text = f"the kernel waited {whom} at site {site} until its flag is {expected}; it is {seen}"
+        return PeerError(guilty, str(site), f"rank {dist.get_rank()} gave up: {text}: {_ADVICE}")
+
+    def _pes(self) -> int:
+        """The word of the team that says which PEs the ranks are; 0: NVSHMEM cannot address them."""
+        if self.provider == "symm_mem":
+            return 0
+        return context.pack_pes(self._ranks if self.provider == "nvshmem" else range(self.size))
 
     def _failure(self) -> PeerError | None:
         """The error that stands for what another rank said when it failed."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import TscompileError
 
 _DISTRIBUTION = "nvidia-cuda-nvcc"
+_TIMEOUT_S = 300.0
 
 
 class ToolchainError(TscompileError):
@@ -85,3 +86,22 @@ def nvcc_version() -> str:
     if done.returncode or marker not in done.stdout:
         raise ToolchainError(f"{command[0]} does not run: {done.stderr[-300:]}")
     return done.stdout.split(marker, 1)[1].split(",", 1)[0]
+
+
+def run(command: list[str]) -> str:
+    """Run a compiler; returns what it said.
+
+    Raises:
+        ToolchainError: it does not run, or failed; the message has its errors.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ToolchainError(
+            f"{Path(command[0]).name} does not run or does not end: {error}: is the machine overloaded?"
+        ) from error
+    if done.returncode:
+        said = done.stderr or done.stdout
+        errors = "\n".join(line for line in said.splitlines() if "error" in line)  # among warnings without end
+        raise ToolchainError(f"{' '.join(command)} failed: {errors or said[-3000:]}")
+    return done.stdout + done.stderr

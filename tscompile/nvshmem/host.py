@@ -102,6 +102,7 @@ class Nvshmem:
             "nvshmem_n_pes": ([], number),
             "nvshmem_align": ([size, size], address),
             "nvshmem_ptr": ([address, number], address),
+            "nvshmemx_cumodule_init": ([address], number),
             "nvshmemx_vendor_get_version_info": ([address, address, address], None),
         }
         for name, (arguments, result) in signatures.items():
@@ -174,6 +175,23 @@ class Nvshmem:
     def peer_address(self, address: int, pe: int) -> int:
         """Where `address`, in this process's arena, lies in the arena of `pe`, as mapped here; 0 if it is not mapped."""
         return int(self._library.nvshmem_ptr(address, pe) or 0)
+
+    def initialize_module(self, module: int) -> None:
+        """Let the kernels of a loaded module use NVSHMEM. `module`: a CUmodule that holds NVSHMEM's device state.
+
+        Raises:
+            HeapError: NVSHMEM is not initialised, or refuses the module.
+        """
+        if not self.initialized():
+            raise HeapError(
+                "a kernel with NVSHMEM calls is loaded before NVSHMEM has started: make a tl.SymmetricGroup on GPUs first"
+            )
+        code = self._library.nvshmemx_cumodule_init(module)
+        if code:
+            raise HeapError(
+                f"NVSHMEM {self.version()} refuses a kernel's module (code {code}): compile the kernel anew in this environment, "
+                "whose headers must be of the library's version; NVSHMEM_DEBUG=WARN says more"
+            )
 
 
 def wheel_library() -> Path | None:

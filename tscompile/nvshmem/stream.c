@@ -10,12 +10,14 @@
 typedef int (*copy_fn)(uint64_t dst, uint64_t src, size_t bytes, void *stream);
 typedef int (*copy2d_fn)(const void *what, void *stream);
 typedef int (*value_fn)(void *stream, uint64_t address, uint32_t value, unsigned flags);
+typedef int (*value64_fn)(void *stream, uint64_t address, uint64_t value, unsigned flags);
 typedef int (*record_fn)(void *event, void *stream);
 typedef int (*wait_fn)(void *stream, void *event, unsigned flags);
 typedef int (*create_fn)(void **event, unsigned flags);
 typedef int (*query_fn)(void *event);
 typedef int (*mode_fn)(int *mode);
 typedef int (*module_fn)(void **module, const void *image);
+typedef int (*global_fn)(uint64_t *address, size_t *bytes, void *module, const char *name);
 typedef int (*function_fn)(void **function, void *module, const char *name);
 typedef int (*attribute_fn)(void *function, int attribute, int value);
 typedef int (*encode_fn)(void *map, int dtype, uint32_t rank, uint64_t address, const uint64_t *dims, const uint64_t *strides,
@@ -26,12 +28,14 @@ typedef int (*launch_fn)(void *function, unsigned grid_x, unsigned grid_y, unsig
 static copy_fn copy_async;
 static copy2d_fn copy2d_async;
 static value_fn write_value;
+static value64_fn write_value64;
 static record_fn event_record;
 static wait_fn stream_wait;
 static create_fn event_create;
 static query_fn event_query;
 static mode_fn exchange_mode;
 static module_fn module_load;
+static global_fn module_global;
 static function_fn module_function;
 static attribute_fn function_attribute;
 static encode_fn encode_map;
@@ -88,7 +92,7 @@ struct step {
     uint32_t value, event;
     uint64_t word;
 };
-enum { COPY, COPY_ROWS, WRITE, RECORD, AWAIT, LAUNCH };
+enum { COPY, COPY_ROWS, WRITE, RECORD, AWAIT, LAUNCH, WRITE64 };
 
 /* The streams and events that steps name by number. */
 struct queues {
@@ -102,18 +106,20 @@ int tsc_stream_load(void) {
     copy_async = (copy_fn)dlsym(driver, "cuMemcpyDtoDAsync_v2");
     copy2d_async = (copy2d_fn)dlsym(driver, "cuMemcpy2DAsync_v2");
     write_value = (value_fn)dlsym(driver, "cuStreamWriteValue32_v2");
+    write_value64 = (value64_fn)dlsym(driver, "cuStreamWriteValue64_v2");
     event_record = (record_fn)dlsym(driver, "cuEventRecord");
     stream_wait = (wait_fn)dlsym(driver, "cuStreamWaitEvent");
     event_create = (create_fn)dlsym(driver, "cuEventCreate");
     event_query = (query_fn)dlsym(driver, "cuEventQuery");
     exchange_mode = (mode_fn)dlsym(driver, "cuThreadExchangeStreamCaptureMode");
     module_load = (module_fn)dlsym(driver, "cuModuleLoadData");
+    module_global = (global_fn)dlsym(driver, "cuModuleGetGlobal_v2");
     module_function = (function_fn)dlsym(driver, "cuModuleGetFunction");
     function_attribute = (attribute_fn)dlsym(driver, "cuFuncSetAttribute");
     encode_map = (encode_fn)dlsym(driver, "cuTensorMapEncodeTiled");
     launch_kernel = (launch_fn)dlsym(driver, "cuLaunchKernel");
-    return !(copy_async && copy2d_async && write_value && event_record && stream_wait && event_create && event_query && exchange_mode &&
-             module_load && module_function && function_attribute && encode_map && launch_kernel);
+    return !(copy_async && copy2d_async && write_value && write_value64 && event_record && stream_wait && event_create && event_query &&
+             exchange_mode && module_load && module_global && module_function && function_attribute && encode_map && launch_kernel);
 }
 
 /* For the test that stream.py mirrors the structs. */
@@ -140,11 +146,17 @@ int tsc_relax_captures(void) {
     return exchange_mode(&mode);
 }
 
+/* Whether a module holds NVSHMEM's device state, which must be initialised before its kernels are launched. */
+int tsc_has_nvshmem(void *module) {
+    uint64_t address = 0;
+    size_t bytes = 0;
+    return !module_global(&address, &bytes, module, "nvshmemi_device_state_d") && bytes;
+}
+
 /* Load a cubin into the current context, for good, and find its kernel; returns 0 or the CUresult. */
-int tsc_load_kernel(const void *cubin, const char *name, uint32_t shared, void **function) {
-    void *module = 0;
-    int rc = module_load(&module, cubin);
-    if (!rc) rc = module_function(function, module, name);
+int tsc_load_kernel(const void *cubin, const char *name, uint32_t shared, void **function, void **module) {
+    int rc = module_load(module, cubin);
+    if (!rc) rc = module_function(function, *module, name);
     if (!rc && shared) rc = function_attribute(*function, MAX_DYNAMIC_SHARED, (int)shared);
     return rc;
 }
@@ -210,6 +222,9 @@ int64_t tsc_issue(const struct step *steps, int n, const struct queues *queues) 
         }
         case WRITE:
             rc = write_value(stream, s->dst, word ? (uint32_t)*word : s->value, 0);
+            break;
+        case WRITE64:
+            rc = write_value64(stream, s->dst, s->src, 0);
             break;
         case RECORD:
             rc = event_record(queues->events[s->event], stream);

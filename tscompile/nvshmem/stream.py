@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..errors import HeapError
-from . import native
+from . import host, native
 
-COPY, COPY_ROWS, WRITE, RECORD, AWAIT, LAUNCH = range(6)
+COPY, COPY_ROWS, WRITE, RECORD, AWAIT, LAUNCH, WRITE64 = range(7)
 QUEUES = 3
 MAX_RANK, MAX_MAPS, MAX_PARAMETERS = 5, 12, 64
 
@@ -19,7 +19,7 @@ class Step(ctypes.Structure):
     """One step; kinds and their fields:
 
     COPY: `bytes` from `src` to `dst`. COPY_ROWS: `rows` rows of `bytes`, `src_pitch` and `dst_pitch` bytes apart.
-    WRITE: `value` (32 bits) to address `dst`, after all earlier work of the stream.
+    WRITE: `value` (32 bits) to address `dst`, after all earlier work of the stream. WRITE64: `src` (64 bits), likewise.
     RECORD: event number `event`. AWAIT: the event. LAUNCH: the NativeKernel at address `src` with the values at address `dst`.
     `stream` is the number of the stream that the step is issued on. `word`, if not 0, is the address of a 64-bit word that is read when
     the step is issued, and counts instead of `src` of a copy or of `value`.
@@ -104,7 +104,9 @@ class Driver:
         library.tsc_issue.restype = (
             ctypes.c_int64
         )  # takes ctypes objects: to convert arguments takes as long as the call
-        library.tsc_load_kernel.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint32, ctypes.c_void_p]
+        address = ctypes.c_void_p
+        library.tsc_load_kernel.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint32, address, address]
+        library.tsc_has_nvshmem.argtypes = [address]
         if library.tsc_stream_load():
             raise HeapError("the CUDA driver (libcuda.so.1) cannot be loaded: install NVIDIA's driver")
         self._library = library
@@ -131,16 +133,29 @@ class Driver:
             raise HeapError(f"CUDA does not let a thread look at events beside captures (CUresult {result})")
 
     def load_kernel(self, cubin: bytes, name: str, shared_bytes: int) -> int:
-        """The kernel `name` of a cubin, loaded into the current context for good.
+        """The kernel `name` of a cubin, loaded into the current context for good; if it makes NVSHMEM calls, ready to make them.
 
         Raises:
-            HeapError: the driver refused it.
+            HeapError: the driver refused it, or NVSHMEM did.
         """
-        function = ctypes.c_void_p()
-        result = self._library.tsc_load_kernel(cubin, name.encode(), shared_bytes, ctypes.byref(function))
+        function, module = ctypes.c_void_p(), ctypes.c_void_p()
+        outputs = ctypes.byref(function), ctypes.byref(module)
+        result = self._library.tsc_load_kernel(cubin, name.encode(), shared_bytes, *outputs)
         if result:
             raise HeapError(f"CUDA cannot load the kernel {name} (CUresult {result}): update NVIDIA's driver")
+        self.initialize_module(int(module.value or 0))
         return int(function.value or 0)
+
+    def initialize_module(self, module: int) -> bool:
+        """Whether a loaded CUmodule makes NVSHMEM calls; if it does, its state is initialised.
+
+        Raises:
+            HeapError: as `Nvshmem.initialize_module`.
+        """
+        if not self._library.tsc_has_nvshmem(module):
+            return False
+        host.load().initialize_module(module)
+        return True
 
     def issue(self, steps: Steps, queues: ctypes.c_void_p) -> None:
         """Issue all steps, in order; `queues` points to the Queues that they name.
@@ -151,10 +166,8 @@ class Driver:
         result = self._issue(steps.pointer, steps.count, queues)
         if result:
             number, code = result >> 32, result & 0xFFFFFFFF
-            kind = ("copy", "copy", "flag", "event", "wait", "kernel")[steps.items[number - 1].kind]
-            raise HeapError(
-                f"CUDA refused a {kind} of a fused op (step {number} of {len(steps.items)}: CUresult {code})"
-            )
+            kind = ("copy", "copy", "flag", "event", "wait", "kernel", "flag")[steps.items[number - 1].kind]
+            raise HeapError(f"CUDA refused a {kind} (step {number} of {len(steps.items)}: CUresult {code})")
 
 
 @lru_cache(maxsize=1)

@@ -31,6 +31,12 @@ static int stub_create(void **event, unsigned flags) {
     return 0;
 }
 static int stub_query(void *event) { return 0; }
+static int stub_write64(void *stream, uint64_t address, uint64_t value, unsigned flags) { return note(CALL_WRITE); }
+int stub_state_bytes;         /* of NVSHMEM's device state in the modules that are loaded */
+static int stub_global(uint64_t *address, size_t *bytes, void *module, const char *name) {
+    *bytes = (size_t)stub_state_bytes;
+    return stub_state_bytes ? 0 : 500 /* CUDA_ERROR_NOT_FOUND */;
+}
 static int stub_nothing(void) { return 0; }
 static int stub_encode(void *map, int dtype, uint32_t rank, uint64_t address, const uint64_t *dims, const uint64_t *strides,
                        const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
@@ -48,6 +54,7 @@ static int stub_launch(void *function, unsigned grid_x, unsigned grid_y, unsigne
 static void *stub_symbol(const char *name) {
     static const struct { const char *name; void *function; } known[] = {
         {"cuMemcpyDtoDAsync_v2", stub_copy}, {"cuMemcpy2DAsync_v2", stub_copy2d}, {"cuStreamWriteValue32_v2", stub_write},
+        {"cuStreamWriteValue64_v2", stub_write64}, {"cuModuleGetGlobal_v2", stub_global},
         {"cuEventRecord", stub_record}, {"cuStreamWaitEvent", stub_await}, {"cuEventCreate", stub_create},
         {"cuEventQuery", stub_query}, {"cuTensorMapEncodeTiled", stub_encode}, {"cuLaunchKernel", stub_launch},
     };

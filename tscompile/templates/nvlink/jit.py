@@ -38,7 +38,7 @@ def _sources() -> str:
     """Digest of everything that a kernel is made of."""
     digest = sha256(version("tilelang").encode())
     folders = (Path(language.__file__).parent, Path(__file__).with_name("kernels"))
-    for path in sorted(path for folder in folders for path in folder.iterdir() if path.suffix in _SUFFIXES):
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in _SUFFIXES):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
