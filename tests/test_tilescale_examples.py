@@ -88,29 +88,42 @@ def test_a_script_under_torchrun_with_another_number_of_ranks() -> None:
     assert done.returncode == 0 and "put_block" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("ranks", "width", "nodes"), [(2, 1, "2 nodes of 1"), (2, 2, "1 nodes of 2"), (6, 2, "3 nodes of 2")]
-)
-@pytest.mark.parametrize("name", ["allgather_two_level", "reduce_scatter_two_level"])
-def test_virtual_nodes(name: str, ranks: int, width: int, nodes: str) -> None:
-    options = ["--ranks", str(ranks), "--ranks-per-node", str(width), "--rounds", "3", "--repeat", "1"]
-    done = run([sys.executable, str(FOLDER / f"{name}.py"), *options])
-    assert done.returncode == 0 and done.stdout.startswith(nodes), done.stdout + done.stderr
+RUNS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from common import launch
+if __name__ == "__main__":
+    for name, ranks, options in {runs!r}:
+        print(name, launch(Path({folder!r}) / f"{{name}}.py", [f"--ranks={{ranks}}", *options], ranks), flush=True)
+"""
 
 
-def test_nodes_that_ranks_do_not_make_up() -> None:
-    done = run([sys.executable, str(FOLDER / "allgather_two_level.py"), "--ranks", "4", "--ranks-per-node", "3"])
-    assert done.returncode == 2 and "4 ranks are no nodes of 3" in done.stderr
-
-
-def test_the_race_of_attention_checks_all_sides_first() -> None:
-    options = ["--bench", "--seq", "64", "--rounds", "1"]
-    done = run([sys.executable, str(FOLDER / "sp_ag_attention.py"), *options])
+def test_virtual_nodes_and_the_race_of_attention(tmp_path: Path) -> None:
+    """From one server, as run_all.py does it: most of a run's time is the loading of torch and TileLang."""
+    few = ["--rounds=3", "--repeat=1"]
+    runs = [
+        ("allgather_two_level", 2, ["--ranks-per-node=1", *few]),
+        ("allgather_two_level", 6, ["--ranks-per-node=2", *few]),
+        ("reduce_scatter_two_level", 2, ["--ranks-per-node=2", *few]),
+        ("reduce_scatter_two_level", 6, ["--ranks-per-node=3", *few]),
+        ("sp_ag_attention", 2, ["--bench", "--seq=64", "--rounds=1"]),
+    ]
+    script = tmp_path / "runs.py"
+    script.write_text(RUNS.format(folder=str(FOLDER), runs=runs))
+    done = run([sys.executable, str(script)])
     assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("2 nodes of 1", "3 nodes of 2", "1 nodes of 2", "2 nodes of 3"):
+        assert text in done.stdout
     for name in ("full", "zig-zag"):
-        assert re.search(
-            rf"^{name}: tscompile [\d.]+; gloo \+ flash [\d.]+; flash, keys there [\d.]+; ", done.stdout, re.M
-        )
+        sides = r"tscompile [\d.]+; gloo \+ flash [\d.]+; flash, keys there [\d.]+; "
+        assert re.search(rf"^{name}: {sides}", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_nodes_that_ranks_do_not_make_up(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example_of("allgather_two_level").parse(["--ranks=4", "--ranks-per-node=3"])
+    assert "4 ranks are no nodes of 3" in capsys.readouterr().err
 
 
 def test_a_rank_that_fails_ends_the_others() -> None:

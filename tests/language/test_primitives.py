@@ -24,6 +24,7 @@ REFUSED = {"gpu_arrive", "gpu_wait", "grid_sync"}
 NAMES = [name for _, name, _ in uses.primitives()]
 HOST = {"CudaArtifact", "Dialect", "SymmetricGroup", "Target", "ToolchainError", "compile_cuda", "dialect", "nvcc"} | {
     "MAX_RANKS",
+    "Nodes",
     "RECORD_WORDS",
     "WORDS",
     "dist_print",

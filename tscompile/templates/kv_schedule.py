@@ -190,9 +190,9 @@ class KvSchedule:
             raise ValueError(f"{len(self.queries.lengths)} sequences of queries, {len(self.keys.lengths)} of keys")
         if min(self.tile_rows, self.tile_keys) < 1:
             raise ValueError(f"tiles of {self.tile_rows} queries and {self.tile_keys} keys: both must be positive")
-        for sequence, (wide, long) in enumerate(zip(self.queries.lengths, self.keys.lengths, strict=True)):
-            if self.causal and wide > long:
-                raise ValueError(f"sequence {sequence}: {wide} queries, {long} keys: the first ones would see no key")
+        for sequence, (rows, keys) in enumerate(zip(self.queries.lengths, self.keys.lengths, strict=True)):
+            if self.causal and rows > keys:
+                raise ValueError(f"sequence {sequence}: {rows} queries, {keys} keys: the first ones would see no key")
 
     @cached_property
     def gathered(self) -> Gathered:
