@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import example_tables
 from markdown_table import table
 
 from tscompile.options import KINDS, OptionRow, Options
@@ -138,6 +139,11 @@ def gpu_in_full(kind: str) -> str:
     return link + plot.text(result).rstrip()
 
 
+def examples_on_gpus(kind: str, tabulate: Callable[[Any], str]) -> str:
+    found = newest_gpu_result(kind)
+    return tabulate(found[1]) if found else "Not measured yet."
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "options": options,
     "variables": variables,
@@ -147,6 +153,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-in-full": measured_in_full,
     "measured-gpu": gpu_summary,
     "measured-gpu-ops": lambda: gpu_in_full("ops"),
+    "measured-collectives": lambda: examples_on_gpus("tilescale", example_tables.collectives),
+    "measured-experts": lambda: examples_on_gpus("deepep", example_tables.experts),
     "measured-gpu-models": lambda: gpu_in_full("model"),
 }
 
