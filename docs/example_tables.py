@@ -49,8 +49,8 @@ def experts(result: Mapping[str, Any]) -> str:
             ]
         )
     first = result["cases"][0]
-    sizes = f"{first['tokens']} tokens a rank of {first['hidden']}, top {first['topk']} of {first['experts']} experts; the peak of pushing is "
-    said = f"{sizes}{first['peak_gbytes_per_s']:.0f} GB/s.\n\n"
+    sizes = f"{first['tokens']} tokens a rank of {first['hidden']}, top {first['topk']} of {first['experts']} experts"
+    said = f"{sizes}; the peak of pushing is {first['peak_gbytes_per_s']:.0f} GB/s.\n\n"
     header = [
         "",
         "MiB over the link",

@@ -22,8 +22,8 @@ _COLUMN_US_PER_K = 4.45e-5
 _PAUSE_US = 1.0
 # Of memory that is read: us per MiB. [measured 2026-11-28, H200: cuBLAS, 128 rows]
 _READ_US_PER_MIB = 0.27
-# Bytes per us that all SMs load together: narrower tiles than those of 128 columns wait for their loads. [measured 2026-11-28, H200: kernels
-# of small sums and gathers alone, 16 to 512 rows, tiles of 64 columns; within 15 %]
+# Bytes per us that all SMs load together: narrower tiles than those of 128 columns wait for their loads. [measured 2026-11-28, H200:
+# kernels of small sums and gathers alone, 16 to 512 rows, tiles of 64 columns; within 15 %]
 _LOADED_BYTES_PER_US = 10.5e6
 # One pass over NVLink by copy engine: us until the first byte, for each copy and its flag, and per MiB that one rank receives.
 # [measured 2026-11-20, 4 GPUs]
