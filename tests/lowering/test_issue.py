@@ -122,7 +122,7 @@ def test_other_sizes_are_other_maps(rank: StubRank) -> None:
 def test_a_step_that_the_driver_refuses(rank: StubRank, call: str, step: str) -> None:
     args = terms(random(512, 64), random(256, 64).t())
     rank.launch(SUM, args)
-    steps = next(iter(rank.group._memo(None, SUM, args).kept.recipe._calls.values())).steps  # type: ignore[arg-type]
+    steps = next(iter(rank.group.memo(None, SUM, args).kept.recipe._calls.values())).steps  # type: ignore[arg-type]
     number = 2 if call == "record" else 1
     rank.driver.refused.value = CALLS.index(call)
     message = rf"CUDA refused a {step} of a fused op \(step {number} of 2: CUresult 700\)"
@@ -140,7 +140,7 @@ def test_a_map_that_was_refused_is_made_again(rank: StubRank) -> None:
     rank.driver.refused.value = CALLS.index("encode")
     with pytest.raises(HeapError):
         rank.launch(SUM, args)
-    (call,) = rank.group._memo(None, SUM, args).kept.recipe._calls.values()  # type: ignore[arg-type]
+    (call,) = rank.group.memo(None, SUM, args).kept.recipe._calls.values()  # type: ignore[arg-type]
     rank.driver.refused.value = -1
     rank.driver.calls()
     rank.link.issue(call.steps)
