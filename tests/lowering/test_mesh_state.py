@@ -61,7 +61,7 @@ class AheadLife(Life):
                     "version": 1,
                     "graph": "g",
                     "groups": {name: groups[name] for name in names},
-                    "meshes": [[self.row, self.column]] if joins else [],
+                    "meshes": [{"groups": [self.row, self.column], "sites": ["mesh0"]}] if joins else [],
                     "rows": [row(self.row, "mesh0")],
                     "runtime": {"timeout_s": 20.0, **options},
                 }
@@ -82,8 +82,8 @@ class AheadLife(Life):
     def refused(self) -> str:
         """Why the mesh runs the original ops; it does so for good."""
         assert self.state.refusal is not None
-        assert not self.run() and not self.run()
         assert self.kept("mesh0") == self.state.refusal.code
+        assert not self.run() and not self.run()
         return self.state.refusal.code
 
 

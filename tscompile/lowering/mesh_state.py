@@ -42,8 +42,26 @@ class MeshState:
         self.refusal: Verdict | None = None
         self.ranks: tuple[int, ...] = ()
         self._agreed: set[tuple[str, ...]] = set()
+        self._sites: set[str] = set()
         self._ballot: Ballot | None = None
         self._elections: list[Election] = []
+
+    def add(self, sites: Sequence[str]) -> None:
+        """Sites of a graph that join its groups."""
+        self._sites.update(sites)
+        if self.refusal is not None:
+            self._refuse(self.refusal)
+
+    def _refuse(self, verdict: Verdict) -> None:
+        if self.refusal is None:
+            log.warning(
+                "ranks %s run the original ops of what joins them: %s",
+                list(self.ranks) or "across two refused groups",
+                verdict.reason,
+            )
+        self.refusal = verdict
+        for site in self._sites:
+            ledger.keep_site(site, verdict.code, verdict.reason)
 
     def agreed_on(self, digests: tuple[str, ...]) -> bool:
         """Whether graphs with these digests of the two groups need no vote any more."""
@@ -64,7 +82,7 @@ class MeshState:
         if not self.ranks:
             # Both groups are refused. Across the mesh they hear of it from the ranks that share one of them, and have another.
             assert refused is not None
-            self.refusal = refused
+            self._refuse(refused)
             return
         if self.ranks not in self._boxes:
             left = self.states[0]
@@ -92,7 +110,7 @@ class MeshState:
         ballot, self._ballot = self._ballot, None
         if ballot is None:
             return
-        verdict, _ = ballot.settle(0, judge_ready("no-mesh", self.ranks), self._interrupt)
+        verdict, _ = ballot.settle(0, judge_ready("", self.ranks), self._interrupt)
         self._elections = []
         if verdict.agreed:
             self._agreed.add(digests)
@@ -101,8 +119,7 @@ class MeshState:
             return
         if self._agreed and verdict.code in _OUT_OF_STEP:
             raise PeerError(self.states[0].rank, "the start of a graph", verdict.reason)
-        self.refusal = verdict
-        log.warning("ranks %s run the original ops of what joins two of their groups: %s", self.ranks, verdict.reason)
+        self._refuse(verdict)
 
     def _interrupt(self, missing: list[int]) -> Verdict | None:
         verdicts = (election.interrupt(missing) for election in self._elections)
@@ -125,7 +142,6 @@ class MeshState:
             PeerError: a peer died, aborted or did not answer in either group, now or earlier, or takes no part.
         """
         if self.refusal is not None:
-            ledger.keep_site(plan.site, self.refusal.code, self.refusal.reason)
             return reference(), False
         template = find_template(plan.kind, plan.executor)
         if template is None:

@@ -98,7 +98,7 @@ def begin(manifest: str) -> None:
     Args:
         manifest: JSON `{"version": 1, "graph": str,
             "groups": {name: {"executor": str, "digest": str, "sites": int, "scratch_bytes": int}},
-            "meshes": [[name, name]], "rows": [Row as dict],
+            "meshes": [{"groups": [name, name], "sites": [str]}], "rows": [Row as dict],
             "runtime": {"timeout_s": float | None, "heap_bytes": int | None, "verify": bool}}`;
         `sites` counts fused sites, `scratch_bytes` is the largest need of one of them; `meshes` are the pairs of groups that an op
         joins, where ops cannot be taken back.
@@ -128,10 +128,11 @@ def begin(manifest: str) -> None:
     world.begun[manifest] = tuple(dict.fromkeys(state for state in states if state is not None))
 
 
-def _find_meshes(world: _World, pairs: list[list[str]], groups: dict[str, dict[str, Any]]) -> list[MeshState]:
+def _find_meshes(world: _World, entries: list[dict[str, Any]], groups: dict[str, dict[str, Any]]) -> list[MeshState]:
     """The meshes of a graph, each once: several names may denote the same ranks."""
     found: list[MeshState] = []
-    for first, second in pairs:
+    for entry in entries:
+        first, second = entry["groups"]
         states = [_find_state(world, name, groups[name]["executor"]) for name in (first, second)]
         left, right = states
         if left is None or right is None:
@@ -139,12 +140,15 @@ def _find_meshes(world: _World, pairs: list[list[str]], groups: dict[str, dict[s
         known = (mesh for mesh in world.meshes.values() if set(mesh.states) == {left, right})
         mesh = next(known, None) or MeshState((left, right), world.boxes)
         world.meshes[first, second] = world.meshes[second, first] = mesh
+        mesh.add(entry["sites"])
         if mesh not in found:
             found.append(mesh)
     return found
 
 
-def _vote(world: _World, groups: dict[str, dict[str, Any]], pairs: list[list[str]], options: dict[str, Any]) -> None:
+def _vote(
+    world: _World, groups: dict[str, dict[str, Any]], meshes: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
     at_stake: dict[GroupState, list[dict[str, Any]]] = {}
     for name, entry in groups.items():
         state = _find_state(world, name, entry["executor"])
@@ -153,7 +157,7 @@ def _vote(world: _World, groups: dict[str, dict[str, Any]], pairs: list[list[str
         elif entry["sites"]:
             ledger.keep_group(name, "no-peers", "the group has no other processes: there is nothing to overlap")
     digests = {state: "+".join(entry["digest"] for entry in entries) for state, entries in at_stake.items()}
-    joined = _find_meshes(world, pairs, groups)
+    joined = _find_meshes(world, meshes, groups)
     unsettled = [mesh for mesh in joined if not mesh.agreed_on(tuple(digests[state] for state in mesh.states))]
     elections: dict[GroupState, Election] = {}
     try:
@@ -180,16 +184,16 @@ def _vote(world: _World, groups: dict[str, dict[str, Any]], pairs: list[list[str
         for election in elections.values():
             election.finish()
         # A mesh votes with its groups, also on a graph without ops of both: refused, they could not run those of an earlier graph.
-        meshes = list(dict.fromkeys([*unsettled, *(m for m in world.meshes.values() if m.touches(elections))]))
-        for mesh in meshes:
+        voting = list(dict.fromkeys([*unsettled, *(m for m in world.meshes.values() if m.touches(elections))]))
+        for mesh in voting:
             mesh.cast(elections)
         try:
             for election in elections.values():
                 election.conclude()
-            for mesh in meshes:
+            for mesh in voting:
                 mesh.settle(tuple(digests.get(state, "") for state in mesh.states))
         except BaseException as error:
-            for mesh in meshes:
+            for mesh in voting:
                 mesh.break_off("the start of a graph", error)
             raise
     finally:
