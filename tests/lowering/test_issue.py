@@ -12,6 +12,8 @@ import torch
 from tests.templates.nvlink.fake_gpu import large_forms
 from tests.templates.nvlink.stub_gpu import CALLS, StubRank
 from tscompile.errors import HeapError, PeerError
+from tscompile.lowering import mesh, runtime
+from tscompile.lowering.mesh_state import MeshState
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates.nvlink.channel import Site
 
@@ -67,6 +69,27 @@ def test_a_gather_of_four_ranks(rank: StubRank) -> None:
         assert calls(rank, GATHER, args) == steady
     # The maps of the slot and of the weight stay.
     assert calls(rank, GATHER, (other, [weight], [None])) == [*FORK, *SENDS, "encode", "launch", *JOIN, "record"]
+
+
+def test_an_op_of_a_mesh_is_no_more_than_two_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two ranks each; the driver's calls for the left operand's group and for the right one's. Steady: addresses stay."""
+    large_forms(monkeypatch)
+    with torch.no_grad():
+        row, column = StubRank(monkeypatch, 1, 2, "row"), StubRank(monkeypatch, 0, 2, "column")
+        mesh_state = MeshState((row.group, column.group), {})
+        monkeypatch.setitem(runtime.current_world().meshes, ("row", "column"), mesh_state)
+        uses = (GatherUse("lhs", False, "cols", BF16), GatherUse("rhs", False, "rows", BF16))
+        plan = Plan("mesh_matmul", "g/mesh", "nvlink", BF16, uses=uses, second_size=2)
+        args = (random(256, 64), random(1, 64 * 256), None, 128, "column")
+        for _ in range(3):
+            row.driver.calls()
+            mesh.launch(plan, "row", args, lambda: pytest.fail("the original ops ran"))
+            found = row.driver.calls()  # of both: there is one library
+        ends = [*JOIN, "record"]
+        assert found[-15:] == [*FORK, "copy", "flag", *FORK, "rows", "flag", "launch", *ends, *ends]
+        assert set(found[:-15]) <= {"encode"}
+        gather = calls(row, GATHER, (random(1, 128 * 64), [random(256, 64).t()], [None]))
+        assert 2 * len([call for call in gather if call != "encode"]) > 15
 
 
 @pytest.mark.parametrize("plan", [SUM, GATHER], ids=lambda plan: plan.kind)
