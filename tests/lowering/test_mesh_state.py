@@ -125,12 +125,37 @@ def a_group_without_room(life: AheadLife) -> str:
     return life.refused()
 
 
-def a_later_graph_of_one_row(life: AheadLife) -> str:
-    """A graph without ops of both groups, on which one row does not agree: ranks across the mesh hear of it, and nobody raises."""
+def a_later_graph_of_both_groups(life: AheadLife) -> str:
+    """A graph without ops that join them, on which one row does not agree: ranks across the mesh hear of it, and nobody raises."""
     life.begin()
     assert life.run()
-    life.begin(("f0" if life.rank == 0 else "f", ""), joins=False)
+    life.begin(("f0" if life.rank == 0 else "f", "g"), joins=False)
     return life.refused()
+
+
+def a_graph_of_one_row_alone(life: AheadLife) -> None:
+    """The ranks across the mesh do not run it, and nobody waits for them."""
+    life.begin()
+    start = time.monotonic()
+    if life.place[0] == 0:
+        life.begin(("f", ""), joins=False)
+    assert time.monotonic() - start < 5
+    assert life.run() and life.state.refusal is None
+
+
+def a_refused_graph_of_one_row_alone(life: AheadLife) -> str:
+    """The ranks across the mesh cannot know, and have enqueued ops: all raise."""
+    life.begin()
+    life.run()
+    dist.barrier()
+    start = time.monotonic()
+    with pytest.raises(PeerError) as caught:
+        if life.place[0] == 0:
+            life.begin(("f0" if life.rank == 0 else "f", ""), joins=False)
+        while time.monotonic() - start < 10:
+            life.run()
+            time.sleep(0.01)
+    return str(caught.value)
 
 
 def a_group_that_was_refused_before(life: AheadLife) -> str:
@@ -179,7 +204,9 @@ SCENARIOS: dict[str, Callable[[AheadLife], Any]] = {
         one_rank_has_agreed_in_no_group,
         nobody_has_agreed,
         a_group_without_room,
-        a_later_graph_of_one_row,
+        a_later_graph_of_both_groups,
+        a_graph_of_one_row_alone,
+        a_refused_graph_of_one_row_alone,
         a_group_that_was_refused_before,
         one_rank_compiles_alone,
         sizes_that_were_not_agreed_on,
@@ -191,7 +218,7 @@ CODES = {
     "one_rank_has_agreed_in_no_group": "other-sites",
     "nobody_has_agreed": "other-sites",
     "a_group_without_room": "other-options",
-    "a_later_graph_of_one_row": "other-sites",
+    "a_later_graph_of_both_groups": "other-sites",
     "a_group_that_was_refused_before": "other-sites",
 }
 
@@ -219,6 +246,7 @@ def test_scenarios() -> None:
         assert [said[name] for said in results] == [code] * 4, name
     for said in results:
         assert "rank 1" in said["one_rank_compiles_alone"]
+        assert "planned other sites" in said["a_refused_graph_of_one_row_alone"]
         assert "other sizes than its graph was compiled for" in said["sizes_that_were_not_agreed_on"]
 
 

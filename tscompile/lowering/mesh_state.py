@@ -7,7 +7,7 @@ itself (mesh.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -67,9 +67,24 @@ class MeshState:
         """Whether graphs with these digests of the two groups need no vote any more."""
         return self.refusal is not None or digests in self._agreed
 
-    def touches(self, elections: Mapping[GroupState, Election]) -> bool:
-        """Whether one of its groups votes."""
-        return self.refusal is None and not elections.keys().isdisjoint(self.states)
+    def votes_again(self, used: Collection[GroupState], elections: Mapping[GroupState, Election]) -> bool:
+        """Whether the mesh votes on a graph that uses these groups and has no op of both that is to be agreed on.
+
+        A group that is refused on that graph could not run the mesh's ops of earlier graphs. So all ranks of the mesh should hear of
+        it, if they are there: a graph that uses the row and the column is one of the whole mesh, but a row may run one of its own.
+        """
+        whole = all(state in used for state in self.states)
+        return self.refusal is None and whole and not elections.keys().isdisjoint(self.states)
+
+    def check(self, elections: Mapping[GroupState, Election]) -> None:
+        """Of a graph on which the mesh does not vote. Raises PeerError (and break_off is to be called) if a group is refused: ranks
+        across the mesh do not hear of it, and will enqueue ops of both groups."""
+        if self.refusal is not None or not self._agreed:
+            return
+        for state in self.states:
+            election = elections.get(state)
+            if election is not None and not election.verdict.agreed:
+                raise PeerError(state.rank, "the start of a graph", election.verdict.reason)
 
     def cast(self, elections: Mapping[GroupState, Election]) -> None:
         """Tell the mesh how the votes of this rank's groups came out, without waiting. `elections`: of this graph, finished."""

@@ -183,17 +183,20 @@ def _vote(
             election.count()
         for election in elections.values():
             election.finish()
-        # A mesh votes with its groups, also on a graph without ops of both: refused, they could not run those of an earlier graph.
-        voting = list(dict.fromkeys([*unsettled, *(m for m in world.meshes.values() if m.touches(elections))]))
+        known = dict.fromkeys(world.meshes.values())
+        voting = unsettled + [m for m in known if m not in unsettled and m.votes_again(digests.keys(), elections)]
         for mesh in voting:
             mesh.cast(elections)
         try:
+            for mesh in known:
+                if mesh not in voting:
+                    mesh.check(elections)
             for election in elections.values():
                 election.conclude()
             for mesh in voting:
                 mesh.settle(tuple(digests.get(state, "") for state in mesh.states))
         except BaseException as error:
-            for mesh in voting:
+            for mesh in [mesh for mesh in known if not elections.keys().isdisjoint(mesh.states)]:
                 mesh.break_off("the start of a graph", error)
             raise
     finally:
