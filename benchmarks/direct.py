@@ -24,6 +24,7 @@ from tscompile.problem import FusionProblem, GatherUse, Gemm, Keep, Plan, Row
 
 COLLECTIVES = {
     "all_gather_matmul": "_c10d_functional.all_gather_into_tensor",
+    "mesh_matmul": "_c10d_functional.all_gather_into_tensor",
     "matmul_reduce_scatter": "_c10d_functional.reduce_scatter_tensor",
     "matmul_all_reduce": "_c10d_functional.all_reduce",
 }
@@ -84,8 +85,10 @@ def prepare(
     args: Sequence[Any],
     group: dist.ProcessGroup,
     timeout_s: float | None = None,
+    second: dist.ProcessGroup | None = None,
 ) -> DirectOp:
-    """Plan, vote, and return the op; every rank of the group calls this. `args` are those of the first call.
+    """Plan, vote, and return the op; every rank of the group calls this, and of the second one if there is one. `args` are those of
+    the first call.
 
     Raises:
         NotFusedError: with the code and the reason that the report would show.
@@ -104,7 +107,7 @@ def prepare(
         pattern=plan.kind,
         group=group.group_name,
         ranks=group.size(),
-        collectives=[COLLECTIVES[plan.kind]],
+        collectives=[COLLECTIVES[plan.kind]] * (2 if second else 1),
         decision="fused",
         code="fused",
         reason="called by hand",
@@ -118,8 +121,16 @@ def prepare(
         "scratch_bytes": planner.prepare(plan, group.size(), args),
     }
     options = {"timeout_s": timeout_s, "heap_bytes": None, "verify": False}
+    names = [each.group_name for each in (group, second) if each is not None]
     manifest = json.dumps(
-        {"version": 1, "graph": name, "groups": {group.group_name: entry}, "rows": [row.to_dict()], "runtime": options}
+        {
+            "version": 1,
+            "graph": name,
+            "groups": dict.fromkeys(names, entry),
+            "meshes": [{"groups": names, "sites": [plan.site]}] if second and plan.executor == "nvlink" else [],
+            "rows": [row.to_dict()],
+            "runtime": options,
+        }
     )
     token = torch.zeros(1, dtype=torch.int64, device=problem.device)
     return DirectOp(plan.kind, plan, group.group_name, token, manifest)
@@ -191,6 +202,45 @@ def all_gather_matmul(
         gemms.append(Gemm(m, n, k))
     problem = _problem(plan.kind, shard, gemms, elements, group, return_gathered=gathered, pieces=shard.shape[0])
     return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
+
+
+def mesh_matmul(
+    lhs: Tensor,
+    rhs: Tensor,
+    uses: tuple[GatherUse, GatherUse],
+    contracted: int,
+    bias: Tensor | None = None,
+    *,
+    groups: tuple[dist.ProcessGroup, dist.ProcessGroup],
+    gathered: tuple[bool, bool] = (False, False),
+    timeout_s: float | None = None,
+) -> BoundOp:
+    """Shards [P, Q] of both operands, the left one gathered in the first group and the right one in the second, multiplied.
+
+    The results of a call are one matrix, then the gathered operands that are asked for, as `[P, R * Q]`.
+    """
+    row, column = groups
+    dtype = str(lhs.dtype).removeprefix("torch.")
+    plan = Plan("mesh_matmul", "", "", dtype, uses, return_gathered=gathered[0], return_second=gathered[1])
+    plan = replace(plan, second_size=column.size())
+    elements = [shard.numel() * group.size() for shard, group in zip((lhs, rhs), groups, strict=True)]
+    m, n = (count // contracted for count in elements)
+    problem = _problem(
+        plan.kind,
+        lhs,
+        [Gemm(m, n, contracted)],
+        elements[0],
+        row,
+        gemm_dtypes=(dtype,),
+        return_gathered=gathered[0],
+        return_second=gathered[1],
+        pieces=lhs.shape[0],
+        second_group_size=column.size(),
+        second_comm_bytes=elements[1] * rhs.element_size(),
+        second_pieces=rhs.shape[0],
+    )
+    args = (lhs, rhs, bias, contracted, column.group_name)
+    return BoundOp(prepare(plan, problem, args, row, timeout_s, column), args)
 
 
 def reduce_linear(

@@ -56,7 +56,7 @@ def sections(rank: StubRank, plan: Plan, args: tuple[Any, ...]) -> dict[str, Sec
     rank.launch(plan, args)
     group, executor, template = rank.group, rank.executor, find_template(plan.kind, plan.executor)
     assert template is not None
-    memo = group._memo(template, plan, args)
+    memo = group.memo(template, plan, args)
     site = memo.kept
     (call, *_) = site.recipe._calls.values()
     text, token = plan.dumps(), torch.zeros(1, dtype=torch.int64)

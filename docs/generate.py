@@ -72,10 +72,11 @@ def support() -> str:
         values: dict[str, Any] = {"device": "cpu", "dtype": "float32", "intra_host": True, **changes}
         dtype = values["dtype"]
         gemm = Gemm(4096, 4096, 4096)
-        problem = FusionProblem(
-            kind, 2, comm_bytes=64 << 20, gemms=(gemm,), gemm_dtypes=(dtype,), second_group_size=2, **values
-        )
-        plan = Plan(kind, "", executor, dtype, uses=(GatherUse("lhs", False, "rows", dtype),))
+        uses = (GatherUse("lhs", False, "rows", dtype), GatherUse("rhs", False, "rows", dtype))
+        if kind == "mesh_matmul":
+            values |= {"second_group_size": 2, "second_comm_bytes": 64 << 20}
+        problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(gemm,), gemm_dtypes=(dtype,), **values)
+        plan = Plan(kind, "", executor, dtype, uses=uses if kind == "mesh_matmul" else uses[:1])
         template = find_template(kind, executor)
         return "fused" if template is not None and template.supports(problem, plan) is None else "original ops"
 

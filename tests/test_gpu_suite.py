@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def torchrun(*args: str, timeout: float = 280) -> str:
+def torchrun(*args: str, timeout: float = 280, ranks: int = 2) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command += ["--nproc-per-node", "2", "--local-ranks-filter", "0", "-m", *args]
+    command += ["--nproc-per-node", str(ranks), "--local-ranks-filter", "0", "-m", *args]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout
     )
@@ -58,6 +58,16 @@ def test_benchmark_of_expert_parallelism(tmp_path: Path) -> None:
         once = f"{case['name'].split()[-1]} once"
         ratios = sorted(times[once] / times[case["best"]] for times in case["rounds"])
         assert case["speedup_once"]["value"] == pytest.approx(sum(ratios) / 2)
+
+
+def test_benchmark_of_meshes(tmp_path: Path) -> None:
+    path = tmp_path / "mesh.json"
+    torchrun("benchmarks.bench_mesh", "--sizes=64", "--rounds=2", "--device=cpu", f"--out={path}", ranks=4)
+    result = json.loads(path.read_text())
+    assert result["kind"] == "gpu-mesh" and [case["name"] for case in result["cases"]] == ["summa 64", "blocks 64"]
+    for case in result["cases"]:
+        assert not case["failures"], case["failures"]
+        assert {"gemm", "original", "one_gather, left", "one_gather, right", "tscompile"} == case["us"].keys()
 
 
 def test_benchmark_of_models(tmp_path: Path) -> None:

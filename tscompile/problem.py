@@ -62,6 +62,7 @@ class Plan:
     dtype: dtype of the tensor that crosses ranks.
     return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's.
     return_second: mesh_matmul: so is the right operand's.
+    second_size: mesh_matmul: ranks of the right operand's group.
     schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them.
     """
 
@@ -77,6 +78,7 @@ class Plan:
     reduce_op: Literal["sum", "avg"] = "sum"
     return_gathered: bool = False
     return_second: bool = False
+    second_size: int = 0
     schedule: str = ""
     version: int = PLAN_VERSION
 
@@ -112,8 +114,9 @@ class Gemm:
 class FusionProblem:
     """What the planner decides on. Sizes are hints where the graph is symbolic.
 
-    second_group_size, second_comm_bytes: mesh_matmul: of the right operand's gather; those of the left one stand in the fields that
-        every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim.
+    second_group_size, second_comm_bytes, second_pieces: mesh_matmul: of the right operand's gather; those of the left one stand in the
+        fields that every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim. static:
+        mesh_matmul: no size is symbolic.
     """
 
     kind: str
@@ -130,6 +133,8 @@ class FusionProblem:
     pieces: int = 1  # P
     second_group_size: int = 0
     second_comm_bytes: int = 0
+    second_pieces: int = 1
+    static: bool = True
     panels: bool = False
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from tests.compat import all_gather
 from tests.graphs import Compiled, compile_graphs
 from tscompile.fx_passes.lanes import find_lanes
-from tscompile.lowering import cost_model
-from tscompile.problem import Plan
+from tscompile.lowering import cost_model, planner
+from tscompile.options import Options
+from tscompile.problem import Fuse, FusionProblem, Plan
 from tscompile.testing import fake_world
 
 KIND = "mesh_matmul"
@@ -123,6 +124,36 @@ def test_a_graph_votes_on_its_op_in_both_groups(groups: Groups) -> None:
     assert set(entries) == {group.group_name for group in groups}
     assert all(entry["sites"] == 1 and entry["scratch_bytes"] == 6 * 10 * 4 for entry in entries.values())
     assert len({entry["digest"] for entry in entries.values()}) == 1
+
+
+def test_what_the_planner_and_the_vote_of_gpus_are_told(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of either operand, whether sizes are known, and which groups an op joins where it cannot be taken back."""
+    column, row = groups
+    asked: list[FusionProblem] = []
+
+    def enqueued(problem: FusionProblem, plan: Plan, options: Options) -> Fuse:
+        asked.append(problem)
+        return Fuse("nvlink", 1.0, 2.0)
+
+    monkeypatch.setattr(planner, "plan", enqueued)
+    found = compile_graphs(FUSED["summa"][1](groups), rand(8, 6), rand(6, 10))
+    (problem,) = asked
+    assert (problem.pieces, problem.second_pieces, problem.panels, problem.static) == (8, 1, True, True)
+    (node,) = ops_of(found)
+    assert plan_of(node).second_size == 2
+    begin = next(n for n in found.graphs[0].nodes if "begin" in str(n.target))
+    meshes = json.loads(str(begin.args[1]))["meshes"]
+    assert meshes == [{"groups": [row.group_name, column.group_name], "sites": [plan_of(node).site]}]
+    shards = rand(8, 6), rand(6, 10)
+    torch._dynamo.mark_dynamic(shards[0], 0)
+    compile_graphs(FUSED["summa"][1](groups), *shards)
+    assert not asked[1].static
+
+
+def test_groups_of_cpu_ranks_decide_by_themselves(groups: Groups) -> None:
+    found = compile_graphs(FUSED["summa"][1](groups), *FUSED["summa"][2])
+    begin = next(n for n in found.graphs[0].nodes if "begin" in str(n.target))
+    assert json.loads(str(begin.args[1]))["meshes"] == []
 
 
 def test_ops_of_both_groups_and_of_either_run_in_one_order(groups: Groups) -> None:

@@ -12,6 +12,8 @@ import torch
 from tests.templates.nvlink.fake_gpu import large_forms
 from tests.templates.nvlink.stub_gpu import CALLS, StubRank
 from tscompile.errors import HeapError, PeerError
+from tscompile.lowering import mesh, runtime
+from tscompile.lowering.mesh_state import MeshState
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates.nvlink.channel import Site
 
@@ -69,6 +71,27 @@ def test_a_gather_of_four_ranks(rank: StubRank) -> None:
     assert calls(rank, GATHER, (other, [weight], [None])) == [*FORK, *SENDS, "encode", "launch", *JOIN, "record"]
 
 
+def test_an_op_of_a_mesh_is_no_more_than_two_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two ranks each; the driver's calls for the left operand's group and for the right one's. Steady: addresses stay."""
+    large_forms(monkeypatch)
+    with torch.no_grad():
+        row, column = StubRank(monkeypatch, 1, 2, "row"), StubRank(monkeypatch, 0, 2, "column")
+        mesh_state = MeshState((row.group, column.group), {})
+        monkeypatch.setitem(runtime.current_world().meshes, ("row", "column"), mesh_state)
+        uses = (GatherUse("lhs", False, "cols", BF16), GatherUse("rhs", False, "rows", BF16))
+        plan = Plan("mesh_matmul", "g/mesh", "nvlink", BF16, uses=uses, second_size=2)
+        args = (random(256, 64), random(1, 64 * 256), None, 128, "column")
+        for _ in range(3):
+            row.driver.calls()
+            mesh.launch(plan, "row", args, lambda: pytest.fail("the original ops ran"))
+            found = row.driver.calls()  # of both: there is one library
+        ends = [*JOIN, "record"]
+        assert found[-15:] == [*FORK, "copy", "flag", *FORK, "rows", "flag", "launch", *ends, *ends]
+        assert set(found[:-15]) <= {"encode"}
+        gather = calls(row, GATHER, (random(1, 128 * 64), [random(256, 64).t()], [None]))
+        assert 2 * len([call for call in gather if call != "encode"]) > 15
+
+
 @pytest.mark.parametrize("plan", [SUM, GATHER], ids=lambda plan: plan.kind)
 def test_small_ops_are_one_launch_and_one_event(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
     """Their kernels send everything themselves."""
@@ -122,7 +145,7 @@ def test_other_sizes_are_other_maps(rank: StubRank) -> None:
 def test_a_step_that_the_driver_refuses(rank: StubRank, call: str, step: str) -> None:
     args = terms(random(512, 64), random(256, 64).t())
     rank.launch(SUM, args)
-    steps = next(iter(rank.group._memo(None, SUM, args).kept.recipe._calls.values())).steps  # type: ignore[arg-type]
+    steps = next(iter(rank.group.memo(None, SUM, args).kept.recipe._calls.values())).steps  # type: ignore[arg-type]
     number = 2 if call == "record" else 1
     rank.driver.refused.value = CALLS.index(call)
     message = rf"CUDA refused a {step} \(step {number} of 2: CUresult 700\)"
@@ -140,7 +163,7 @@ def test_a_map_that_was_refused_is_made_again(rank: StubRank) -> None:
     rank.driver.refused.value = CALLS.index("encode")
     with pytest.raises(HeapError):
         rank.launch(SUM, args)
-    (call,) = rank.group._memo(None, SUM, args).kept.recipe._calls.values()  # type: ignore[arg-type]
+    (call,) = rank.group.memo(None, SUM, args).kept.recipe._calls.values()  # type: ignore[arg-type]
     rank.driver.refused.value = -1
     rank.driver.calls()
     rank.link.issue(call.steps)

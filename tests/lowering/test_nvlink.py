@@ -213,6 +213,44 @@ def test_a_program_that_only_replays_graphs_hears_of_a_failure(
     assert failure.value.rank == 6 and rank.executor.raised and rank.stopped()
 
 
+def test_what_ends_a_group_ends_those_that_ops_join_it_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 4 in its row and in its column; a rank of the row fails, and the column hears of it, though its GPU had nothing to do."""
+    watched: list[NvlinkExecutor] = []
+    (row, row_peer), (column, column_peer) = (list(fake_heaps(2)[0]) for _ in range(2))
+    for heaps in ((row, row_peer), (column, column_peer)):
+        grow(list(heaps), [4096, 4096])
+    one, other = (Rank(monkeypatch, heap, watched) for heap in (row, column))
+    one.executor.join(other.executor)
+    other.enqueue()
+    one.executor.look()
+    assert column_peer.aborted() is None
+    row_peer.abort(1, "rank 6 ended")
+    one.executor.look()
+    record = column_peer.aborted()
+    assert record is not None and record.guilty == 0 and "rank 6 ended" in record.text and "[4, 6]" in record.text
+    other.executor.look()
+    assert other.stopped()
+    with pytest.raises(PeerError, match="rank 6 ended"):
+        other.group.launch(PLAN, (), lambda: pytest.fail("the reference ran on one rank only"))
+
+
+def test_an_op_of_two_groups_opens_a_call_of_each(ranks: list[Rank]) -> None:
+    left, right = (rank.executor for rank in ranks)
+    seen: list[Any] = []
+    template = type("Noting", (), {"run": staticmethod(lambda calls, *_: seen.append(calls) or [])})()
+    memo = Memo(0)
+    for _ in range(2):
+        left.run_joined(right, template, PLAN, (), memo)
+    for calls in seen:
+        assert [call.link for call in calls] == [left.link, right.link]
+        assert calls[0].site is calls[1].site is memo.kept and not calls[0].captured
+    assert [call.slot for call in seen[0]] != [call.slot for call in seen[1]]
+    for rank in ranks:
+        rank.record(peer=1)
+        failure = rank.executor.failed()
+        assert failure is not None and f"site {PLAN.site}" in failure[1]
+
+
 def test_an_executor_without_a_link_has_nothing_to_say() -> None:
     executor = NvlinkExecutor()
     assert executor.failed() is None
@@ -321,8 +359,8 @@ class Counting:
 def test_launches_of_one_layout_share_a_memo(ranks: list[Rank]) -> None:
     group, template = ranks[0].group, Counting()
     a, b = torch.zeros(4, 8), torch.zeros(8, 8)
-    first = group._memo(template, PLAN, ([a], [b], [None], 1))  # type: ignore[arg-type]
-    again = group._memo(template, PLAN, ([a.clone()], [b + 1], [None], 1))  # type: ignore[arg-type]
+    first = group.memo(template, PLAN, ([a], [b], [None], 1))  # type: ignore[arg-type]
+    again = group.memo(template, PLAN, ([a.clone()], [b + 1], [None], 1))  # type: ignore[arg-type]
     assert first is again and first.need == 64 and len(template.asked) == 1
     others = [
         ([torch.zeros(8, 8)], [b], [None], 1),
@@ -331,9 +369,9 @@ def test_launches_of_one_layout_share_a_memo(ranks: list[Rank]) -> None:
         ([a], [b], [None], 2),
         ([a, b], [], [None], 1),
     ]
-    memos = {id(group._memo(template, PLAN, args)) for args in others}  # type: ignore[arg-type]
+    memos = {id(group.memo(template, PLAN, args)) for args in others}  # type: ignore[arg-type]
     assert len(memos) == len(others) and id(first) not in memos
-    assert group._memo(template, replace(PLAN, site="other"), ([a], [b], [None], 1)) is not first  # type: ignore[arg-type]
+    assert group.memo(template, replace(PLAN, site="other"), ([a], [b], [None], 1)) is not first  # type: ignore[arg-type]
 
 
 def test_layouts_of_symbolic_shapes_do_not_pile_up(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,11 +380,11 @@ def test_layouts_of_symbolic_shapes_do_not_pile_up(ranks: list[Rank], monkeypatc
     group, template = ranks[0].group, Counting()
     monkeypatch.setattr(group.executor, "settle", lambda: settled.append(True) or True)
     for rows in range(1, 9):
-        group._memo(template, PLAN, (torch.zeros(rows, 8),))  # type: ignore[arg-type]
+        group.memo(template, PLAN, (torch.zeros(rows, 8),))  # type: ignore[arg-type]
         assert len(group._memos[PLAN.site]) <= 4
     assert len(settled) == 2  # what is enqueued may still read their tables
     for number in range(100):  # a large model has many sites
-        group._memo(template, replace(PLAN, site=f"s{number}"), (torch.zeros(1, 8),))  # type: ignore[arg-type]
+        group.memo(template, replace(PLAN, site=f"s{number}"), (torch.zeros(1, 8),))  # type: ignore[arg-type]
     assert len(settled) == 2 and len(group._memos) == 101
 
 
@@ -356,10 +394,10 @@ def test_nothing_is_forgotten_while_a_graph_is_recorded(ranks: list[Rank], monke
     monkeypatch.setattr(nvlink, "torch", rank.gpu.torch)
     rank.gpu.torch.capturing = True
     for rows in range(1, 9):
-        rank.group._memo(template, PLAN, (torch.zeros(rows, 8),))  # type: ignore[arg-type]
+        rank.group.memo(template, PLAN, (torch.zeros(rows, 8),))  # type: ignore[arg-type]
     assert len(rank.group._memos[PLAN.site]) == 8
     rank.gpu.torch.capturing = False
-    rank.group._memo(template, PLAN, (torch.zeros(9, 8),))  # type: ignore[arg-type]
+    rank.group.memo(template, PLAN, (torch.zeros(9, 8),))  # type: ignore[arg-type]
     assert len(rank.group._memos[PLAN.site]) == 8
 
 
@@ -369,5 +407,5 @@ def test_calls_of_sizes_that_no_kernel_serves_are_reported(ranks: list[Rank], mo
     template = Counting()
     template.need = -1
     for _ in range(3):
-        ranks[0].group._memo(template, PLAN, (torch.zeros(1, 8),))  # type: ignore[arg-type]
+        ranks[0].group.memo(template, PLAN, (torch.zeros(1, 8),))  # type: ignore[arg-type]
     assert kept == [PLAN.site]

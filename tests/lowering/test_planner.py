@@ -112,7 +112,95 @@ def test_predictions_of_a_mesh_count_both_gathers() -> None:
     for change in ({"second_comm_bytes": 64 << 20}, {"comm_bytes": 64 << 20}, {"return_second": True}):
         assert cost_model.predict(replace(MESH, **change)).fused_us > base.fused_us  # type: ignore[arg-type]
     assert code(replace(MESH, second_group_size=1), fuse="always") == "unsupported"
-    assert code(replace(MESH, device="cuda"), fuse="always") == "no-executor"
+
+
+def gpu_mesh(size: int, layout: str, ranks: tuple[int, int] = (2, 2), **changes: object) -> tuple[FusionProblem, Plan]:
+    """A matmul of size^3 on a mesh: what is gathered is contracted ("summa"), or the rows and the columns of the result."""
+    across, down = ranks
+    m, n = size // down, size // across
+    axes = ("cols", "rows") if layout == "summa" else ("rows", "cols")
+    uses = tuple(GatherUse(side, False, axis, "bfloat16") for side, axis in zip(("lhs", "rhs"), axes, strict=True))  # type: ignore[arg-type]
+    problem = FusionProblem(
+        "mesh_matmul",
+        across,
+        True,
+        "cuda",
+        "bfloat16",
+        m * size * 2,
+        (Gemm(m, n, size),),
+        ("bfloat16",),
+        pieces=m if layout == "summa" else 1,
+        second_group_size=down,
+        second_comm_bytes=n * size * 2,
+        second_pieces=1 if layout == "summa" else size,
+        panels=layout == "summa",
+    )
+    return replace(problem, **changes), Plan("mesh_matmul", "", "", "bfloat16", uses, second_size=down)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["summa", "blocks"])
+@pytest.mark.parametrize(("size", "least"), [(8192, 1.25), (16384, 1.18)])
+def test_large_meshes_of_gpus_are_fused(size: int, least: float, layout: str) -> None:
+    problem, plan = gpu_mesh(size, layout)
+    decision = planner.plan(problem, plan, Options())
+    assert isinstance(decision, Fuse) and decision.executor == "nvlink"
+    assert decision.schedule == ("cannon" if layout == "summa" else "stream")
+    predicted = cost_model.predict(problem, plan.uses)
+    assert predicted.fused_us < predicted.partial_us < predicted.original_us / 1.05
+    assert predicted.original_us > least * predicted.fused_us
+    # Not faster than the matmul, nor than the bytes.
+    transport = widths.copied_us(problem.comm_bytes / (1 << 20), 0)
+    assert predicted.fused_us > max(transport, 2 * (size / 2) ** 2 * size / 800e6)
+
+
+def test_small_meshes_of_gpus_are_kept() -> None:
+    for size in (256, 512):
+        kept = planner.plan(*gpu_mesh(size, "summa"), Options())
+        assert isinstance(kept, Keep) and kept.code == "no-gain"
+
+
+def test_one_fused_gather_is_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, plan = gpu_mesh(8192, "summa")
+    monkeypatch.setattr(cost_model, "_gather_us", lambda *_: 100.0)
+    kept = planner.plan(problem, plan, Options())
+    assert isinstance(kept, Keep) and kept.code == "no-gain" and kept.reason.endswith("us with one gather fused")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"static": False}, "symbolic"),
+        ({"second_group_size": 16}, "2 to 8 ranks"),
+        ({"intra_host": False}, "several hosts"),
+        ({"dtype": "float32", "gemm_dtypes": ("float32",)}, "float32"),
+        ({"gemms": (Gemm(4096, 4096, 0),)}, "empty"),
+    ],
+)
+def test_meshes_that_no_kernel_serves(change: dict[str, object], words: str) -> None:
+    kept = planner.plan(*gpu_mesh(8192, "summa", **change), Options(fuse="always"))
+    assert isinstance(kept, Keep) and kept.code == "unsupported" and words in kept.reason
+
+
+def test_a_mesh_that_needs_more_memory_than_is_allowed() -> None:
+    """The ranks of a mesh cannot find out call by call, as those of one group do."""
+    problem, plan = gpu_mesh(8192, "summa")
+    need = 4 * problem.comm_bytes
+    assert isinstance(planner.plan(problem, plan, Options(heap_bytes=need)), Fuse)
+    kept = planner.plan(problem, plan, Options(heap_bytes=need - 4))
+    assert isinstance(kept, Keep) and kept.code == "no-room"
+
+
+@given(
+    size=st.sampled_from([512, 1536, 3072, 6144, 12288]),
+    ranks=st.sampled_from([(2, 2), (2, 4), (4, 2), (3, 2)]),
+    layout=st.sampled_from(["summa", "blocks"]),
+)
+def test_predictions_of_a_mesh_of_gpus_grow(size: int, ranks: tuple[int, int], layout: str) -> None:
+    smaller, larger = (gpu_mesh(each, layout, ranks) for each in (size, 2 * size))
+    less, more = (cost_model.predict(problem, plan.uses) for problem, plan in (smaller, larger))
+    assert (
+        0 < less.fused_us < more.fused_us and less.original_us < more.original_us and less.partial_us < more.partial_us
+    )
 
 
 def test_a_disabled_kind_is_kept_whatever_it_gains() -> None:

@@ -22,7 +22,7 @@ from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import gather_blocks, gather_rows, gemm_reduce, jit, widths
+from tscompile.templates.nvlink import gather_blocks, gather_rows, gemm_reduce, jit, mesh_gemm, widths
 from tscompile.templates.nvlink.channel import DeviceLink, Site
 from tscompile.templates.nvlink.launch import Kernel
 from tscompile.templates.nvlink.sums import SumPlan, pull_plan, push_plans
@@ -53,15 +53,15 @@ def _kernel(grid: int, name: str, *args: Any) -> Kernel:
 
 
 class Group:
-    """The links of `size` ranks."""
+    """The links of `size` ranks. world: ranks that run at the same time, where these are not all."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, size: int, timeout_s: float = 20.0) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, size: int, timeout_s: float = 20.0, world: int = 0) -> None:
         self.size, self.device = size, torch.device("cuda", torch.cuda.current_device())
 
         def kernel(name: str, *args: Any) -> Kernel:
-            return _kernel(CTAS // size, name, *args)
+            return _kernel(CTAS // (world or size), name, *args)
 
-        for module in (gather_rows, gather_blocks, gemm_reduce):
+        for module in (gather_rows, gather_blocks, gemm_reduce, mesh_gemm):
             patch.setattr(module, "kernel", kernel)
         nbytes = CONTROL_BYTES + SLOTS * SLOT_BYTES
         regions = [torch.zeros(nbytes, dtype=torch.uint8, device=self.device) for _ in range(size)]

@@ -270,10 +270,14 @@ class _Fusion:
         groups: dict[str, dict[str, Any]] = {
             name: {"executor": executor, "sites": 0, "scratch_bytes": 0, "plans": []} for name in names
         }
+        meshes: dict[tuple[str, ...], list[str]] = {}
         for node, plan in self.fused:
             args = fx.map_arg(node.args[:-3], lambda n: n.meta["val"])
             need = planner.prepare(plan, len(group_ranks(ops.groups_of(node.args)[0])), args)
-            for group in ops.groups_of(node.args):
+            joined = ops.groups_of(node.args)
+            if len(joined) > 1 and plan.executor == "nvlink":
+                meshes.setdefault(joined, []).append(plan.site)
+            for group in joined:
                 entry = groups[group]
                 entry["sites"] += 1
                 entry["executor"] = plan.executor
@@ -286,6 +290,7 @@ class _Fusion:
             "version": 1,
             "graph": graph_id,
             "groups": groups,
+            "meshes": [{"groups": joined, "sites": sites} for joined, sites in meshes.items()],
             "rows": [row.to_dict() for row in self.rows],
             "runtime": {"timeout_s": options.timeout_s, "heap_bytes": options.heap_bytes, "verify": options.verify},
         }

@@ -5,11 +5,12 @@
     b_shard ─▶ all_gather(column of the mesh) ─▶ wait ─▶ (view, split + cat, permute, cast)* ─┘
 
 becomes one op in which both gathers are under way at once. Where the contracted dim is what both gather, it is SUMMA, or Cannon's
-algorithm on a square mesh; where rows and columns of the result are gathered, the smaller operand is put together and the other one
-multiplied as it arrives. What else reads a gathered operand (the backward, say) gets it from the op's further outputs.
+algorithm on a square mesh; where rows and columns of the result are gathered, CPU ranks put the smaller operand together and multiply
+the other one as it arrives, and GPUs multiply what has arrived of both. What else reads a gathered operand (the backward, say) gets it
+from the op's further outputs.
 
 Leaves to all_gather_matmul: gathers of one group; a gathered tensor that several matmuls read; operands that cross ranks in different
-dtypes; a group of one rank; devices without a kernel for it.
+dtypes; a group of one rank; on GPUs symbolic sizes, and sizes where one fused gather beside NCCL's is predicted to be faster.
 """
 
 from __future__ import annotations
@@ -127,7 +128,16 @@ def find(context: Context, gather: Collective) -> Match | None:
     value = lhs.gather.node.meta["val"]
     uses = (lhs.use, rhs.use)
     returned = (bool(lhs.live.nodes), bool(rhs.live.nodes))
-    plan = Plan(KIND, "", "", dtype_name(lhs.wire), uses, return_gathered=returned[0], return_second=returned[1])
+    plan = Plan(
+        KIND,
+        "",
+        "",
+        dtype_name(lhs.wire),
+        uses,
+        return_gathered=returned[0],
+        return_second=returned[1],
+        second_size=rhs.gather.group_size,
+    )
     problem = FusionProblem(
         kind=KIND,
         group_size=lhs.gather.group_size,
@@ -141,6 +151,9 @@ def find(context: Context, gather: Collective) -> Match | None:
         return_second=returned[1],
         second_group_size=rhs.gather.group_size,
         second_comm_bytes=_bytes(rhs),
+        pieces=hint(lhs.home.outer),
+        second_pieces=hint(rhs.home.outer),
+        static=all(isinstance(size, int) for each in (matmul.lhs, matmul.rhs) for size in each.meta["val"].shape),
         panels=lhs.leads and rhs.leads,
     )
     shapes = (

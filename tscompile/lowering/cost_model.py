@@ -6,15 +6,17 @@ Every constant has its unit and where it was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..problem import FusionProblem, GatherUse, Gemm
 from ..templates.mesh_gemm import CANNON, STREAM, SUMMA
 from ..templates.nvlink import sums, widths
 from ..templates.nvlink.gather_rows import one_kernel
-from ..templates.nvlink.kernels.config import SMS, TILE_M
-from ..templates.nvlink.refusal import block_sizes, serves_use, shard_of
+from ..templates.nvlink.kernels.config import ITEM_BYTES, SMS, TILE_M
+from ..templates.nvlink.mesh_tiles import Operand, mesh_us
+from ..templates.nvlink.refusal import block_sizes, serves_use, shard_of, sides_of
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
 _MIB = float(1 << 20)
@@ -51,13 +53,18 @@ GATHERED_US_PER_MIB = 100.0  # writing the gathered tensor out as well
 
 @dataclass(frozen=True)
 class Prediction:
+    """partial_us: mesh_matmul: with one gather fused and the other one as it was, where that is an alternative."""
+
     fused_us: float
     original_us: float
+    partial_us: float = math.inf
 
 
 def pays(problem: FusionProblem, predicted: Prediction) -> bool:
     """True if the fused op is predicted to gain more than a prediction may be wrong by."""
     if problem.device == "cuda":
+        if predicted.fused_us >= predicted.partial_us:
+            return False
         return predicted.fused_us < min(MUST_GAIN_GPU * predicted.original_us, predicted.original_us - MUST_GAIN_US)
     return predicted.fused_us < MUST_GAIN * predicted.original_us
 
@@ -69,18 +76,22 @@ def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Predictio
         problem: the site.
         uses: how the matmuls of a gather read it, one each; without them, as rows of their left operands.
     """
-    return _predict_gpu(problem, uses) if problem.device == "cuda" else _predict_cpu(problem)
+    if problem.device != "cuda":
+        return _predict_cpu(problem)
+    return _predict_mesh_gpu(problem, uses) if problem.kind == "mesh_matmul" else _predict_gpu(problem, uses)
 
 
 def schedule(problem: FusionProblem) -> str:
     """Order in which a mesh_matmul takes its shards, "" for other kinds.
 
     On a square mesh Cannon's: at every step each rank of a group reads another arena, where SUMMA's ranks all wait for the same
-    one. On CPU ranks no difference was measured (docs/dev/plan-mesh.md).
+    one. On CPU ranks no difference was measured (docs/dev/plan-mesh.md), and sums of 16-bit types would be rounded at every panel; on
+    GPUs they are not.
     """
     if problem.kind != "mesh_matmul":
         return ""
-    if not problem.panels or any(name in ("bfloat16", "float16") for name in problem.gemm_dtypes):
+    rounds = problem.device != "cuda" and any(name in ("bfloat16", "float16") for name in problem.gemm_dtypes)
+    if not problem.panels or rounds:
         return STREAM
     return CANNON if problem.group_size == problem.second_group_size else SUMMA
 
@@ -193,6 +204,27 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
     if problem.kind == "all_gather_matmul":
         return Prediction(_gather_us(problem, uses, received), original)
     return Prediction(sums.problem_plan(problem).us, original)
+
+
+def _predict_mesh_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
+    """NCCL gathers one operand after the other, and ranks of a gather along an inner dim are put side by side by a copy."""
+    (gemm,), sides = problem.gemms, sides_of(problem)
+    left, right = (Operand.of(use, side.group_size, side.shard, gemm.k) for use, side in zip(uses, sides, strict=True))
+    received = [side.comm_bytes / _MIB * (side.group_size - 1) / side.group_size for side in sides]
+    kept = [
+        ORIGINAL_US
+        + min(link.us(mib * 4 / 3) for link in NCCL["all_gather_matmul"])
+        + (2 * widths.read_us(1, side.comm_bytes // ITEM_BYTES) if side.shard[0] > 1 else 0.0)
+        for side, mib in zip(sides, received, strict=True)
+    ]
+    one_fused = [
+        _gather_us(
+            replace(problem, group_size=side.group_size, comm_bytes=side.comm_bytes, pieces=side.shard[0]), (use,), mib
+        )
+        for side, use, mib in zip(sides, uses, received, strict=True)
+    ]
+    partial = min(one_fused[0] + kept[1], one_fused[1] + kept[0])
+    return Prediction(mesh_us(left, right), _cublas_us(gemm) + sum(kept), partial)
 
 
 def _tiles(gemm: Gemm) -> int:

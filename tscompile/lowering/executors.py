@@ -66,6 +66,16 @@ class Executor(Protocol):
         """Run an op that was entered. There is no channel where ops run ahead: making one takes time, and they have no use for it."""
         ...
 
+    def run_joined(
+        self, other: Any, template: Template, plan: Plan, args: tuple[Any, ...], memo: Memo
+    ) -> list[torch.Tensor]:
+        """Run an op of this group and of `other`'s that was entered in both; only where ops run ahead."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """From now on ops join this group and `other`'s: what ends the ops of one ends those of the other."""
+        ...
+
     def settle(self) -> bool:
         """Wait until nothing enqueued uses what memos keep; False if that cannot be waited for now."""
         ...
@@ -116,6 +126,14 @@ class ShmExecutor:
         self, template: Template, channel: HostChannel | None, plan: Plan, args: tuple[Any, ...], memo: Memo
     ) -> list[torch.Tensor]:
         return template.run(channel, plan, *args)
+
+    def run_joined(
+        self, other: Any, template: Template, plan: Plan, args: tuple[Any, ...], memo: Memo
+    ) -> list[torch.Tensor]:
+        raise NotImplementedError("ops of two groups can be taken back here: mesh.py runs them")
+
+    def join(self, other: Any) -> None:
+        raise NotImplementedError("the groups of an op decide by themselves here")
 
     def settle(self) -> bool:
         return True

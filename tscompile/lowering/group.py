@@ -29,7 +29,10 @@ _SAY_AFTER_S = 20.0  # a rank that waits longer in a vote says so: compile times
 
 @dataclass(frozen=True)
 class Stake:
-    """What a graph has at stake on a group, and the options that its ranks must share. Sizes in bytes."""
+    """What a graph has at stake on a group, and the options that its ranks must share. Sizes in bytes.
+
+    partners: ranks of the other group of each op that joins this one with another (mesh_state.py), in the graph's order.
+    """
 
     digest: str
     sites: int
@@ -37,6 +40,7 @@ class Stake:
     timeout_s: float | None = None
     heap_bytes: int | None = None
     verify: bool = False
+    partners: tuple[tuple[int, ...], ...] = ()
 
 
 class GroupState:
@@ -81,9 +85,9 @@ class GroupState:
         if self.heap is not None:
             self.heap.start(self.graphs)
 
-    def open_vote(self, stake: Stake) -> Election | None:
-        """Cast this rank's vote on a graph, without waiting; None if there is nothing to wait for."""
-        if stake.digest in self._agreed and self.refusal is None:
+    def open_vote(self, stake: Stake, *, again: bool = False) -> Election | None:
+        """Cast this rank's vote on a graph, without waiting; None if there is nothing to wait for. again: also on agreed digests."""
+        if stake.digest in self._agreed and self.refusal is None and not again:
             self.start_again()
             return None
         self.graphs += 1
@@ -188,10 +192,8 @@ class GroupState:
             )
         with self.lock:
             self.raise_error()
-            self.epoch += 1
             try:
-                if self.executor.enter(self.heap, self.epoch, plan.site):
-                    self._check(plan.site)
+                self._next_epoch(plan.site)
                 outputs = self._run(template, plan, args)
                 if outputs is not None:
                     return outputs, True
@@ -205,6 +207,13 @@ class GroupState:
                 self.break_off(plan.site, error)
                 raise
         return reference(), False
+
+    def _next_epoch(self, site: str) -> None:
+        """Raises DowngradedError or PeerError if the group will not finish it."""
+        assert self.heap is not None
+        self.epoch += 1
+        if self.executor.enter(self.heap, self.epoch, site):
+            self._check(site)
 
     def raise_error(self) -> None:
         """Raise what broke the group, if something did."""
@@ -227,12 +236,22 @@ class GroupState:
         if self.refusal is not None or self.heap is None:
             return None
         self.raise_error()
-        self.epoch += 1
-        if self.executor.enter(self.heap, self.epoch, site):
-            self._check(site)
+        self._next_epoch(site)
         if need > self.heap.half_bytes and not self._has_room(need, site):
             return None
         return self._channel(site)
+
+    def commit(self, site: str) -> None:
+        """Enter the next epoch for an op of several groups that cannot be taken back; `lock` is held.
+
+        Raises:
+            DowngradedError: the ranks of this group run the original ops, now or for longer.
+            PeerError: the group is broken.
+        """
+        self.raise_error()
+        if self.refusal is not None:
+            raise DowngradedError(f"{self.refusal.code}|{self.refusal.reason}")
+        self._next_epoch(site)
 
     def step_back(self, stop: DowngradedError) -> None:
         """The ranks run the original ops from now on, because a rank takes no part in an epoch."""
@@ -259,7 +278,7 @@ class GroupState:
     def _run(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> list[torch.Tensor] | None:
         """Outputs of the template; None if the original ops must run: on every rank, since all see the same sizes."""
         assert self.heap is not None
-        memo = self._memo(template, plan, args)
+        memo = self.memo(template, plan, args)
         if not 0 <= memo.need <= self.heap.half_bytes and not self._has_room(memo.need, plan.site):
             return None
         channel = None if self.executor.runs_ahead else self._channel(plan.site)
@@ -268,7 +287,7 @@ class GroupState:
                 return self.executor.run(template, channel, plan, args, memo)
         return self.executor.run(template, channel, plan, args, memo)
 
-    def _memo(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> Memo:
+    def memo(self, template: Template, plan: Plan, args: tuple[Any, ...]) -> Memo:
         """What launches of this site with this layout share; it is looked up at every launch."""
         key = _layout(args)
         memos = self._memos.get(plan.site)
@@ -334,13 +353,19 @@ class GroupState:
 
 
 class Election:
-    """A vote of one graph on one group, in steps, so that a rank with several groups posts to all before it waits for any."""
+    """A vote of one graph on one group, in steps, so that a rank with several groups posts to all before it waits for any.
+
+    Attributes:
+        verdict: as far as it has come. posts: what the ranks have posted, by global rank, once they are counted.
+        partners: of the stake.
+    """
 
     def __init__(self, state: GroupState, ballot: Ballot, stake: Stake) -> None:
         self._state = state
         self._ballot = ballot
         self._stake = stake
-        self._posts: dict[int, Post] = {}
+        self.partners = stake.partners
+        self.posts: dict[int, Post] = {}
         self._heap = state.heap
         post: dict[str, Any] = {
             "digest": stake.digest,
@@ -348,6 +373,7 @@ class Election:
             "verify": stake.verify,
             "heap_bytes": stake.heap_bytes,
             "facts": host_facts(),
+            "partners": stake.partners,
         }
         half = stake.scratch_bytes
         if stake.heap_bytes is not None:
@@ -362,25 +388,28 @@ class Election:
         ballot.post(0, post)
         self._opened = time.monotonic()
         self._deadline = self._opened + state.wait_s(stake)
-        self._verdict = Verdict(False)
+        self.verdict = Verdict(False)
 
     def count(self) -> None:
         """Wait for the votes; if all agree, map the peers' memory and say so, without waiting."""
         judge = judge_plans(self._state.ranks)
-        self._verdict, self._posts = self._ballot.settle(0, judge, self._interrupt)
-        if self._verdict.agreed:
+        self.verdict, self.posts = self._ballot.settle(0, judge, self.interrupt)
+        if self.verdict.agreed:
             self._ballot.post(1, _attempt(self._state.rank, self._connect))
 
     def finish(self) -> None:
-        """Wait until all ranks have mapped the memory; then the graph may run fused, or the group runs the original ops."""
-        if self._verdict.agreed:
+        """Wait until all ranks have mapped the memory."""
+        if self.verdict.agreed:
             judge = judge_ready("no-mapping", self._state.ranks)
-            self._verdict, _ = self._ballot.settle(1, judge, self._interrupt)
+            self.verdict, _ = self._ballot.settle(1, judge, self.interrupt)
         self.close()
-        if self._verdict.agreed and self._heap is not None:
+
+    def conclude(self) -> None:
+        """The graph may run fused, or the group runs the original ops. Raises PeerError if it is too late for that."""
+        if self.verdict.agreed and self._heap is not None:
             self._state.adopt(self._stake, self._heap)
         else:
-            self._state.refuse(self._verdict)
+            self._state.refuse(self.verdict)
 
     def close(self) -> None:
         """Leave no name in /dev/shm behind."""
@@ -391,11 +420,12 @@ class Election:
         # Sizes are hints where shapes are symbolic, so the ranks may differ in what they think they need. Then nothing
         # grows now; the op that needs more grows the arenas.
         self._state.executor.ready()
-        posts = [dict(self._posts[rank]) for rank in self._state.ranks]
+        posts = [dict(self.posts[rank]) for rank in self._state.ranks]
         if self._heap is not None and all("arena" in post for post in posts):
             self._heap.connect(posts)
 
-    def _interrupt(self, missing: list[int]) -> Verdict | None:
+    def interrupt(self, missing: list[int]) -> Verdict | None:
+        """A reason to wait no longer for these ranks' posts."""
         lost = self._state.vote_is_lost()
         if time.monotonic() - self._opened > _SAY_AFTER_S:
             once(
@@ -412,7 +442,7 @@ class Election:
             return Verdict(False, "vote-timeout", reason)
         if lost is None:
             for rank in missing:
-                post = self._posts.get(rank, {})
+                post = self.posts.get(rank, {})
                 if "pid" in post and not process_is_alive(post["pid"], post["start"]):
                     return Verdict(
                         False, "peer-ended", f"rank {rank} ended during the vote: look at its log for the first error"

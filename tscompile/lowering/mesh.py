@@ -1,8 +1,9 @@
 """Launch of an op that gathers in two groups at once: one operand along a row of the mesh, the other along a column.
 
-Each group keeps its own heap, epochs, votes and refusals; nothing is agreed on between the groups. So every combination occurs: one
-exchange through shared memory and the other by the group's own collective, on some ranks of the mesh and not on others. Why no
-rank waits for ever all the same: docs/dev/design.md, "Ops of two groups".
+Where ops are enqueued and cannot be taken back, the whole mesh decides whether they run (mesh_state.py). Otherwise each group keeps its
+own heap, epochs, votes and refusals; nothing is agreed on between the groups. So every combination occurs: one exchange through shared
+memory and the other by the group's own collective, on some ranks of the mesh and not on others. Why no rank waits for ever all the
+same: docs/dev/design.md, "Ops of two groups".
 """
 
 from __future__ import annotations
@@ -80,6 +81,13 @@ def launch(plan: Plan, group_name: str, args: tuple[Any, ...], reference: Callab
     """
     world = runtime.current_world()
     names = (group_name, args[-1])
+    mesh = world.meshes.get(names)
+    if mesh is not None:
+        left, right = (world.by_name[name, plan.executor] for name in names)
+        outputs, fused = mesh.launch(plan, left, right, args, reference)
+        if fused and plan.site in world.verified:
+            runtime.compare(plan, outputs, reference())
+        return outputs
     states = [world.by_name.get((name, plan.executor)) for name in names]
     exchanges = [_Exchange(*each) for each in zip(states, names, args[:2], strict=True)]
     start = time.perf_counter()

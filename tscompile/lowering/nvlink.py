@@ -82,6 +82,7 @@ class NvlinkExecutor:
         self.raised = False  # the program has been told of the failure
         self.ranks: tuple[int, ...] = ()
         self._sites: dict[int, str] = {}
+        self._joined: weakref.WeakSet[NvlinkExecutor] = weakref.WeakSet()
 
     def make_heap(self, ranks: tuple[int, ...], index: int, heap_bytes: int | None) -> NvlinkHeap:
         if not torch.cuda.is_available():
@@ -122,16 +123,50 @@ class NvlinkExecutor:
         assert self.link is not None
         site = memo.kept
         if site is None:
-            number = (site_hash(plan.site) & _MASK) or 1
-            self._sites[number] = plan.site
-            site = memo.kept = _Site(number, plan.site)
+            site = memo.kept = self._site(plan)
         call = self.link.open(site)
         if not site.watched or call.captured or not site.due():
             return template.run(call, plan, *args)
+        return self._timed(site, template, call, plan, args)
+
+    def run_joined(
+        self, other: NvlinkExecutor, template: Template, plan: Plan, args: tuple[Any, ...], memo: Memo
+    ) -> list[torch.Tensor]:
+        assert self.link is not None and other.link is not None
+        site = memo.kept
+        if site is None:
+            other._site(plan)
+            site = memo.kept = self._site(plan)
+        calls = self.link.open(site), other.link.open(site)
+        if not site.watched or calls[0].captured or not site.due():
+            return template.run(calls, plan, *args)
+        return self._timed(site, template, calls, plan, args)
+
+    def _site(self, plan: Plan) -> _Site:
+        number = (site_hash(plan.site) & _MASK) or 1
+        self._sites[number] = plan.site
+        return _Site(number, plan.site)
+
+    def _timed(
+        self, site: _Site, template: Template, call: Any, plan: Plan, args: tuple[Any, ...]
+    ) -> list[torch.Tensor]:
         first = _event()
         outputs = template.run(call, plan, *args)
         site.pending = first, _event()
         return outputs
+
+    def join(self, other: NvlinkExecutor) -> None:
+        self._joined.add(other)
+        other._joined.add(self)
+
+    def _tell_joined(self, text: str) -> None:
+        """A rank of this group has failed, and this rank will not take part in ops of both groups any more."""
+        for other in self._joined:
+            heap = other.heap
+            if heap is not None and heap.aborted() is None:
+                heap.abort(
+                    heap.rank, f"ops of ranks {list(self.ranks)} have ended, and some join them with others: {text}"
+                )
 
     def settle(self) -> bool:
         if torch.cuda.is_current_stream_capturing():
@@ -188,6 +223,10 @@ class NvlinkExecutor:
         if failure is not None and heap.aborted() is None:
             log.error("%s", failure[1])
             heap.abort(*failure)
+        if self._joined:
+            record = heap.aborted()
+            if record is not None:
+                self._tell_joined(record.text)
         # Replays of a captured graph are invisible here: a group with one may have work at any time.
         captured = any(each.was_captured for each in self._links)
         if link.is_idle() and not captured:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..nvshmem.device import SLOTS
 from ..options import Options
 from ..problem import Decision, Fuse, FusionProblem, Keep, Plan
 from ..templates.nvlink.jit import compile_ahead
@@ -39,12 +40,16 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     refusal = template.supports(problem, plan)
     if refusal is not None:
         return Keep("unsupported", refusal)
+    # A call that needs more than there is runs as it was, which ranks across a mesh would not hear of.
+    need = max(problem.comm_bytes, problem.second_comm_bytes)
+    if problem.second_group_size and executor == "nvlink" and need > (options.heap_bytes or need * SLOTS) // SLOTS:
+        return Keep("no-room", f"it takes {need} bytes four times, more than tilescale.heap_bytes allows")
     prediction = cost_model.predict(problem, plan.uses)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
-        return Keep(
-            "no-gain",
-            f"predicted {prediction.fused_us:.0f} us fused against {prediction.original_us:.0f} us as it is",
-        )
+        other = f"{prediction.original_us:.0f} us as it is"
+        if prediction.partial_us < prediction.original_us:
+            other = f"{prediction.partial_us:.0f} us with one gather fused"
+        return Keep("no-gain", f"predicted {prediction.fused_us:.0f} us fused against {other}")
     return Fuse(executor, prediction.fused_us, prediction.original_us, cost_model.schedule(problem))
 
 

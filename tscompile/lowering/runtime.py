@@ -22,6 +22,8 @@ from ..observe import ledger
 from ..problem import Plan, Row
 from . import executors
 from .group import Election, GroupState, Stake
+from .mesh_state import MeshState
+from .vote import BallotBox
 
 MANIFEST_VERSION = 1
 _NO_REAL_PEERS = ("fake", "threaded")  # backends whose ranks are not processes
@@ -37,6 +39,8 @@ class _World:
         self.verified: set[str] = set()  # sites
         self.states: dict[tuple[tuple[int, ...], str], GroupState] = {}
         self.by_name: dict[tuple[str, str], GroupState] = {}  # (group's name, executor's name)
+        self.meshes: dict[tuple[str, str], MeshState] = {}  # by the names of their groups, in either order
+        self.boxes: dict[tuple[int, ...], BallotBox] = {}  # of meshes
 
 
 _world = _World(None)
@@ -94,8 +98,10 @@ def begin(manifest: str) -> None:
     Args:
         manifest: JSON `{"version": 1, "graph": str,
             "groups": {name: {"executor": str, "digest": str, "sites": int, "scratch_bytes": int}},
-            "rows": [Row as dict], "runtime": {"timeout_s": float | None, "heap_bytes": int | None, "verify": bool}}`;
-            `sites` counts fused sites, `scratch_bytes` is the largest need of one of them.
+            "meshes": [{"groups": [name, name], "sites": [str]}], "rows": [Row as dict],
+            "runtime": {"timeout_s": float | None, "heap_bytes": int | None, "verify": bool}}`;
+        `sites` counts fused sites, `scratch_bytes` is the largest need of one of them; `meshes` are the pairs of groups that an op
+        joins, where ops cannot be taken back.
 
     Raises:
         TscompileError: the manifest was written by another version.
@@ -117,40 +123,84 @@ def begin(manifest: str) -> None:
     if options.get("verify"):
         world.verified.update(row["site"] for row in parsed["rows"] if row["decision"] == "fused")
     if world.group is not None:
-        _vote(world, parsed["groups"], options)
+        _vote(world, parsed["groups"], parsed.get("meshes", []), options)
     states = (world.by_name.get((name, entry["executor"])) for name, entry in parsed["groups"].items())
     world.begun[manifest] = tuple(dict.fromkeys(state for state in states if state is not None))
 
 
-def _vote(world: _World, groups: dict[str, dict[str, Any]], options: dict[str, Any]) -> None:
-    elections: list[Election] = []
+def _find_meshes(world: _World, entries: list[dict[str, Any]], groups: dict[str, dict[str, Any]]) -> list[MeshState]:
+    """The meshes of a graph, each once: several names may denote the same ranks."""
+    found: list[MeshState] = []
+    for entry in entries:
+        first, second = entry["groups"]
+        states = [_find_state(world, name, groups[name]["executor"]) for name in (first, second)]
+        left, right = states
+        if left is None or right is None:
+            continue
+        known = (mesh for mesh in world.meshes.values() if set(mesh.states) == {left, right})
+        mesh = next(known, None) or MeshState((left, right), world.boxes)
+        world.meshes[first, second] = world.meshes[second, first] = mesh
+        mesh.add(entry["sites"])
+        if mesh not in found:
+            found.append(mesh)
+    return found
+
+
+def _vote(
+    world: _World, groups: dict[str, dict[str, Any]], meshes: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    at_stake: dict[GroupState, list[dict[str, Any]]] = {}
+    for name, entry in groups.items():
+        state = _find_state(world, name, entry["executor"])
+        if state is not None:
+            at_stake.setdefault(state, []).append(entry)  # several names may mean the same ranks
+        elif entry["sites"]:
+            ledger.keep_group(name, "no-peers", "the group has no other processes: there is nothing to overlap")
+    digests = {state: "+".join(entry["digest"] for entry in entries) for state, entries in at_stake.items()}
+    joined = _find_meshes(world, meshes, groups)
+    unsettled = [mesh for mesh in joined if not mesh.agreed_on(tuple(digests[state] for state in mesh.states))]
+    elections: dict[GroupState, Election] = {}
     try:
-        at_stake: dict[GroupState, list[dict[str, Any]]] = {}
-        for name, entry in groups.items():
-            state = _find_state(world, name, entry["executor"])
-            if state is not None:
-                at_stake.setdefault(state, []).append(entry)  # several names may mean the same ranks
-            elif entry["sites"]:
-                ledger.keep_group(name, "no-peers", "the group has no other processes: there is nothing to overlap")
         for state, entries in at_stake.items():
             stake = Stake(
-                digest="+".join(entry["digest"] for entry in entries),
+                digest=digests[state],
                 sites=sum(entry["sites"] for entry in entries),
                 scratch_bytes=max(entry["scratch_bytes"] for entry in entries),
                 timeout_s=options.get("timeout_s"),
                 heap_bytes=options.get("heap_bytes"),
                 verify=bool(options.get("verify")),
+                partners=tuple(
+                    next(other.ranks for other in mesh.states if other is not state)
+                    for mesh in joined
+                    if state in mesh.states
+                ),
             )
-            election = state.open_vote(stake)
+            election = state.open_vote(stake, again=any(state in mesh.states for mesh in unsettled))
             if election is not None:
-                elections.append(election)
+                elections[state] = election
         # Stage by stage over all groups: a rank never waits in one group while another group lacks its vote.
-        for election in elections:
+        for election in elections.values():
             election.count()
-        for election in elections:
+        for election in elections.values():
             election.finish()
+        known = dict.fromkeys(world.meshes.values())
+        voting = unsettled + [m for m in known if m not in unsettled and m.votes_again(digests.keys(), elections)]
+        for mesh in voting:
+            mesh.cast(elections)
+        try:
+            for mesh in known:
+                if mesh not in voting:
+                    mesh.check(elections)
+            for election in elections.values():
+                election.conclude()
+            for mesh in voting:
+                mesh.settle(tuple(digests.get(state, "") for state in mesh.states))
+        except BaseException as error:
+            for mesh in [mesh for mesh in known if not elections.keys().isdisjoint(mesh.states)]:
+                mesh.break_off("the start of a graph", error)
+            raise
     finally:
-        for election in elections:
+        for election in elections.values():
             election.close()
 
 

@@ -117,6 +117,18 @@ class Ballot:
             pause = min(pause * 1.5, _LONGEST_PAUSE_S)
 
 
+class BallotBox:
+    """The ballots of one set of ranks, numbered alike on all of them; arguments as group_store."""
+
+    def __init__(self, ranks: tuple[int, ...], rank: int, name: str) -> None:
+        self._store = group_store(ranks, rank, name)
+        self._ranks, self._rank, self._count = ranks, rank, 0
+
+    def next(self) -> Ballot:
+        self._count += 1
+        return Ballot(self._store, self._ranks, self._rank, f"ballot{self._count}")
+
+
 @lru_cache(maxsize=1)
 def host_facts() -> dict[str, str]:
     """What must be equal for ranks to share memory: host, boot, namespaces, the /dev/shm mount, user, versions."""
@@ -193,12 +205,12 @@ def _difference(first: int, expected: Post, rank: int, post: Post) -> Verdict | 
 
 
 def judge_ready(code: str, ranks: tuple[int, ...]) -> Callable[[dict[int, Post]], Verdict | None]:
-    """Judge of a stage in which each rank only says whether it managed its part."""
+    """Judge of a stage in which each rank only says whether it managed its part. A refusal may bring a code of its own."""
 
     def judge(posts: dict[int, Post]) -> Verdict | None:
         for _, post in sorted(posts.items()):
             if post.get("refusal"):
-                return Verdict(False, code, str(post["refusal"]))
+                return Verdict(False, str(post.get("code", code)), str(post["refusal"]))
         return AGREED if len(posts) == len(ranks) else None
 
     return judge

@@ -84,8 +84,8 @@ struct made {
     uint64_t address, dims[MAX_RANK], strides[MAX_RANK];
 };
 
-/* One step. `stream` and `event` index the tables passed along with the steps. `word` is the address of a word whose value counts instead
- * of `src` (of a copy) or `value`, 0 if there is none: one store changes many steps. */
+/* One step. `stream` and `event` index the tables passed along with the steps. `word` is the address of a word that is added to `src`
+ * (of a copy) or counts instead of `value`, 0 if there is none: one store changes many steps. */
 struct step {
     int32_t kind, stream;
     uint64_t dst, src, bytes, rows, dst_pitch, src_pitch;
@@ -206,12 +206,12 @@ int64_t tsc_issue(const struct step *steps, int n, const struct queues *queues) 
         int rc = 0;
         switch (s->kind) {
         case COPY:
-            rc = copy_async(s->dst, word ? *word : s->src, s->bytes, stream);
+            rc = copy_async(s->dst, word ? s->src + *word : s->src, s->bytes, stream);
             break;
         case COPY_ROWS: {
             struct copy2d c = {0};
             c.src_type = c.dst_type = MEMORY_DEVICE;
-            c.src_device = word ? *word : s->src;
+            c.src_device = word ? s->src + *word : s->src;
             c.dst_device = s->dst;
             c.src_pitch = s->src_pitch;
             c.dst_pitch = s->dst_pitch;

@@ -22,7 +22,7 @@ class Step(ctypes.Structure):
     WRITE: `value` (32 bits) to address `dst`, after all earlier work of the stream. WRITE64: `src` (64 bits), likewise.
     RECORD: event number `event`. AWAIT: the event. LAUNCH: the NativeKernel at address `src` with the values at address `dst`.
     `stream` is the number of the stream that the step is issued on. `word`, if not 0, is the address of a 64-bit word that is read when
-    the step is issued, and counts instead of `src` of a copy or of `value`.
+    the step is issued, and added to `src` of a copy, or counts instead of `value`.
     """
 
     _fields_: ClassVar = [

@@ -113,7 +113,10 @@ class FakeDriver:
         for step in found:
             if step.word:
                 word = ctypes.c_uint64.from_address(step.word).value
-                setattr(step, "value" if step.kind == stream.WRITE else "src", word)
+                if step.kind == stream.WRITE:
+                    step.value = word
+                else:
+                    step.src += word
         self.issued += [{name: int(getattr(step, name)) for name in names} for step in found]
         for step in found:
             if step.kind in (stream.COPY, stream.COPY_ROWS) and step.stream == channel.MAIN:

@@ -64,7 +64,7 @@ def test_whatever_arrives_when(problem: tuple[Form, int, int, int, int, int], wo
     rank = seed % ranks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_M", 4)
-        patch.setattr(tiles, "_BAND", 3)
+        patch.setattr(tiles, "BAND", 3)
         rows, blocks = tables(form, rank, ranks, *sizes)
     assert len(set(rows)) == len(rows)
     world = BlockWorld(form, rank, ranks, *sizes, [*rows, *blocks], seed)

@@ -23,6 +23,7 @@ from tscompile.templates.nvlink.kernels.config import (
     TILE_M,
     BlocksConfig,
     GemmConfig,
+    MeshConfig,
     depth,
     piece_rows,
     pulled_rows,
@@ -30,6 +31,7 @@ from tscompile.templates.nvlink.kernels.config import (
 from tscompile.templates.nvlink.kernels.gather_blocks import gather_blocks_kernel
 from tscompile.templates.nvlink.kernels.gather_push import gather_push_kernel
 from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS, THREADS
+from tscompile.templates.nvlink.kernels.mesh_gemm import mesh_gemm_kernel
 from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
 from tscompile.templates.nvlink.kernels.service import service_kernel
 from tscompile.templates.nvlink.kernels.sum_push import sum_push_kernel
@@ -120,9 +122,18 @@ BLOCKS = [
         ("float16", True, True, True, False, 256, True, True),
     ]
 ]
+MESHES = [
+    (MeshConfig(dtype, transposed, 1, bias, tile_n, depth(tile_n), left_transposed, contracts), collects)
+    for dtype, transposed, left_transposed, contracts, tile_n, bias, collects in [
+        ("bfloat16", False, False, (True, True), 256, False, (False, False)),
+        ("float16", True, False, (False, False), 208, True, (True, True)),
+        ("bfloat16", False, True, (False, True), 128, True, (True, False)),
+        ("bfloat16", True, True, (True, False), 256, False, (False, True)),
+    ]
+]
 ALL = [(all_gather_kernel, *form) for form in GATHERS] + [(reduce_kernel, *form) for form in REDUCES]
 ALL += [(gather_blocks_kernel, *form) for form in BLOCKS] + [(gather_push_kernel, *form) for form in PUSHES]
-ALL += [(sum_push_kernel, *form) for form in SUM_PUSHES]
+ALL += [(sum_push_kernel, *form) for form in SUM_PUSHES] + [(mesh_gemm_kernel, *form) for form in MESHES]
 
 
 def name_of(value: object) -> str:
@@ -131,6 +142,9 @@ def name_of(value: object) -> str:
         if isinstance(value, BlocksConfig):
             layout += "-km" if value.left_transposed else "-mk"
             layout += ("-left" if value.gathered_left else "-right") + ("-sum" if value.contracts else "")
+        if isinstance(value, MeshConfig):
+            layout += "-km" if value.left_transposed else "-mk"
+            layout += "".join("-sum" if along else "-out" for along in value.contracts)
         return f"{value.dtype}-{layout}-{value.operands}-{'bias' if value.bias else 'plain'}-{value.tile_n}"
     return value.__name__ if callable(value) else str(value)
 
@@ -139,12 +153,13 @@ every = pytest.mark.parametrize(("build", "config", "flag"), ALL, ids=name_of)
 gathers = pytest.mark.parametrize(("config", "collects"), GATHERS, ids=name_of)
 pushes = pytest.mark.parametrize(("config", "collects"), PUSHES, ids=name_of)
 blocks = pytest.mark.parametrize(("config", "collects"), BLOCKS, ids=name_of)
+meshes = pytest.mark.parametrize(("config", "collects"), MESHES, ids=name_of)
 reduces = pytest.mark.parametrize(("config", "all_reduce"), REDUCES, ids=name_of)
 sum_pushes = pytest.mark.parametrize(("config", "form"), SUM_PUSHES, ids=name_of)
 
 
 @lru_cache
-def compiled(build, config: GemmConfig, flag: bool | str) -> tl.CudaArtifact:
+def compiled(build, config: GemmConfig, flag: bool | str | tuple[bool, bool]) -> tl.CudaArtifact:
     return tl.compile_cuda(build(config, flag), pass_configs=PASS_CONFIGS)
 
 
@@ -215,14 +230,14 @@ def test_only_the_loading_warp_loads_and_claims(build, config: GemmConfig, flag:
     artifact = compiled(build, config, flag)
     loader, multiplier, idle = branches(artifact.source)
     sums = build in (reduce_kernel, sum_push_kernel)
-    lefts = config.operands if sums else 1 if build is gather_push_kernel else 2
+    lefts = config.operands if sums else {gather_push_kernel: 1, mesh_gemm_kernel: 3}.get(build, 2)
     assert len(set(re.findall(r"tl::tma_load\((\w+)_desc", loader))) == lefts + config.operands
     if build is not gather_blocks_kernel:
         assert set(re.findall(r"expect_transaction\((\d+)\)", loader)) == {str(config.rows * config.tile_k * 2)}
     for others in (multiplier, idle):
         assert "tma_load" not in others and "tsk_claim" not in others
     assert "wgmma" in multiplier and "wgmma" not in loader + idle
-    dims = 3 if build is gather_blocks_kernel else 2
+    dims = 3 if build in (gather_blocks_kernel, mesh_gemm_kernel) else 2
     assert artifact.ptx.count(f"cp.async.bulk.tensor.{dims}d.") >= loader.count("tl::tma_load(")  # nvcc unrolls loops
     # 256 threads of two warpgroups free a stage; a tile is passed on before its first stage is loaded.
     assert f"empty[{config.stages - 1}].init(256)" in artifact.source
@@ -310,6 +325,49 @@ def test_a_gather_in_blocks_waits_before_it_loads(config: BlocksConfig, collects
     assert multiplier.count("tsk_fill_nan") == 1 + collects
     # Only a sum takes its blocks from rows behind those of the tiles.
     assert bool(re.search(r"at = \(tsk_word\(table, tile, 4\) \+ j\)", loader)) == config.contracts
+
+
+@meshes
+def test_a_mesh_waits_for_both_operands_before_it_loads(config: MeshConfig, collects: tuple[bool, bool]) -> None:
+    artifact = compiled(mesh_gemm_kernel, config, collects)
+    loader, multiplier, idle = branches(artifact.source)
+    assert artifact.source.count("tsk_wait_slice") == loader.count("tsk_wait_slice") == 2
+    waits = r"ready = tsk_wait_slice\(context,.*epoch, site\)", r"r_ready = tsk_wait_slice\(r_context,.*r_epoch, site\)"
+    before(loader, r"if \(j == 0\)", "tsk_pass", *waits, r"if \(own == 0\)", "for .*i = 0", r"tma_load\(A_desc")
+    assert loader.index("tma_load") > loader.index("r_ready = tsk_wait_slice")
+    # Whichever of the operands lies here: a loop for each pair.
+    pairs = re.findall(r"tma_load\((\w)_desc", loader)
+    assert list(zip(pairs[::2], pairs[1::2], strict=True)) == [("A", "B"), ("X", "B"), ("A", "Y"), ("X", "Y")]
+    # The compiler keeps their order, and may put the wait, which is seldom long, behind the loops in the text.
+    before(artifact.ptx, r"ld\.acquire\.sys\.global\.u32", r"fence\.proxy\.async;")
+    layouts = f"{str(config.left_transposed).lower()}, {str(not config.transposed).lower()}, 1, 1>"
+    assert f"64, {config.tile_n}, 16, {layouts}" in multiplier
+    assert multiplier.count("TSK_STORE_BLOCK") == 1 and multiplier.count("TSK_BIAS") == config.bias
+    collected = re.findall(r"tsk_collect_slices\((\w*context), (\w+)", idle)
+    wanted = [("context", "gathered"), ("r_context", "r_gathered")]
+    assert collected == [pair for pair, is_wanted in zip(wanted, collects, strict=True) if is_wanted]
+    assert (multiplier.count("tsk_join"), idle.count("tsk_join")) == (any(collects), any(collects))
+    # Either group's failure spoils the outputs and is reported in its own record; both slots are acknowledged.
+    before(
+        multiplier,
+        "tsk_last",
+        r"tsk_aborted\(context",
+        r"tsk_report\(context",
+        r"tsk_aborted\(r_context",
+        r"tsk_report\(r_context",
+    )
+    before(
+        multiplier,
+        r"tsk_report\(r_context",
+        "broken != 0",
+        "tsk_fill_nan",
+        r"tsk_finish\(context",
+        r"tsk_finish\(r_context",
+    )
+    assert multiplier.count("tsk_fill_nan") == 1 + sum(collects)
+    # Which rows of the table say whose block it is.
+    for name, along in zip(("at", "r_at"), config.contracts, strict=True):
+        assert bool(re.search(rf"\b{name} = \(?panel", loader)) == along
 
 
 @blocks

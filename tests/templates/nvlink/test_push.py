@@ -27,7 +27,7 @@ SEEDS = st.integers(0, 10**6)
 def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_M", 4)
-        patch.setattr(tiles, "_BAND", 3)
+        patch.setattr(tiles, "BAND", 3)
         yield
 
 

@@ -32,7 +32,7 @@ QUICK = settings(deadline=None, max_examples=200)
 def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_M", 4)
-        patch.setattr(tiles, "_BAND", 3)
+        patch.setattr(tiles, "BAND", 3)
         patch.setattr(tiles, "_SHARED_BAND", 2)
         yield
 
@@ -265,7 +265,7 @@ def test_tables_of_real_sizes_fit_together(
     monkeypatch: pytest.MonkeyPatch, ranks: int, m: int, n: int, width: int
 ) -> None:
     monkeypatch.setattr(tiles, "TILE_M", 128)
-    monkeypatch.setattr(tiles, "_BAND", 8)
+    monkeypatch.setattr(tiles, "BAND", 8)
     monkeypatch.setattr(tiles, "_SHARED_BAND", 4)
     for outer in (1, 3):
         inner = max(1, m // ranks // outer)

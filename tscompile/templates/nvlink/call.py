@@ -23,8 +23,10 @@ class Call:
         values: those that LAUNCH steps point at.
 
     Attributes:
-        words: set before the steps are issued: [SOURCE], the address that copies from the caller's memory read, and [EPOCH], which the
-            flags of the copy stream take (in a captured call they read it when the graph runs).
+        words: set before the steps are issued: [SOURCE], the address that the copies' offsets into the caller's memory count from, and
+            [EPOCH], which the flags of the copy stream take (in a captured call they read it when the graph runs).
+        steps: all of them. before, after: those before and behind the main stream's, for a call whose kernel is among another
+            group's steps.
     """
 
     def __init__(
@@ -54,3 +56,4 @@ class Call:
         for step in () if channel.captured else side[1::2]:
             step.word = epoch
         self.steps = steps_of(*opening, *side, *main, *closing)
+        self.before, self.after = steps_of(*opening, *side), steps_of(*closing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ...problem import FusionProblem, GatherUse, Gemm, Plan
 from ..template import torch_dtype
@@ -66,6 +67,27 @@ def shard_of(problem: FusionProblem) -> tuple[int, int]:
     """Shape [P, Q] of a rank's shard."""
     itemsize = torch_dtype(problem.dtype).itemsize
     return problem.pieces, problem.comm_bytes // (itemsize * problem.group_size * max(problem.pieces, 1))
+
+
+@dataclass(frozen=True)
+class GatherSide:
+    """One of the two gathers of a mesh_matmul: ranks of its group, shape [P, Q] of a rank's shard, bytes of the gathered tensor."""
+
+    group_size: int
+    shard: tuple[int, int]
+    comm_bytes: int
+
+
+def sides_of(problem: FusionProblem) -> tuple[GatherSide, GatherSide]:
+    """The left operand's gather and the right one's."""
+    second = replace(
+        problem,
+        group_size=problem.second_group_size,
+        comm_bytes=problem.second_comm_bytes,
+        pieces=problem.second_pieces,
+    )
+    left, right = (GatherSide(each.group_size, shard_of(each), each.comm_bytes) for each in (problem, second))
+    return left, right
 
 
 def gather_refusal(problem: FusionProblem, plan: Plan) -> str | None:

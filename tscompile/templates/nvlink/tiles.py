@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from .kernels.config import TILE_M
 
-_BAND = 8  # tile rows that are walked together along the columns, so that their operands stay in L2
+BAND = 8  # tile rows that are walked together along the columns, so that their operands stay in L2
 _SHARED_BAND = 4  # of an all_reduce, whose tables walk a band of each rank at the same time
 _MAX_WASTE = 1.1  # rows computed over rows needed, above which tiles may span the shards of several ranks
 
@@ -65,7 +65,7 @@ def gather_tiles(
         for step in range(ranks):
             source = (rank + step) % ranks
             blocks = [(piece, i) for piece in range(pieces) for i in range(tile_rows)]
-            for t, c in _walk(_bands(len(blocks), _BAND), len(columns)):
+            for t, c in _walk(_bands(len(blocks), BAND), len(columns)):
                 piece, i = blocks[t]
                 group, col = columns[c]
                 start = (piece * ranks + source) * inner + i * TILE_M
@@ -87,7 +87,7 @@ def gather_tiles(
         starts.append((last, start, mask))
     starts.sort()
     rows = []
-    for t, c in _walk(_bands(len(starts), _BAND), len(columns)):
+    for t, c in _walk(_bands(len(starts), BAND), len(columns)):
         _, start, mask = starts[t]
         group, col = columns[c]
         rows.append((start, col, min(TILE_M, total - start), 0, 0, start, mask, group))
@@ -107,9 +107,9 @@ def block_tiles(
         source = (rank + step) % ranks
         starts = [(piece, at) for piece in range(pieces) for at in range(0, inner, size)]
         if gathered_left:
-            walk = _walk(_bands(len(starts), _BAND), -(-free // tile_n))
+            walk = _walk(_bands(len(starts), BAND), -(-free // tile_n))
         else:
-            walk = _walk(_bands(-(-free // TILE_M), _BAND), len(starts))
+            walk = _walk(_bands(-(-free // TILE_M), BAND), len(starts))
         for t, c in walk:
             piece, at = starts[t if gathered_left else c]
             whole = piece * ranks + source
@@ -128,7 +128,7 @@ def contraction_tiles(rank: int, ranks: int, pieces: int, m: int, n: int, tile_n
     its own blocks. INDEX of a tile is the first row of its walk. A row of a walk has OWNER, INDEX and MASK of a tile that
     needs the block, and the block's number among all as OUT_ROW.
     """
-    walk = _walk(_bands(-(-m // TILE_M), _BAND), -(-n // tile_n))
+    walk = _walk(_bands(-(-m // TILE_M), BAND), -(-n // tile_n))
     order = sorted(range(len(walk)), key=lambda i: ((i * ranks // len(walk) - rank) % ranks, i))
     rows: list[Row] = []
     for i in order:
@@ -226,7 +226,7 @@ def scatter_tiles(rank: int, ranks: int, outer: int, inner: int, n: int, tile_n:
     """
     tile_rows = -(-inner // TILE_M)
     blocks = [(o, i * TILE_M) for o in range(outer) for i in range(tile_rows)]
-    walk = _walk(_bands(len(blocks), _BAND), -(-n // tile_n))
+    walk = _walk(_bands(len(blocks), BAND), -(-n // tile_n))
     places: list[list[_Place]] = []
     for owner in range(ranks):
         owned = []
@@ -255,5 +255,5 @@ def all_reduce_tiles(rank: int, ranks: int, m: int, n: int, tile_n: int, part: i
 
 def whole_tiles(m: int, n: int, tile_n: int) -> list[Row]:
     """Tiles of a small sum [m, n], each the matter of all ranks: INDEX is the tile's number, GROUP its place in its tile row."""
-    walk = _walk(_bands(-(-m // TILE_M), _BAND), -(-n // tile_n))
+    walk = _walk(_bands(-(-m // TILE_M), BAND), -(-n // tile_n))
     return [(t * TILE_M, c * tile_n, min(TILE_M, m - t * TILE_M), 0, i, 0, 0, c) for i, (t, c) in enumerate(walk)]

@@ -148,7 +148,12 @@ def pushes(rows: int, widths: Sequence[int], k: int, ranks: int) -> bool:
 
 def push_us(mib: float, ranks: int) -> float:
     """Until the shards of all peers are there, `mib` MiB in all."""
-    return _PASS_US + _COPY_US * (ranks - 1) + _PUSH_US_PER_MIB * mib
+    return copied_us(mib, ranks - 1)
+
+
+def copied_us(mib: float, copies: int) -> float:
+    """Until `copies` copies by the copy engine of a peer are there, one after the other, while `mib` MiB arrive in all."""
+    return _PASS_US + _COPY_US * copies + _PUSH_US_PER_MIB * mib
 
 
 @dataclass(frozen=True)

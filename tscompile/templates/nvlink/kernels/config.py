@@ -77,6 +77,23 @@ class GemmConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig(GemmConfig):
+    """What the kernel of two gathered operands is compiled for, beside a GEMM's own.
+
+    left_transposed: the left operand lies as [K, M], not as [M, K].
+    contracts: whether the blocks of the left operand lie along k, and whether those of the right one do.
+    """
+
+    left_transposed: bool = False
+    contracts: tuple[bool, bool] = (True, True)
+
+    @property
+    def k_first(self) -> tuple[bool, bool]:
+        """Whether k is the slower of the two axes of the left and of the right operand."""
+        return self.left_transposed, not self.transposed
+
+
+@dataclass(frozen=True)
 class BlocksConfig(GemmConfig):
     """What the kernel is compiled for, beside a GEMM's own.
 
