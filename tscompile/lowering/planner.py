@@ -17,6 +17,8 @@ from ..templates.template import CompiledTemplate, find_template
 from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
+# Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
+UNPROVEN = {("mesh_matmul", "nvlink")}
 
 
 def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
@@ -44,6 +46,11 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     need = max(problem.comm_bytes, problem.second_comm_bytes)
     if problem.second_group_size and executor == "nvlink" and need > (options.heap_bytes or need * SLOTS) // SLOTS:
         return Keep("no-room", f"it takes {need} bytes four times, more than tilescale.heap_bytes allows")
+    if options.fuse == "auto" and (plan.kind, executor) in UNPROVEN:
+        return Keep(
+            "unproven",
+            "its kernel has not run on several GPUs yet, so one gather is fused instead; tilescale.fuse=always uses it",
+        )
     prediction = cost_model.predict(problem, plan.uses)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         other = f"{prediction.original_us:.0f} us as it is"
