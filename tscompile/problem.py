@@ -48,6 +48,22 @@ class GatherUse:
 
 
 @dataclass(frozen=True)
+class Delivery:
+    """A part of what an exchange received, in the order in which a reader wants it.
+
+    exchange: number of the op's input, which is `[R, f1, ..., fk]`; what is received has the same dims, with the source rank as dim 0.
+    order: its dims as they lie in the output, outermost first.
+    fixed: (dim, index) of the dims that the reader wants one index of.
+    outer: where outputs are joined, how many dims of `order` lie outside of the joined one.
+    """
+
+    exchange: int
+    order: tuple[int, ...]
+    fixed: tuple[tuple[int, int], ...] = ()
+    outer: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """The string argument of a fused op: everything its runtime needs beside tensors and the group's name.
 
@@ -63,6 +79,7 @@ class Plan:
     return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's.
     return_second: mesh_matmul: so is the right operand's.
     schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them.
+    deliveries: all_to_all_permute: what is delivered. joins: for each output, how many of the deliveries it consists of.
     """
 
     kind: str
@@ -78,7 +95,14 @@ class Plan:
     return_gathered: bool = False
     return_second: bool = False
     schedule: str = ""
+    deliveries: tuple[Delivery, ...] = ()
+    joins: tuple[int, ...] = ()
     version: int = PLAN_VERSION
+
+    @property
+    def computes(self) -> bool:
+        """False if the op only moves elements, so that its results are equal to the bit."""
+        return self.kind != "all_to_all_permute"
 
     def dumps(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
@@ -96,6 +120,11 @@ class Plan:
         raw["uses"] = tuple(GatherUse(**use) for use in raw["uses"])
         raw["coefficients"] = tuple(raw["coefficients"])
         raw["term_group"] = tuple(raw["term_group"])
+        raw["deliveries"] = tuple(
+            Delivery(d["exchange"], tuple(d["order"]), tuple(tuple(f) for f in d["fixed"]), d["outer"])
+            for d in raw["deliveries"]
+        )
+        raw["joins"] = tuple(raw["joins"])
         return Plan(**raw)
 
 
@@ -114,6 +143,7 @@ class FusionProblem:
 
     second_group_size, second_comm_bytes: mesh_matmul: of the right operand's gather; those of the left one stand in the fields that
         every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim.
+    exchanges: all_to_all_permute: number of collectives that it replaces.
     """
 
     kind: str
@@ -131,6 +161,7 @@ class FusionProblem:
     second_group_size: int = 0
     second_comm_bytes: int = 0
     panels: bool = False
+    exchanges: int = 1
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 
 

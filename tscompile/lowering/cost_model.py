@@ -45,6 +45,9 @@ SHM = {
     "matmul_all_reduce": Link(75.0, 400.0),
     "matmul_all_gather": Link(75.0, 240.0),
 }
+# Exchanges with their permutes, by what a rank sends to others.
+GLOO_EXCHANGE = Link(500.0, 1300.0)
+SHM_EXCHANGE = Link(85.0, 400.0)
 GFLOPS = 100.0  # float32 matmul, one thread
 GATHERED_US_PER_MIB = 100.0  # writing the gathered tensor out as well
 
@@ -97,10 +100,18 @@ def _predict_mesh(problem: FusionProblem, matmul_us: float) -> Prediction:
     return Prediction(matmul_us + fused, matmul_us + sum(GLOO["all_gather_matmul"].us(mib) for mib in sent))
 
 
+def _predict_exchanges(problem: FusionProblem, fused: Link, original: Link) -> Prediction:
+    """The op has the latency of one exchange; the original ops have it once each."""
+    sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
+    return Prediction(fused.us(sent), (problem.exchanges - 1) * original.latency_us + original.us(sent))
+
+
 def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
     if problem.kind == "mesh_matmul":
         return _predict_mesh(problem, matmul_us)
+    if problem.kind == "all_to_all_permute":
+        return _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:
