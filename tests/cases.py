@@ -192,9 +192,7 @@ def exchange(size: int, seed: int, dtype: str, *, sizes: tuple[int, ...] = (2, 3
         for rank in range(size):
             values = _random(generator, *(shape[d] for d in order), dtype=kind)
             sent[rank].append(values.permute([order.index(d) for d in dims]))
-    received = [
-        [torch.stack([sent[s][e][r] for s in range(size)]) for e in range(count)] for r in range(size)
-    ]
+    received = [[torch.stack([sent[s][e][r] for s in range(size)]) for e in range(count)] for r in range(size)]
     whole = Delivery(0, tuple(draw.sample(dims, len(shape))))
     cut = draw.randrange(1, len(shape))
     rest = tuple(draw.sample([d for d in dims if d != cut], len(shape) - 1))
@@ -336,8 +334,8 @@ def all_cases(size: int, seed: int = 0) -> list[Case]:
                 )
             )
     for number, sizes in enumerate(((2, 3, 4), (5,), (3, 2, 2, 7), (64, 33))):
-        for dtype in ("float32", "bfloat16"):
-            cases.append(exchange(size, seed + 20 + number, dtype, sizes=sizes, count=1 + number))
+        cases.append(exchange(size, seed + 20 + number, "float32", sizes=sizes, count=1 + number))
+        cases.append(exchange(size, seed + 20 + number, "bfloat16", sizes=sizes, count=1 + number))
     cases.append(exchange(size, seed + 30, "float16", count=11))  # more exchanges than flags
     cases.append(all_gather(size, seed + 1, "bfloat16", GATHER_USES[:1], use_dtype="float32"))
     cases.append(all_gather(size, seed + 2, "float32", [("lhs", True, "rows")], use_dtype="bfloat16", inner=80))

@@ -140,7 +140,9 @@ class Ranks:
 def moved(draw: st.DrawFn, program: Ranks, node: fx.Node, most: int) -> fx.Node:
     for _ in range(draw(st.integers(0, most))):
         shape = tuple(node.meta["val"].shape)
-        kind = draw(st.sampled_from(["reshape", "permute", "permute", "clone", "slice", "select", "expand", "split_cat"]))
+        kind = draw(
+            st.sampled_from(["reshape", "permute", "permute", "clone", "slice", "select", "expand", "split_cat"])
+        )
         dim = draw(st.integers(0, len(shape) - 1))
         if kind == "reshape":
             size = draw(st.sampled_from(factorizations(shape[dim])))
@@ -182,7 +184,9 @@ def divided(program: Ranks, node: fx.Node) -> fx.Node:
 @given(st.data())
 def test_random_programs_compute_the_same_on_every_rank(ranks: int, data: st.DataObject) -> None:
     program = Ranks(ranks)
-    root = program.input(data.draw(st.sampled_from([(2, 4, 2 * ranks, 3), (4, 6 * ranks), (ranks, 2, 3, 4), (8 * ranks,)])))
+    root = program.input(
+        data.draw(st.sampled_from([(2, 4, 2 * ranks, 3), (4, 6 * ranks), (ranks, 2, 3, 4), (8 * ranks,)]))
+    )
     outputs: list[fx.Node] = []
     results: list[fx.Node] = []
     for _ in range(data.draw(st.integers(1, 3))):
@@ -252,9 +256,7 @@ def ulysses(program: Ranks, spelling: str) -> fx.Node:
         whole = call(aten.reshape.default, moved, [b, p * s, h // p, d])
     else:
         got = program.exchange(call(aten.permute.default, blocks, [2, 1, 0, 3, 4]))
-        whole = call(
-            aten.permute.default, call(aten.reshape.default, got, [p * s, b, h // p, d]), [1, 0, 2, 3]
-        )
+        whole = call(aten.permute.default, call(aten.reshape.default, got, [p * s, b, h // p, d]), [1, 0, 2, 3])
     return call(aten.permute.default, whole, [0, 2, 1, 3])
 
 

@@ -143,17 +143,16 @@ def _rewrite(context: Context, site: Site, plan: Plan) -> fx.Node:
     first = collectives[0]
     # Everything is built before anything is replaced: a size that no graph value spells must leave the program as it was.
     with builder.before(first.node):
-        inputs = [s.build(builder, c.input) for s, c in zip(site.sources, collectives, strict=True)]
+        inputs = [source.build(builder) for source in site.sources]
         node = builder.call(ops.op(KIND), inputs, context.token, plan.dumps(), first.group, like=first.node)
-        sizes = [c.input for c in collectives]
         outs = [builder.call(operator.getitem, node, i, like=first.node) for i in range(len(plan.joins))]
         new: list[tuple[fx.Node, fx.Node]] = []
         for reading in site.readings.values:
             number = site.home(reading)
             order = plan.deliveries[number].order
-            new.append((reading.node, _value(builder, outs[number], order, reading, sizes)))
+            new.append((reading.node, _value(builder, outs[number], order, reading)))
         for joined, out in zip(site.readings.joined, outs[len(site.homes) :], strict=True):
-            new.append((joined.node, builder.reshape(out, joined.node.meta["val"].shape, sizes)))
+            new.append((joined.node, builder.reshape(out, joined.node.meta["val"].shape, inputs)))
     results = {c.result: c for c in collectives}
     for old, value in new:
         if old in results:
@@ -165,15 +164,13 @@ def _rewrite(context: Context, site: Site, plan: Plan) -> fx.Node:
     return node
 
 
-def _value(
-    builder: Builder, out: fx.Node, order: tuple[int, ...], reading: Reading, sources: Sequence[fx.Node]
-) -> fx.Node:
+def _value(builder: Builder, out: fx.Node, order: tuple[int, ...], reading: Reading) -> fx.Node:
     """What `reading` reads, from the output `out` whose factors lie in `order`."""
     shape: Sequence[Size] = reading.node.meta["val"].shape
     place = reading.placement
     if reading.memory_order() == order and not place.repeats:  # a view, whatever made it
         dims = reading.memory_dims()
-        node = builder.reshape(out, [shape[d] for d in dims], sources)
+        node = builder.reshape(out, [shape[d] for d in dims])
         if dims == list(range(len(dims))):
             return node
         return builder.call(aten.permute.default, node, [dims.index(d) for d in range(len(dims))])
@@ -185,5 +182,5 @@ def _value(
             node = builder.call(aten.unsqueeze.default, node, position)
     if place.repeats:
         sizes = [f.size if isinstance(f, Digit) else -1 for f in wanted]
-        node = builder.call(aten.expand.default, node, [s if s == -1 else builder.size(s, sources) for s in sizes])
-    return builder.reshape(node, shape, sources)
+        node = builder.call(aten.expand.default, node, [s if s == -1 else builder.size(s, [out]) for s in sizes])
+    return builder.reshape(node, shape, [out])

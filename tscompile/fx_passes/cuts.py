@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .layout import Digit, Digits, View
-from .sizes import Size, divides, known_eq, plain, product, quotient
+from .sizes import Size, divides, known_eq, known_le, plain, product, quotient
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Cuts:
         left = offset
         for factor in range(len(self._points) - 1):
             stride = self.stride(factor)
-            index: Size = 0 if known_eq(left, 0) else plain(left // stride)
+            index: Size = 0 if known_le(left + 1, stride) else plain(left // stride)
             if not isinstance(index, int) or index < 0 or (index and factor in taken):
                 return None
             left = plain(left - index * stride)

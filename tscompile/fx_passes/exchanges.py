@@ -203,10 +203,10 @@ class Source:
     grid: Cuts  # of the producer's tensor
     placement: Placement
 
-    def build(self, builder: Builder, like: fx.Node) -> fx.Node:
+    def build(self, builder: Builder) -> fx.Node:
         """`[R, f1, ..., fk]` as a view of the producer's tensor, with nodes that copy nothing where its strides allow that."""
         root, place = self.view.root, self.placement
-        node = builder.reshape(root, self.grid.sizes, [like])
+        node = builder.reshape(root, self.grid.sizes)
         left = list(range(len(self.grid.sizes)))
         for factor, index in reversed(place.fixed):
             node = builder.call(aten.select.int, node, left.index(factor), index)
@@ -214,7 +214,7 @@ class Source:
         order = [left.index(f) for f in place.factors]
         if order != list(range(len(order))):
             node = builder.call(aten.permute.default, node, order)
-        return builder.reshape(node, [product(d.size for d in dim) for dim in self.view.dims], [root, like])
+        return builder.reshape(node, [product(d.size for d in dim) for dim in self.view.dims], [root])
 
 
 def find_source(exchange: Exchange, prover: Prover) -> Source:

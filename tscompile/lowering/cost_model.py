@@ -45,9 +45,10 @@ SHM = {
     "matmul_all_reduce": Link(75.0, 400.0),
     "matmul_all_gather": Link(75.0, 240.0),
 }
-# Exchanges with their permutes, by what a rank sends to others.
-GLOO_EXCHANGE = Link(500.0, 1300.0)
-SHM_EXCHANGE = Link(85.0, 400.0)
+# Exchanges with their permutes, one or three at a time. [measured 2026-11-28, the same ranks on a machine with other load, from 32 KiB
+# to 12 MiB: the fourth fastest of 25 rounds; the original ops are underestimated on purpose]
+GLOO_EXCHANGE = Link(500.0, 1600.0)
+SHM_EXCHANGE = Link(250.0, 500.0)
 GFLOPS = 100.0  # float32 matmul, one thread
 GATHERED_US_PER_MIB = 100.0  # writing the gathered tensor out as well
 
@@ -131,6 +132,11 @@ NCCL = {
     "matmul_all_reduce": (Link(27.0, 4.9), Link(11.0, 12.0)),
     "matmul_all_gather": (Link(43.0, 2.6), Link(12.0, 8.0)),
 }
+# One all_to_all of NCCL by what a rank sends to others, and one permuting copy by what it holds [measured 2026-11-20, 4x H200].
+NCCL_EXCHANGE = Link(30.0, 3.5)
+PERMUTE = Link(6.0, 1.65)
+# What one op would take that stores straight into the peers' layout: the rate of copy engines, and the start of a kernel. Not measured.
+PUSH_EXCHANGE = Link(15.0, 2.9)
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 MUST_GAIN_US = 4.0  # ops of a few tens of us are not known better
 
@@ -193,6 +199,16 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
         tail = (first.waves - 1 + 1 / ranks) * first.wave_us
     longest = max(first.us, widths.push_us(received, ranks) + tail)
     return longest + widths.COPIED_TAIL_US + sum(gemm.us for gemm in rest)
+
+
+def foresee(problem: FusionProblem) -> Prediction | None:
+    """Both times of a site for which there is no kernel on GPUs yet, for its report; None if nothing is known about it."""
+    if problem.device != "cuda" or problem.kind != "all_to_all_permute":
+        return None
+    held = problem.comm_bytes / _MIB
+    moved = _predict_exchanges(problem, PUSH_EXCHANGE, NCCL_EXCHANGE)
+    permutes = (problem.exchanges - 1) * PERMUTE.latency_us + PERMUTE.us(held)
+    return Prediction(moved.fused_us, moved.original_us + permutes)
 
 
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
