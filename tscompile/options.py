@@ -29,6 +29,7 @@ KINDS = (
     "matmul_all_gather",
     "mesh_matmul",
     "all_to_all_permute",
+    "all_to_all_attention",
     "all_reduce_matmul",
     "reduce_scatter_matmul",
     "all_gather_attention",

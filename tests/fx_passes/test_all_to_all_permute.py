@@ -46,13 +46,14 @@ def plan_of(node: fx.Node) -> Plan:
     return Plan.loads(str(node.args[-2]))
 
 
-def compile_program(name: str, rank: int = 0, **options: Any) -> Compiled:
+def compile_program(name: str, rank: int = 0, disable: tuple[str, ...] = (), **options: Any) -> Compiled:
     program = PROGRAMS[name]
     setting = Setting(R, rank, program.dtype)
     built = program.build(setting)
     built.mark_dynamic()
     with program.enter(setting):
-        return compile_graphs(built.call, *built.args, backward=program.backward, **options)
+        disable = (*disable, "all_to_all_attention")
+        return compile_graphs(built.call, *built.args, backward=program.backward, disable=disable, **options)
 
 
 NO_COPIES = [

@@ -184,7 +184,8 @@ def test_scratch_is_what_is_sent() -> None:
     assert template is not None
     case = exchange(2, 0, "bfloat16", sizes=(3, 5), count=2)
     assert template.scratch_bytes(case.plan, 2, case.args[0][0]) == 2 * 64
-    assert output_shapes(case.plan, case.args[0][0])[-1] == [2, 30]
+    shapes = output_shapes(case.plan.deliveries, case.plan.joins, [x.shape for x in case.args[0][0]])
+    assert shapes[-1] == [2, 30]
 
 
 def test_a_plan_survives_its_text() -> None:

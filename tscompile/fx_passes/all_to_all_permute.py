@@ -40,14 +40,16 @@ aten = torch.ops.aten
 
 def reference(plan: Plan, group_name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     """inputs [R, f1, ..., fk] of each exchange -> the plan's outputs."""
-    outputs = Outputs(plan, inputs)
+    outputs = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
     for number, x in enumerate(inputs):
         outputs.deliver(number, 0, ops.all_to_all(x, group_name))
     return outputs.tensors
 
 
 def fake(plan: Plan, ranks: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [inputs[0].new_empty(shape) for shape in output_shapes(plan, inputs)]
+    return [
+        inputs[0].new_empty(shape) for shape in output_shapes(plan.deliveries, plan.joins, [x.shape for x in inputs])
+    ]
 
 
 ops.define_op(KIND, "Tensor[] inputs", fake=fake, reference=reference)
@@ -73,19 +75,59 @@ class Site:
         return next(i for i, home in enumerate(self.homes) if _key(home) == _key(reading))
 
     @property
-    def plan(self) -> Plan:
+    def collectives(self) -> tuple[Collective, ...]:
+        return tuple(exchange.collective for exchange in self.exchanges)
+
+    @property
+    def bytes(self) -> int:
+        """What the exchanges move, in all."""
+        return (
+            sum(hint(product(c.input.meta["val"].shape)) for c in self.collectives) * self.exchanges[0].dtype.itemsize
+        )
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        return tuple(f"exchange {shape_text(c.input)}" for c in self.collectives)
+
+    def deliveries(self) -> tuple[tuple[Delivery, ...], tuple[int, ...]]:
+        """All of them, and of how many each output consists."""
         deliveries = [Delivery(self.number(h), h.memory_order(), h.placement.fixed) for h in self.homes]
         joins = [1] * len(deliveries)
         for joined in self.readings.joined:
             deliveries += [self._part(part, joined) for part in joined.parts]
             joins.append(len(joined.parts))
-        dtype = dtype_name(self.exchanges[0].dtype)
-        return Plan(KIND, "", "", dtype, deliveries=tuple(deliveries), joins=tuple(joins))
+        return tuple(deliveries), tuple(joins)
 
     def _part(self, part: Reading, joined: Joined) -> Delivery:
         place = part.placement
         outer = sum(len(dim) for dim in place.dims[: joined.outer])
         return Delivery(self.number(part), place.factors, place.fixed, outer)
+
+    def values(
+        self, builder: Builder, outs: Sequence[fx.Node], sources: Sequence[fx.Node]
+    ) -> list[tuple[fx.Node, fx.Node]]:
+        """What is read, with what takes its place, made of the op's outputs; nothing is replaced yet."""
+        orders = [home.memory_order() for home in self.homes]
+        new: list[tuple[fx.Node, fx.Node]] = []
+        for reading in self.readings.values:
+            number = self.home(reading)
+            new.append((reading.node, _value(builder, outs[number], orders[number], reading)))
+        for joined, out in zip(self.readings.joined, outs[len(self.homes) :], strict=True):
+            new.append((joined.node, builder.reshape(out, joined.node.meta["val"].shape, sources)))
+        return new
+
+    def replace(self, new: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+        results = {c.result: c for c in self.collectives}
+        for old, value in new:
+            if old in results:
+                replace_collective(results[old], value)
+            else:
+                old.replace_all_uses_with(value)
+
+    def nodes(self) -> list[fx.Node]:
+        """What is of no use once its readings are replaced."""
+        chains = [n for exchange in self.exchanges for n in reversed(exchange.chain)]
+        return [*chains, *(n for c in self.collectives for n in (c.result, c.node))]
 
 
 def _key(reading: Reading) -> tuple[object, ...]:
@@ -121,46 +163,40 @@ def find(context: Context, anchor: Collective) -> Match | Keep | None:
     site = find_site(context, anchor)
     if site is None:
         return None
-    collectives = tuple(exchange.collective for exchange in site.exchanges)
-    value = anchor.input.meta["val"]
-    problem = FusionProblem(
-        kind=KIND,
-        group_size=anchor.group_size,
-        intra_host=anchor.intra_host,
+    dtype = dtype_name(site.exchanges[0].dtype)
+    deliveries, joins = site.deliveries()
+    plan = Plan(KIND, "", "", dtype, deliveries=deliveries, joins=joins)
+    problem = exchange_problem(KIND, (site,))
+    return Match(KIND, site.collectives, problem, plan, site.shapes, lambda ctx, final: _rewrite(ctx, site, final))
+
+
+def exchange_problem(kind: str, sites: Sequence[Site], heads: int = 0) -> FusionProblem:
+    first = sites[0].collectives[0]
+    value = first.input.meta["val"]
+    return FusionProblem(
+        kind=kind,
+        group_size=first.group_size,
+        intra_host=first.intra_host,
         device=value.device.type,
         dtype=dtype_name(value.dtype),
-        comm_bytes=sum(hint(product(c.input.meta["val"].shape)) for c in collectives) * value.dtype.itemsize,
+        comm_bytes=sum(site.bytes for site in sites),
         gemms=(),
-        exchanges=len(collectives),
+        exchanges=sum(len(site.exchanges) for site in sites),
+        heads=heads,
     )
-    shapes = tuple(f"exchange {shape_text(c.input)}" for c in collectives)
-    return Match(KIND, collectives, problem, site.plan, shapes, lambda ctx, final: _rewrite(ctx, site, final))
 
 
 def _rewrite(context: Context, site: Site, plan: Plan) -> fx.Node:
-    builder, graph = context.builder, context.graph
-    collectives = [exchange.collective for exchange in site.exchanges]
+    builder, collectives = context.builder, site.collectives
     first = collectives[0]
     # Everything is built before anything is replaced: a size that no graph value spells must leave the program as it was.
     with builder.before(first.node):
         inputs = [source.build(builder) for source in site.sources]
         node = builder.call(ops.op(KIND), inputs, context.token, plan.dumps(), first.group, like=first.node)
         outs = [builder.call(operator.getitem, node, i, like=first.node) for i in range(len(plan.joins))]
-        new: list[tuple[fx.Node, fx.Node]] = []
-        for reading in site.readings.values:
-            number = site.home(reading)
-            order = plan.deliveries[number].order
-            new.append((reading.node, _value(builder, outs[number], order, reading)))
-        for joined, out in zip(site.readings.joined, outs[len(site.homes) :], strict=True):
-            new.append((joined.node, builder.reshape(out, joined.node.meta["val"].shape, inputs)))
-    results = {c.result: c for c in collectives}
-    for old, value in new:
-        if old in results:
-            replace_collective(results[old], value)
-        else:
-            old.replace_all_uses_with(value)
-    gone = [n for exchange in site.exchanges for n in reversed(exchange.chain)]
-    erase_unused(graph, [*gone, *(n for c in collectives for n in (c.result, c.node))])
+        new = site.values(builder, outs, inputs)
+    site.replace(new)
+    erase_unused(context.graph, site.nodes())
     return node
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..problem import FusionProblem, GatherUse, Gemm
+from ..templates.attention import head_groups
 from ..templates.mesh_gemm import CANNON, STREAM, SUMMA
 from ..templates.nvlink import sums, widths
 from ..templates.nvlink.gather_rows import one_kernel
@@ -77,11 +78,13 @@ def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Predictio
 
 
 def schedule(problem: FusionProblem) -> str:
-    """Order in which a mesh_matmul takes its shards, "" for other kinds.
+    """How an all_to_all_attention cuts its heads, the order in which a mesh_matmul takes its shards, "" for other kinds.
 
     On a square mesh Cannon's: at every step each rank of a group reads another arena, where SUMMA's ranks all wait for the same
     one. On CPU ranks no difference was measured (docs/dev/plan-mesh.md).
     """
+    if problem.kind == "all_to_all_attention":
+        return f"{head_groups(problem.heads)} head groups"
     if problem.kind != "mesh_matmul":
         return ""
     if not problem.panels or any(name in ("bfloat16", "float16") for name in problem.gemm_dtypes):
@@ -111,7 +114,7 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
     if problem.kind == "mesh_matmul":
         return _predict_mesh(problem, matmul_us)
-    if problem.kind == "all_to_all_permute":
+    if problem.kind in ("all_to_all_permute", "all_to_all_attention"):
         return _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)

@@ -20,57 +20,61 @@ from .template import register_template, shm_refusal
 Shape = list[int]
 
 
-def groups_of(plan: Plan) -> list[tuple[Delivery, ...]]:
+def _groups(parts: Sequence[Delivery], joins: Sequence[int]) -> list[Sequence[Delivery]]:
     """The deliveries that each output consists of."""
     found, start = [], 0
-    for count in plan.joins:
-        found.append(plan.deliveries[start : start + count])
+    for count in joins:
+        found.append(parts[start : start + count])
         start += count
     return found
 
 
-def part_shape(part: Delivery, inputs: Sequence[Tensor]) -> Shape:
-    return [inputs[part.exchange].shape[dim] for dim in part.order]
-
-
-def output_shapes(plan: Plan, inputs: Sequence[Tensor]) -> list[Shape]:
-    """An output of one delivery has its dims; a joined one is `[outer, sum of the rest]`."""
+def output_shapes(parts: Sequence[Delivery], joins: Sequence[int], sent: Sequence[Sequence[int]]) -> list[Shape]:
+    """An output of one delivery has its dims; a joined one is `[outer, sum of the rest]`. sent: shape of each exchange's input."""
     shapes = []
-    for parts in groups_of(plan):
-        sizes = [part_shape(part, inputs) for part in parts]
-        if len(parts) == 1:
+    for group in _groups(parts, joins):
+        sizes = [[sent[part.exchange][dim] for dim in part.order] for part in group]
+        if len(group) == 1:
             shapes.append(sizes[0])
         else:
-            rest = [prod(size[part.outer :]) for size, part in zip(sizes, parts, strict=True)]
-            shapes.append([prod(sizes[0][: parts[0].outer]), sum(rest)])
+            rest = [prod(size[part.outer :]) for size, part in zip(sizes, group, strict=True)]
+            shapes.append([prod(sizes[0][: group[0].outer]), sum(rest)])
     return shapes
+
+
+Part = tuple[int, int, int]  # of a dim of an exchange's input: (dim, start, length)
 
 
 class Outputs:
     """The outputs of a call, in fresh memory, and where each delivery goes."""
 
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
-        self.tensors: list[Tensor] = []
+    def __init__(
+        self, parts: Sequence[Delivery], joins: Sequence[int], sent: Sequence[Sequence[int]], like: Tensor
+    ) -> None:
+        self.tensors = [like.new_empty(shape) for shape in output_shapes(parts, joins, sent)]
         self._targets: list[tuple[Delivery, Tensor]] = []
-        for parts, shape in zip(groups_of(plan), output_shapes(plan, inputs), strict=True):
-            out = inputs[parts[0].exchange].new_empty(shape)
-            self.tensors.append(out)
+        for group, out in zip(_groups(parts, joins), self.tensors, strict=True):
             start = 0
-            for part in parts:
-                size = part_shape(part, inputs)
+            for part in group:
+                size = [sent[part.exchange][dim] for dim in part.order]
                 target = out
-                if len(parts) > 1:
+                if len(group) > 1:
                     width = prod(size[part.outer :])
                     target = out.narrow(1, start, width).view(size)
                     start += width
                 self._targets.append((part, target))
 
-    def deliver(self, exchange: int, source: int, blocks: Tensor) -> None:
-        """Write what ranks `source`, `source + 1`, ... sent, `[ranks, f1, ..., fk]`, of one exchange."""
+    def deliver(self, exchange: int, source: int, blocks: Tensor, only: Part | None = None) -> None:
+        """Write what ranks `source`, `source + 1`, ... sent, `[ranks, f1, ..., fk]`, of one exchange, or `only` a part of it."""
         for part, target in self._targets:
             if part.exchange == exchange:
                 count = blocks.shape[0]
-                target.narrow(part.order.index(0), source, count).copy_(arranged(part, blocks))
+                place = target.narrow(part.order.index(0), source, count)
+                if only is None:
+                    place.copy_(arranged(part, blocks))
+                else:
+                    dim, start, length = only
+                    place.narrow(part.order.index(dim), start, length).copy_(arranged(part, blocks.narrow(*only)))
 
 
 def arranged(part: Delivery, blocks: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class ShmAllToAll:
             if _flag(number) == number or number == len(inputs) - 1:
                 channel.signal_all(_flag(number))
             offset += aligned(x.numel() * x.element_size())
-        outputs = Outputs(plan, inputs)
+        outputs = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
         for number, x in enumerate(inputs):
             outputs.deliver(number, channel.rank, x.narrow(0, channel.rank, 1))
         for number, (start, shape, dtype) in enumerate(places):
