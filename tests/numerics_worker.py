@@ -29,6 +29,7 @@ class Outcome:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     decisions: list[str] = field(default_factory=list)
     fused: int = 0
+    equal: bool = True  # every tensor, to the bit, to what eager computes
     seconds: float = 0.0
     failure: str = ""
 
@@ -68,6 +69,7 @@ def _run(program: Program, setting: Setting, options: dict[str, Any], outcome: O
         assert actual.keys() == eager.keys() == truth.keys(), "the same outputs and gradients exist in all three"
         for name, expected in truth.items():
             label = name if stretch == 1 else f"{name} (x{stretch})"
+            outcome.equal &= torch.equal(actual[name], eager[name])
             outcome.errors[label] = (_error(actual[name], expected), _error(eager[name], expected))
     # This program's rows as they stand after its runs: a vote may have turned fused sites into kept ones. They are those
     # that the pass planned (an equal graph of an earlier program may have registered them already) and, where a cache

@@ -76,6 +76,16 @@ def test_gradients_reach_every_parameter(world: int, dtype: torch.dtype) -> None
         assert bool(gradients) == PROGRAMS[name].backward, name
 
 
+@pytest.mark.timeout(WORLD_S + 40)
+@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_exchanges_only_move_bits(world: int, dtype: torch.dtype) -> None:
+    names = [name for name, program in PROGRAMS.items() if program.family == "Ulysses" and dtype in program.numerics]
+    assert names
+    for name in names:
+        assert all(outcome.equal for outcome in _world(world, dtype)[name]), name
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_generated_code(tmp_path: Path) -> None:

@@ -28,8 +28,12 @@ KINDS = (
     "matmul_all_reduce",
     "matmul_all_gather",
     "mesh_matmul",
+    "all_to_all_permute",
+    "all_to_all_attention",
     "all_reduce_matmul",
     "reduce_scatter_matmul",
+    "all_gather_attention",
+    "attention_reduce_scatter",
 )
 
 BOOLEANS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}

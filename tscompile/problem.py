@@ -11,6 +11,7 @@ along dim 1 of `[B, S/R, D]` has P = B and Q = S/R * D. Matmul operands and resu
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -48,6 +49,74 @@ class GatherUse:
 
 
 @dataclass(frozen=True)
+class Delivery:
+    """A part of what an exchange received, in the order in which a reader wants it.
+
+    exchange: number of the op's input, which is `[R, f1, ..., fk]`; what is received has the same dims, with the source rank as dim 0.
+    order: its dims as they lie in the output, outermost first.
+    fixed: (dim, index) of the dims that the reader wants one index of.
+    outer: where outputs are joined, how many dims of `order` lie outside of the joined one.
+    """
+
+    exchange: int
+    order: tuple[int, ...]
+    fixed: tuple[tuple[int, int], ...] = ()
+    outer: int = 0
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that an attention reads.
+
+    index: number of the op's output that holds it as received, or of the `local` tensor that it is if it crosses no ranks.
+    counts: of what is received: how many dims of that output make up each of the operand's dims, in the order of memory.
+    order: those dims as the attention has them, `[B, heads, ...]`.
+    """
+
+    index: int
+    received: bool
+    counts: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Departure:
+    """An exchange that sends a result of an attention.
+
+    result: its number. sizes: how many of the op's `sizes` it takes: the result is reshaped to them.
+    fixed: (dim, index) that are selected. order: what is left of the dims, as they are sent: `[R, f1, ..., fk]`.
+    heads: which of the `sizes` are the heads.
+    """
+
+    result: int
+    sizes: int
+    fixed: tuple[tuple[int, int], ...]
+    order: tuple[int, ...]
+    heads: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention between exchanges, computed by groups of heads; what its exchanges deliver stands in the plan and in `deliveries`.
+
+    op: name of the op in torch.ops.aten; its tensor operands have the heads in dim 1, and so have its results.
+    layouts: the dims of each result as they lie in memory, outermost first.
+    heads: for each exchange before it, the dim of its input that is the heads.
+    deliveries, joins: of the exchanges after it, as in the plan.
+    """
+
+    op: str
+    operands: tuple[Operand, ...]
+    causal: bool
+    scale: float | None
+    layouts: tuple[tuple[int, ...], ...]
+    heads: tuple[int, ...]
+    departures: tuple[Departure, ...]
+    deliveries: tuple[Delivery, ...]
+    joins: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The string argument of a fused op: everything its runtime needs beside tensors and the group's name.
 
@@ -63,7 +132,11 @@ class Plan:
     return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's.
     return_second: mesh_matmul: so is the right operand's.
     second_size: mesh_matmul: ranks of the right operand's group.
-    schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them.
+    schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them; all_to_all_attention: the
+        number of head groups.
+    deliveries: all_to_all_permute, all_to_all_attention: what is delivered.
+    joins: the same: for each output, how many of the deliveries it consists of.
+    attention: all_to_all_attention: what is computed between the exchanges.
     """
 
     kind: str
@@ -80,7 +153,15 @@ class Plan:
     return_second: bool = False
     second_size: int = 0
     schedule: str = ""
+    deliveries: tuple[Delivery, ...] = ()
+    joins: tuple[int, ...] = ()
+    attention: Attention | None = None
     version: int = PLAN_VERSION
+
+    @property
+    def computes(self) -> bool:
+        """False if the op only moves elements, so that its results are equal to the bit."""
+        return self.kind != "all_to_all_permute"
 
     def dumps(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
@@ -98,7 +179,23 @@ class Plan:
         raw["uses"] = tuple(GatherUse(**use) for use in raw["uses"])
         raw["coefficients"] = tuple(raw["coefficients"])
         raw["term_group"] = tuple(raw["term_group"])
+        raw["deliveries"] = _all(Delivery, raw["deliveries"])
+        raw["joins"] = tuple(raw["joins"])
+        if raw["attention"] is not None:
+            parts = {"operands": Operand, "departures": Departure, "deliveries": Delivery}
+            found = {name: _tuples(value) for name, value in raw["attention"].items()}
+            found |= {name: _all(part, raw["attention"][name]) for name, part in parts.items()}
+            raw["attention"] = Attention(**found)
         return Plan(**raw)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _all(part: Callable[..., Any], raw: list[dict[str, Any]]) -> tuple[Any, ...]:
+    return tuple(part(**{name: _tuples(value) for name, value in fields.items()}) for fields in raw)
 
 
 @dataclass(frozen=True)
@@ -117,6 +214,8 @@ class FusionProblem:
     second_group_size, second_comm_bytes, second_pieces: mesh_matmul: of the right operand's gather; those of the left one stand in the
         fields that every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim. static:
         mesh_matmul: no size is symbolic.
+    exchanges: all_to_all_permute, all_to_all_attention: number of collectives that it replaces.
+    heads: all_to_all_attention: heads of this rank that all of its exchanges have, 0 if that is no constant.
     """
 
     kind: str
@@ -136,6 +235,8 @@ class FusionProblem:
     second_pieces: int = 1
     static: bool = True
     panels: bool = False
+    exchanges: int = 1
+    heads: int = 0
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 
 

@@ -30,6 +30,7 @@ _COLLECTIVE_NAMESPACES = frozenset(
     {"_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor"}
 )
 _NOT_COLLECTIVES = ("wait_tensor", "mesh_get_process_group")
+_FOREIGN = frozenset({"deepspeed::dim_zero_all_to_all"})  # collectives that another package registers as its own ops
 _SUFFIXES = ("_into_tensor", "_tensor", "_single", "_coalesced", "_out", "_")
 _OUTPUT_CHARS = 6000  # of each failed rank: a traceback and what led to it
 _GRACE_S = 5.0  # after the first failure, the time in which peers may still say what they saw
@@ -69,6 +70,8 @@ def collective_name(target: object) -> str | None:
     """
     if not isinstance(target, torch._ops.OpOverload):
         return None
+    if target.name() in _FOREIGN:
+        return short_name(target._opname)
     if target.namespace not in _COLLECTIVE_NAMESPACES or target._opname.startswith(_NOT_COLLECTIVES):
         return None
     return short_name(target._opname)
@@ -76,7 +79,8 @@ def collective_name(target: object) -> str | None:
 
 def short_name(op: str) -> str:
     """`op` without namespace, overload and suffix of its spelling: "all_gather_into_tensor" -> "all_gather"."""
-    name = op.split("::")[-1].removeprefix("_c10d_functional.").split(".")[0]
+    parts = op.split("::")[-1].split(".")
+    name = parts[1] if len(parts) > 1 and parts[0] in (*_COLLECTIVE_NAMESPACES, "deepspeed") else parts[0]
     while True:
         stripped = next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)
         if stripped == name:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ..compat import TORCH
-from . import dtensor, megatron, mesh
+from . import attention, dtensor, megatron, mesh
 from .base import Built, Program, Setting, scalar_loss
 
 FAMILIES: dict[str, int] = {
@@ -22,11 +22,13 @@ FAMILIES: dict[str, int] = {
     "einsum, consumers, gather-output": 10,
     "SimpleFSDP": 28,
     "2-D mesh": 20,
+    "Ulysses": 40,
+    "context parallel": 10,
 }
-ADDRESSABLE = 215
+ADDRESSABLE = 265
 
 EVERY_PROGRAM: dict[str, Program] = {
-    program.name: program for program in (*dtensor.PROGRAMS, *megatron.PROGRAMS, *mesh.PROGRAMS)
+    program.name: program for program in (*dtensor.PROGRAMS, *megatron.PROGRAMS, *mesh.PROGRAMS, *attention.PROGRAMS)
 }
 
 # What the installed torch itself gets wrong, with every backend: name -> why.

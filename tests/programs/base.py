@@ -100,7 +100,7 @@ class Program:
     """One program and the numbers that its graphs must show at world size 4.
 
     expected: collectives and addressable collectives of each graph phase.
-    extra: belongs to the family but not to the 215 collectives of the recall table.
+    extra: belongs to the family but not to the collectives of the recall table.
     numerics: storage dtypes that numerics tests run it in.
     """
 

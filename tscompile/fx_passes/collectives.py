@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..problem import Keep
+from .sizes import Size, known_eq
 
 _c10d = torch.ops._c10d_functional
 _KINDS: dict[Any, str] = {
@@ -18,7 +19,11 @@ _KINDS: dict[Any, str] = {
     _c10d.all_reduce.default: "all_reduce",
     _c10d.all_reduce_.default: "all_reduce",
     _c10d.all_to_all_single.default: "all_to_all",
+    torch.ops._dtensor.shard_dim_alltoall.default: "all_to_all",
 }
+# Ops of other packages, known by name: nothing of those packages is imported. DeepSpeed's takes (input, group name), exchanges equal
+# blocks of dim 0 and has finished when it returns.
+_FOREIGN = {"deepspeed.dim_zero_all_to_all.default": "all_to_all"}
 _NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "symm_mem", "_dtensor")
 _NOT_COLLECTIVES = ("wait_tensor", "mesh_get_process_group")
 
@@ -27,7 +32,8 @@ _NOT_COLLECTIVES = ("wait_tensor", "mesh_get_process_group")
 class Collective:
     """A collective in a graph.
 
-    node: the op; wait: its wait_tensor, if the graph has one (selective checkpointing may save the op's result un-waited).
+    node: the op; wait: its wait_tensor, if the graph has one (selective checkpointing may save the op's result un-waited, and some ops
+        need none).
     kind: "all_gather" | "reduce_scatter" | "all_reduce" | "all_to_all" | "other".
     group: process group name; "" if the graph does not say it as a constant (`refusal` tells why).
     """
@@ -61,12 +67,10 @@ class Collective:
 
 def is_collective(node: fx.Node) -> bool:
     target = node.target
-    return (
-        node.op == "call_function"
-        and isinstance(target, torch._ops.OpOverload)
-        and target.namespace in _NAMESPACES
-        and not any(name in str(target) for name in _NOT_COLLECTIVES)
-    )
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    known = target.namespace in _NAMESPACES and not any(name in str(target) for name in _NOT_COLLECTIVES)
+    return known or str(target) in _FOREIGN
 
 
 def find_collectives(graph: fx.Graph) -> list[Collective]:
@@ -75,7 +79,7 @@ def find_collectives(graph: fx.Graph) -> list[Collective]:
 
 
 def _canonical(node: fx.Node) -> Collective:
-    kind = _KINDS.get(node.target, "other")
+    kind = _KINDS.get(node.target) or _FOREIGN.get(str(node.target), "other")
     waits = [user for user in node.users if user.target is _c10d.wait_tensor.default]
     wait = waits[0] if len(waits) == 1 else None
     group = node.args[-1] if node.args else ""
@@ -91,7 +95,18 @@ def _canonical(node: fx.Node) -> Collective:
         group = ""
     elif kind == "other":
         refusal = Keep("unknown-collective", f"{node.target} is not one of the collectives that patterns start from")
+    elif node.target is _c10d.all_to_all_single.default and not _even(node):
+        refusal = Keep(
+            "uneven-splits", "the peers exchange parts of different sizes, or of sizes that are known only at run time"
+        )
     return Collective(node, wait, kind, group, len(group_ranks(group)), reduce_op, refusal)
+
+
+def _even(node: fx.Node) -> bool:
+    """True if an all_to_all_single is known to send and receive parts of one size."""
+    splits: list[Any] = [*node.args[1], *node.args[2]]  # type: ignore[misc]
+    sizes: list[Size] = [split.meta["val"] if isinstance(split, fx.Node) else split for split in splits]
+    return all(known_eq(size, sizes[0]) for size in sizes[1:])
 
 
 def group_ranks(group: str) -> tuple[int, ...]:

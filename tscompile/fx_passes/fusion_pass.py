@@ -160,12 +160,15 @@ class _Fusion:
             self._row(label, None, (collective,), Keep("one-rank", "the group has one rank: there is nothing to hide"))
             return
         kept: tuple[str, Keep] | None = None
+        kept_at = 0
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
             if isinstance(found, Match) and self._match(f"{len(self.rows)}:{found.kind}", found):
+                if kept is not None and pattern.priority >= 0 > kept_at:
+                    self.rows[-1].reason += f"; {kept[0]}: {kept[1].reason}"  # why not more of it
                 return
             if isinstance(found, Keep) and kept is None:
-                kept = (pattern.kind, found)
+                kept, kept_at = (pattern.kind, found), pattern.priority
         if kept is not None:
             self._row(f"{len(self.rows)}:{kept[0]}", kept[0], (collective,), kept[1])
         else:

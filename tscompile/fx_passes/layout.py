@@ -331,11 +331,29 @@ def is_movement(node: fx.Node) -> bool:
     return node.target in MOVEMENTS or node.target in JOINS
 
 
-class Prover:
-    """Proves layouts on one state of a graph; make a new one after the graph was edited."""
+def walk_moved(start: Sequence[fx.Node], step: Callable[[fx.Node], Sequence[fx.Node]]) -> list[fx.Node]:
+    """`start` and what is reached from it by stepping on from nodes that move elements; in the order of discovery."""
+    seen = dict.fromkeys(start)
+    stack = list(start)
+    while stack:
+        node = stack.pop()
+        if is_movement(node):
+            for other in step(node):
+                if other not in seen:
+                    seen[other] = None
+                    stack.append(other)
+    return list(seen)
 
-    def __init__(self) -> None:
-        self._proved: dict[fx.Node, Value] = {}
+
+class Prover:
+    """Proves layouts on one state of a graph; make a new one after the graph was edited.
+
+    Args:
+        known: what is known of some nodes; proofs end there.
+    """
+
+    def __init__(self, known: Mapping[fx.Node, View] | None = None) -> None:
+        self._proved: dict[fx.Node, Value] = dict(known) if known else {}
 
     def view(self, node: fx.Node, known: Mapping[fx.Node, View] | None = None) -> View | NotStrided:
         """`node` as a view of the first ancestor that is no movement op, or of what `known` says an ancestor is."""

@@ -2,7 +2,10 @@
 
 from . import (
     all_gather_matmul,
+    all_to_all_attention,
+    all_to_all_permute,
     collective_then_matmul,
+    gathered_attention,
     matmul_all_gather,
     matmul_all_reduce,
     matmul_reduce_scatter,
@@ -11,7 +14,10 @@ from . import (
 
 __all__ = [
     "all_gather_matmul",
+    "all_to_all_attention",
+    "all_to_all_permute",
     "collective_then_matmul",
+    "gathered_attention",
     "matmul_all_gather",
     "matmul_all_reduce",
     "matmul_reduce_scatter",

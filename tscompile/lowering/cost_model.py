@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..problem import FusionProblem, GatherUse, Gemm
+from ..templates.attention import head_groups
 from ..templates.mesh_gemm import CANNON, STREAM, SUMMA
 from ..templates.nvlink import sums, widths
 from ..templates.nvlink.gather_rows import one_kernel
@@ -47,6 +48,10 @@ SHM = {
     "matmul_all_reduce": Link(75.0, 400.0),
     "matmul_all_gather": Link(75.0, 240.0),
 }
+# Exchanges with their permutes, one or three at a time. [measured 2026-11-28, the same ranks on a machine with other load, from 32 KiB
+# to 12 MiB: the fourth fastest of 25 rounds; the original ops are underestimated on purpose]
+GLOO_EXCHANGE = Link(500.0, 1600.0)
+SHM_EXCHANGE = Link(250.0, 500.0)
 GFLOPS = 100.0  # float32 matmul, one thread
 GATHERED_US_PER_MIB = 100.0  # writing the gathered tensor out as well
 
@@ -82,12 +87,14 @@ def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Predictio
 
 
 def schedule(problem: FusionProblem) -> str:
-    """Order in which a mesh_matmul takes its shards, "" for other kinds.
+    """How an all_to_all_attention cuts its heads, the order in which a mesh_matmul takes its shards, "" for other kinds.
 
     On a square mesh Cannon's: at every step each rank of a group reads another arena, where SUMMA's ranks all wait for the same
     one. On CPU ranks no difference was measured (docs/dev/plan-mesh.md), and sums of 16-bit types would be rounded at every panel; on
     GPUs they are not.
     """
+    if problem.kind == "all_to_all_attention":
+        return f"{head_groups(problem.heads)} head groups"
     if problem.kind != "mesh_matmul":
         return ""
     rounds = problem.device != "cuda" and any(name in ("bfloat16", "float16") for name in problem.gemm_dtypes)
@@ -108,10 +115,18 @@ def _predict_mesh(problem: FusionProblem, matmul_us: float) -> Prediction:
     return Prediction(matmul_us + fused, matmul_us + sum(GLOO["all_gather_matmul"].us(mib) for mib in sent))
 
 
+def _predict_exchanges(problem: FusionProblem, fused: Link, original: Link) -> Prediction:
+    """The op has the latency of one exchange; the original ops have it once each."""
+    sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
+    return Prediction(fused.us(sent), (problem.exchanges - 1) * original.latency_us + original.us(sent))
+
+
 def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
     if problem.kind == "mesh_matmul":
         return _predict_mesh(problem, matmul_us)
+    if problem.kind in ("all_to_all_permute", "all_to_all_attention"):
+        return _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:
@@ -131,6 +146,11 @@ NCCL = {
     "matmul_all_reduce": (Link(27.0, 4.9), Link(11.0, 12.0)),
     "matmul_all_gather": (Link(43.0, 2.6), Link(12.0, 8.0)),
 }
+# One all_to_all of NCCL by what a rank sends to others, and one permuting copy by what it holds [measured 2026-11-20, 4x H200].
+NCCL_EXCHANGE = Link(30.0, 3.5)
+PERMUTE = Link(6.0, 1.65)
+# What one op would take that stores straight into the peers' layout: the rate of copy engines, and the start of a kernel. Not measured.
+PUSH_EXCHANGE = Link(15.0, 2.9)
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 MUST_GAIN_US = 4.0  # ops of a few tens of us are not known better
 
@@ -193,6 +213,16 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
         tail = (first.waves - 1 + 1 / ranks) * first.wave_us
     longest = max(first.us, widths.push_us(received, ranks) + tail)
     return longest + widths.COPIED_TAIL_US + sum(gemm.us for gemm in rest)
+
+
+def foresee(problem: FusionProblem) -> Prediction | None:
+    """Both times of a site for which there is no kernel on GPUs yet, for its report; None if nothing is known about it."""
+    if problem.device != "cuda" or problem.kind != "all_to_all_permute":
+        return None
+    held = problem.comm_bytes / _MIB
+    moved = _predict_exchanges(problem, PUSH_EXCHANGE, NCCL_EXCHANGE)
+    permutes = (problem.exchanges - 1) * PERMUTE.latency_us + PERMUTE.us(held)
+    return Prediction(moved.fused_us, moved.original_us + permutes)
 
 
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:

@@ -464,10 +464,10 @@ def _layout(args: tuple[Any, ...]) -> tuple[Any, ...]:
     for value in args:
         if value.__class__ is list:  # as a rule
             for item in value:
-                if item is None:
-                    layout.append(None)
-                else:
+                if isinstance(item, torch.Tensor):
                     layout += item.shape, item.stride()
+                else:  # None or a size
+                    layout.append(item)
             layout.append(len(value))
         elif isinstance(value, torch.Tensor):
             layout += value.shape, value.stride()

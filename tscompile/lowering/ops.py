@@ -88,6 +88,13 @@ def reduce_scatter(x: Tensor, reduce_op: str, ranks: int, group_name: str) -> Te
     return result
 
 
+def all_to_all(x: Tensor, group_name: str) -> Tensor:
+    """Block d of dim 0, `[R, ...]`, to rank d -> block s from rank s."""
+    splits = [1] * x.shape[0]
+    result: Tensor = _c10d.wait_tensor(_c10d.all_to_all_single(x.contiguous(), splits, splits, group_name))
+    return result
+
+
 def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     result: Tensor = _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), reduce_op, group_name))
     return result

@@ -245,6 +245,7 @@ def compare(plan: Plan, outputs: list[torch.Tensor], expected: list[torch.Tensor
     names = (plan.dtype, *(use.dtype for use in plan.uses))
     for index, (output, reference) in enumerate(zip(outputs, expected, strict=True)):
         limit = max(_TOLERANCE.get(dtype, 0.0) for dtype in (output.dtype, *(getattr(torch, name) for name in names)))
+        limit *= plan.computes
         if output.shape != reference.shape or output.dtype != reference.dtype:
             found = f"{list(output.shape)} {output.dtype} instead of {list(reference.shape)} {reference.dtype}"
         elif output.numel() == 0:

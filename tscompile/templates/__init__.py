@@ -1,11 +1,22 @@
 """How each kind of fused op runs: one chunked protocol per kind and target, all registered when this package is imported."""
 
-from . import all_gather_gemm, gemm_all_gather, gemm_all_reduce, gemm_reduce_scatter, mesh_gemm, nvlink
+from . import (
+    all_gather_gemm,
+    all_to_all,
+    attention,
+    gemm_all_gather,
+    gemm_all_reduce,
+    gemm_reduce_scatter,
+    mesh_gemm,
+    nvlink,
+)
 from .template import Template, find_template, register_template, registered
 
 __all__ = [
     "Template",
     "all_gather_gemm",
+    "all_to_all",
+    "attention",
     "find_template",
     "gemm_all_gather",
     "gemm_all_reduce",

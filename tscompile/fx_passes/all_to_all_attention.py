@@ -1,0 +1,270 @@
+"""all_to_all_attention: attention between exchanges, by groups of heads.
+
+    q, k, v ─▶ all_to_alls ─▶ (view, permute)* ─▶ attention ─▶ (view, permute)* ─▶ all_to_all ─▶ ... (forward)
+    dy      ─▶ all_to_all  ─▶ (view, permute)* ─▶ attention backward ─▶ (view, permute)* ─▶ all_to_alls ─▶ cat ─▶ ... (backward)
+
+becomes one op: the attention of the first heads starts when they have arrived, and finished heads leave while the next are computed.
+What else the program reads (operands saved for the backward, the logsumexp) are further outputs. The permutes are in the copies, as in
+all_to_all_permute.
+
+Leaves to all_to_all_permute: dropout, masks, heads that are repeated after the exchange, a single head per rank, checkpoints that save
+the state of random numbers, FlexAttention and other attentions that no kernel takes by groups of heads.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor, fx
+
+from ..lowering import ops
+from ..problem import Attention, Departure, Keep, Operand, Plan
+from ..templates.all_to_all import Outputs, output_shapes
+from ..templates.attention import (
+    Results,
+    attend,
+    departing,
+    grids,
+    head_groups,
+    operands_of,
+    sent_shapes,
+)
+from .all_to_all_permute import Site, exchange_problem, find_site
+from .attention import Form, attention_form
+from .collectives import Collective
+from .describe import dtype_name, shape_text
+from .exchanges import Reading, Source
+from .layout import identity, walk_moved
+from .pattern import Context, Match, register_pattern
+from .rewrite import descendants, erase_unused
+from .sizes import plain
+
+KIND = "all_to_all_attention"
+aten = torch.ops.aten
+
+
+def _of(plan: Plan) -> Attention:
+    assert plan.attention is not None
+    return plan.attention
+
+
+def reference(
+    plan: Plan, group_name: str, inputs: Sequence[Tensor], local: Sequence[Tensor], sizes: Sequence[int]
+) -> list[Tensor]:
+    """What is received before the attention, its results, and what is received after it."""
+    attention = _of(plan)
+    received = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
+    for number, x in enumerate(inputs):
+        received.deliver(number, 0, ops.all_to_all(x, group_name))
+    results = attend(attention, operands_of(attention, received.tensors, local))
+    whole = Results(attention)
+    whole.keep(results, 0, 1)
+    shapes = grids(attention, sizes)
+    after = [departing(d, grid, results[d.result]) for d, grid in zip(attention.departures, shapes, strict=True)]
+    outputs = Outputs(attention.deliveries, attention.joins, [x.shape for x in after], inputs[0])
+    for number, x in enumerate(after):
+        outputs.deliver(number, 0, ops.all_to_all(x, group_name))
+    return [*received.tensors, *whole.tensors, *outputs.tensors]
+
+
+def fake(
+    plan: Plan, ranks: int, inputs: Sequence[Tensor], local: Sequence[Tensor], sizes: Sequence[int]
+) -> list[Tensor]:
+    attention, like = _of(plan), inputs[0]
+    received = [like.new_empty(s) for s in output_shapes(plan.deliveries, plan.joins, [x.shape for x in inputs])]
+    results = attend(attention, operands_of(attention, received, local))
+    whole = [r.new_empty([r.shape[d] for d in layout]) for r, layout in zip(results, attention.layouts, strict=True)]
+    after = sent_shapes(attention, sizes)
+    outputs = [like.new_empty(s) for s in output_shapes(attention.deliveries, attention.joins, after)]
+    return [*received, *whole, *outputs]
+
+
+ops.define_op(KIND, "Tensor[] inputs, Tensor[] local, SymInt[] sizes", fake=fake, reference=reference)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """The attention with the exchanges on both sides; `attention` describes their layouts."""
+
+    form: Form
+    before: Site
+    after: Site
+    local: tuple[fx.Node, ...]
+    attention: Attention
+    heads: int
+
+    @property
+    def node(self) -> fx.Node:
+        return self.form.node
+
+
+@register_pattern(KIND, anchor="all_to_all", priority=-1)
+def find(context: Context, anchor: Collective) -> Match | Keep | None:
+    if any(isinstance(size, int) and size == 0 for size in anchor.input.meta["val"].shape):
+        return None
+    before = find_site(context, anchor)
+    if before is None:
+        return None
+    kept: Keep | None = None
+    for node in dict.fromkeys(user for reading in before.readings.values for user in reading.node.users):
+        form = attention_form(node)
+        found = _site(context, before, form) if form is not None else None
+        if isinstance(found, AttentionSite):
+            return _match(found)
+        kept = kept or found
+    return kept
+
+
+def _match(site: AttentionSite) -> Match:
+    deliveries, joins = site.before.deliveries()
+    dtype = dtype_name(site.before.exchanges[0].dtype)
+    plan = Plan(KIND, "", "", dtype, deliveries=deliveries, joins=joins, attention=site.attention)
+    query = site.node.all_input_nodes[0]
+    shapes = (*site.before.shapes, f"{site.form.name} {shape_text(query)}", *site.after.shapes)
+    collectives = (*site.before.collectives, *site.after.collectives)
+    problem = exchange_problem(KIND, (site.before, site.after), site.heads)
+    return Match(
+        KIND, collectives, problem, plan, shapes, lambda ctx, final: _rewrite(ctx, site, final), gives_way=True
+    )
+
+
+def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | None:
+    """The exchanges around an attention; None if there are none after it, or others than its operands' before it."""
+    if form.refusal is not None:
+        return form.refusal
+    after = _after(context, form.node)
+    if after is None:
+        return None
+    counts = [plain(node.meta["val"].shape[1]) for node in form.operands]
+    heads = gcd(*(count for count in counts if isinstance(count, int)))
+    if not all(isinstance(count, int) for count in counts) or head_groups(heads) < 2:
+        return Keep("no-kernel", "a rank has one head, or an unknown number of them: there are no groups of heads")
+    homes = {home.node: number for number, home in enumerate(before.homes)}
+    late = {n for c in before.collectives for n in descendants(c.node)}
+    operands: list[Operand] = []
+    local: list[fx.Node] = []
+    dims: dict[int, int] = {}
+    for node in form.operands:
+        number = homes.get(node)
+        if number is None:
+            if node in late:
+                return None
+            operands.append(Operand(len(local), False))
+            local.append(node)
+            continue
+        home = before.homes[number]
+        dim = _head_dim(home)
+        if dim is None or dims.setdefault(before.number(home), dim) != dim:
+            return Keep("no-kernel", "the heads of the attention are no dim of the exchange before it")
+        operands.append(_operand(home, number))
+    departures = [_departure(source, form.node) for source in after.sources]
+    deliveries, joins = after.deliveries()
+    fixed = [(d.exchange, dim) for d in before.deliveries()[0] for dim, _ in d.fixed]
+    if set(dims) != set(range(len(before.exchanges))) or any(item in dims.items() for item in fixed):
+        return None
+    found: list[Departure] = []
+    for number, (source, departure) in enumerate(zip(after.sources, departures, strict=True)):
+        if departure is None:
+            return Keep("no-kernel", "the heads of the attention are no dim of the exchange after it")
+        dim = next(i for i, d in enumerate(source.placement.dims) if d == (departure.heads,))
+        if any(d.exchange == number and dim in dict(d.fixed) for d in deliveries):
+            return None
+        found.append(departure)
+    layouts = tuple(_memory_dims(value) for value in form.node.meta["val"])
+    attention = Attention(
+        form.op,
+        tuple(operands),
+        form.causal,
+        form.scale,
+        layouts,
+        tuple(dims[number] for number in range(len(before.exchanges))),
+        tuple(found),
+        deliveries,
+        joins,
+    )
+    return AttentionSite(form, before, after, tuple(local), attention, heads)
+
+
+def _after(context: Context, attention: fx.Node) -> Site | None:
+    """The exchanges that send results of an attention, and nothing else."""
+    parts = [user for user in attention.users if user.target is operator.getitem]
+    reached = walk_moved([user for part in parts for user in part.users], lambda n: list(n.users))
+    found = [context.collectives[n] for n in reached if n in context.collectives]
+    found = [c for c in found if c.kind == "all_to_all" and c.refusal is None and c.group_size > 1]
+    site = find_site(context, min(found, key=_order(context))) if found else None
+    if site is None or any(source.view.root not in parts for source in site.sources):
+        return None
+    return site
+
+
+def _order(context: Context) -> Callable[[Collective], int]:
+    numbers = {node: number for number, node in enumerate(context.collectives)}
+    return lambda collective: numbers[collective.node]
+
+
+def _head_dim(home: Reading) -> int | None:
+    """The dim of the exchange that is the heads of what it delivers, dim 1 of `[B, heads, ...]`."""
+    dims = home.placement.dims
+    if home.placement.repeats or len(dims[1]) != 1 or dims[1][0] == 0:
+        return None
+    dim = dims[1][0]
+    return dim if isinstance(dim, int) else None
+
+
+def _operand(home: Reading, number: int) -> Operand:
+    memory = home.memory_dims()
+    counts = tuple(len(home.placement.dims[dim]) for dim in memory)
+    return Operand(number, True, counts, tuple(memory.index(dim) for dim in range(len(memory))))
+
+
+def _departure(source: Source, attention: fx.Node) -> Departure | None:
+    root, place = source.view.root, source.placement
+    whole = source.grid.place(identity(root))
+    if whole is None or len(whole.dims[1]) != 1 or len(place.dims[0]) != 1:
+        return None
+    heads = whole.dims[1][0]
+    if not isinstance(heads, int) or heads not in place.factors or place.dims[0] == (heads,):
+        return None
+    fixed = dict(place.fixed)
+    left = [factor for factor in range(len(source.grid.sizes)) if factor not in fixed]
+    order = tuple(left.index(factor) for factor in place.factors)
+    return Departure(int(root.args[1]), len(source.grid.sizes), place.fixed, order, heads)  # type: ignore[arg-type]
+
+
+def _memory_dims(value: Tensor) -> tuple[int, ...]:
+    hints = [s if isinstance(s, int) else s.node.hint or 0 for s in value.stride()]
+    return tuple(sorted(range(value.dim()), key=lambda d: -hints[d]))
+
+
+def _rewrite(context: Context, site: AttentionSite, plan: Plan) -> fx.Node:
+    builder, before, after = context.builder, site.before, site.after
+    first = before.collectives[0]
+    with builder.before(first.node):
+        inputs = [source.build(builder) for source in before.sources]
+        sizes = [builder.size(size, inputs) for source in after.sources for size in source.grid.sizes]
+        tail = (context.token, plan.dumps(), first.group)
+        node = builder.call(ops.op(KIND), inputs, list(site.local), sizes, *tail, like=site.node)
+        outs = [builder.call(operator.getitem, node, i, like=site.node) for i in range(len(node.meta["val"]) - 1)]
+        count, results = len(plan.joins), len(site.attention.layouts)
+        received, computed, sent = outs[:count], outs[count : count + results], outs[count + results :]
+        new = before.values(builder, received, inputs)
+        last = after.values(builder, sent, inputs)
+        parts = {int(u.args[1]): u for u in site.node.users if u.target is operator.getitem}  # type: ignore[arg-type]
+        own: list[tuple[fx.Node, fx.Node]] = []
+        for number, part in parts.items():
+            layout = site.attention.layouts[number]
+            back = [layout.index(dim) for dim in range(len(layout))]
+            value = computed[number]
+            if back != list(range(len(back))):
+                value = builder.call(aten.permute.default, value, back)
+            own.append((part, value))
+    before.replace(new)
+    for part, value in own:
+        part.replace_all_uses_with(value)
+    after.replace(last)
+    erase_unused(context.graph, [*before.nodes(), site.node, *parts.values(), *after.nodes()])
+    return node

@@ -1,0 +1,124 @@
+"""all_to_all_permute over shared memory: each element is written once by its sender and read once by the rank that wants it.
+
+A rank copies the blocks for its peers from wherever they lie into its own arena, exchange by exchange, and signals each. Then it takes
+its own block, and those for it from the peers' arenas, and writes them where its readers want them. Whatever permutation the program
+asks for happens in these two copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..nvshmem.heap import FLAGS_PER_PEER, Channel, aligned
+from ..problem import Delivery, FusionProblem, Plan
+from .template import register_template, shm_refusal
+
+Shape = list[int]
+
+
+def _groups(parts: Sequence[Delivery], joins: Sequence[int]) -> list[Sequence[Delivery]]:
+    """The deliveries that each output consists of."""
+    found, start = [], 0
+    for count in joins:
+        found.append(parts[start : start + count])
+        start += count
+    return found
+
+
+def output_shapes(parts: Sequence[Delivery], joins: Sequence[int], sent: Sequence[Sequence[int]]) -> list[Shape]:
+    """An output of one delivery has its dims; a joined one is `[outer, sum of the rest]`. sent: shape of each exchange's input."""
+    shapes = []
+    for group in _groups(parts, joins):
+        sizes = [[sent[part.exchange][dim] for dim in part.order] for part in group]
+        if len(group) == 1:
+            shapes.append(sizes[0])
+        else:
+            rest = [prod(size[part.outer :]) for size, part in zip(sizes, group, strict=True)]
+            shapes.append([prod(sizes[0][: group[0].outer]), sum(rest)])
+    return shapes
+
+
+Part = tuple[int, int, int]  # of a dim of an exchange's input: (dim, start, length)
+
+
+class Outputs:
+    """The outputs of a call, in fresh memory, and where each delivery goes."""
+
+    def __init__(
+        self, parts: Sequence[Delivery], joins: Sequence[int], sent: Sequence[Sequence[int]], like: Tensor
+    ) -> None:
+        self.tensors = [like.new_empty(shape) for shape in output_shapes(parts, joins, sent)]
+        self._targets: list[tuple[Delivery, Tensor]] = []
+        for group, out in zip(_groups(parts, joins), self.tensors, strict=True):
+            start = 0
+            for part in group:
+                size = [sent[part.exchange][dim] for dim in part.order]
+                target = out
+                if len(group) > 1:
+                    width = prod(size[part.outer :])
+                    target = out.narrow(1, start, width).view(size)
+                    start += width
+                self._targets.append((part, target))
+
+    def deliver(self, exchange: int, source: int, blocks: Tensor, only: Part | None = None) -> None:
+        """Write what ranks `source`, `source + 1`, ... sent, `[ranks, f1, ..., fk]`, of one exchange, or `only` a part of it."""
+        for part, target in self._targets:
+            if part.exchange == exchange:
+                count = blocks.shape[0]
+                place = target.narrow(part.order.index(0), source, count)
+                if only is None:
+                    place.copy_(arranged(part, blocks))
+                else:
+                    dim, start, length = only
+                    place.narrow(part.order.index(dim), start, length).copy_(arranged(part, blocks.narrow(*only)))
+
+
+def arranged(part: Delivery, blocks: Tensor) -> Tensor:
+    """`[ranks, f1, ..., fk]` as the delivery wants it: a view."""
+    left = list(range(blocks.dim()))
+    for dim, index in reversed(part.fixed):
+        blocks = blocks.select(dim, index)
+        left.remove(dim)
+    return blocks.permute([left.index(dim) for dim in part.order])
+
+
+@register_template("all_to_all_permute")
+class ShmAllToAll:
+    """inputs `[R, f1, ..., fk]`, dim 0 the destination, in any strides."""
+
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
+        return shm_refusal(problem)
+
+    def scratch_bytes(self, plan: Plan, size: int, inputs: Sequence[Tensor]) -> int:
+        return sum(aligned(int(x.numel()) * x.element_size()) for x in inputs)
+
+    def run(self, channel: Channel, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
+        channel.payload = sum(x.numel() * x.element_size() for x in inputs)
+        places: list[tuple[int, torch.Size, torch.dtype]] = []
+        offset = 0
+        for number, x in enumerate(inputs):
+            places.append((offset, x.shape, x.dtype))
+            arena = channel.view(channel.rank, offset, tuple(x.shape), x.dtype)
+            for peer in channel.peers():
+                arena[peer].copy_(x[peer])
+            if _flag(number) == number or number == len(inputs) - 1:
+                channel.signal_all(_flag(number))
+            offset += aligned(x.numel() * x.element_size())
+        outputs = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
+        for number, x in enumerate(inputs):
+            outputs.deliver(number, channel.rank, x.narrow(0, channel.rank, 1))
+        for number, (start, shape, dtype) in enumerate(places):
+            for peer in channel.peers():
+                channel.wait(peer, _flag(number))
+                arena = channel.view(peer, start, tuple(shape), dtype)
+                outputs.deliver(number, peer, arena.narrow(0, channel.rank, 1))
+        return outputs.tensors
+
+
+def _flag(exchange: int) -> int:
+    """The flag that says that an exchange is there; the last one is for all that have none of their own."""
+    return min(exchange, FLAGS_PER_PEER - 1)

@@ -1,0 +1,220 @@
+"""all_to_all_attention over shared memory: the attention takes groups of heads as they arrive, and their results leave at once.
+
+A rank writes the blocks for its peers into its arena, head group by head group, and signals each group. For each group it then waits
+for the peers' parts of it, computes the attention of these heads, writes the parts of the result that others want into its arena
+and signals. The results of the peers are collected at the end, again group by group. Heads are independent of one another, so the
+attention of a group is the plain op on a slice of its operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nvshmem.heap import FLAGS_PER_PEER, Channel, aligned
+from ..problem import Attention, Departure, FusionProblem, Plan
+from .all_to_all import Outputs, Part
+from .template import register_template, shm_refusal
+
+MOST_GROUPS = FLAGS_PER_PEER // 2  # a flag for each before the attention, and one after it
+
+
+def head_groups(heads: int) -> int:
+    """The largest number of equal groups for which there are flags."""
+    return max(count for count in range(1, MOST_GROUPS + 1) if heads % count == 0)
+
+
+def operands_of(attention: Attention, received: Sequence[Tensor], local: Sequence[Tensor]) -> list[Tensor]:
+    """The attention's tensors `[B, heads, ...]` as views of what is received, or as they are."""
+    found = []
+    for operand in attention.operands:
+        if not operand.received:
+            found.append(local[operand.index])
+            continue
+        out, sizes, start = received[operand.index], [], 0
+        for count in operand.counts:
+            sizes.append(prod(out.shape[start : start + count]))
+            start += count
+        found.append(out.view(sizes).permute(operand.order))
+    return found
+
+
+def attend(attention: Attention, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The original op."""
+    op: Any = getattr(torch.ops.aten, attention.op).default
+    results: tuple[Tensor, ...] = op(*operands, 0.0, attention.causal, scale=attention.scale)
+    return results
+
+
+def grids(attention: Attention, sizes: Sequence[int]) -> list[list[int]]:
+    """The shape that each exchange after the attention gives to the result that it sends."""
+    found, start = [], 0
+    for departure in attention.departures:
+        found.append(list(sizes[start : start + departure.sizes]))
+        start += departure.sizes
+    return found
+
+
+def sent_shape(departure: Departure, grid: Sequence[int]) -> list[int]:
+    left = _left(departure)
+    return [grid[left[dim]] for dim in departure.order]
+
+
+def sent_shapes(attention: Attention, sizes: Sequence[int]) -> list[list[int]]:
+    """Shapes of what the exchanges after the attention send."""
+    return [sent_shape(d, grid) for d, grid in zip(attention.departures, grids(attention, sizes), strict=True)]
+
+
+def departing(departure: Departure, grid: Sequence[int], result: Tensor, heads: int | None = None) -> Tensor:
+    """What an exchange sends, `[R, f1, ..., fk]`, of a result that has `heads` of all heads: a view if its strides allow that."""
+    shape = list(grid)
+    if heads is not None:
+        shape[departure.heads] = heads
+    sent = result.reshape(shape)
+    for dim, index in reversed(departure.fixed):
+        sent = sent.select(dim, index)
+    return sent.permute(departure.order)
+
+
+def _left(departure: Departure) -> list[int]:
+    fixed = {dim for dim, _ in departure.fixed}
+    return [dim for dim in range(departure.sizes) if dim not in fixed]
+
+
+def heads_sent(departure: Departure) -> int:
+    """The dim of what is sent that is the heads."""
+    return departure.order.index(_left(departure).index(departure.heads))
+
+
+class Results:
+    """The attention's results, whole, in the memory order that the plan says."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._layouts = attention.layouts
+        self.tensors: list[Tensor] = []
+
+    def keep(self, results: Sequence[Tensor], group: int, groups: int) -> None:
+        """Those of one group of heads."""
+        if not self.tensors:
+            for result, layout in zip(results, self._layouts, strict=True):
+                shape = list(result.shape)
+                shape[1] *= groups
+                self.tensors.append(result.new_empty([shape[dim] for dim in layout]))
+        for whole, result, layout in zip(self.tensors, results, self._layouts, strict=True):
+            heads = result.shape[1]
+            whole.narrow(layout.index(1), group * heads, heads).copy_(result.permute(layout))
+
+
+class _Arenas:
+    """The exchanges of a call, those before the attention first, as they lie one behind the other in each rank's arena.
+
+    Args:
+        shapes: `[R, f1, ..., fk]` of each; heads: which dim are the heads.
+        groups: of heads.
+    """
+
+    def __init__(
+        self, channel: Channel, shapes: Sequence[Sequence[int]], heads: Sequence[int], groups: int, dtype: torch.dtype
+    ) -> None:
+        self._channel, self._shapes, self._heads, self._groups, self._dtype = channel, shapes, heads, groups, dtype
+        self._places: list[int] = []
+        offset = 0
+        for shape in shapes:
+            self._places.append(offset)
+            offset += aligned(prod(shape) * dtype.itemsize)
+
+    def part(self, number: int, group: int) -> Part:
+        """Of an exchange, what belongs to a group of heads."""
+        dim = self._heads[number]
+        length = self._shapes[number][dim] // self._groups
+        return dim, group * length, length
+
+    def _whole(self, owner: int, number: int) -> Tensor:
+        return self._channel.view(owner, self._places[number], tuple(self._shapes[number]), self._dtype)
+
+    def write(self, number: int, group: int, blocks: Tensor, ranks: Sequence[int]) -> None:
+        """The group's heads of what is sent to `ranks`, `[R, f1, ..., fk]`, into this rank's arena."""
+        own = self._whole(self._channel.rank, number).narrow(*self.part(number, group))
+        for rank in ranks:
+            own[rank].copy_(blocks[rank])
+
+    def block(self, owner: int, number: int) -> Tensor:
+        """What `owner` sends to this rank, `[1, f1, ..., fk]`."""
+        return self._whole(owner, number).narrow(0, self._channel.rank, 1)
+
+
+@register_template("all_to_all_attention")
+class ShmAttention:
+    """inputs `[R, f1, ..., fk]` of the exchanges before the attention; local: its other operands."""
+
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
+        return shm_refusal(problem)
+
+    def scratch_bytes(
+        self, plan: Plan, size: int, inputs: Sequence[Tensor], local: Sequence[Tensor], sizes: Sequence[int]
+    ) -> int:
+        attention = _attention(plan)
+        width = inputs[0].element_size()
+        shapes = [*(list(x.shape) for x in inputs), *sent_shapes(attention, sizes)]
+        return sum(aligned(int(prod(shape)) * width) for shape in shapes)
+
+    def run(
+        self,
+        channel: Channel,
+        plan: Plan,
+        inputs: Sequence[Tensor],
+        local: Sequence[Tensor],
+        sizes: Sequence[int],
+    ) -> list[Tensor]:
+        attention, groups = _attention(plan), int(plan.schedule.split()[0])
+        after = sent_shapes(attention, sizes)
+        shapes = [*(list(x.shape) for x in inputs), *after]
+        heads = [*attention.heads, *(heads_sent(departure) for departure in attention.departures)]
+        arenas = _Arenas(channel, shapes, heads, groups, inputs[0].dtype)
+        channel.payload = sum(prod(shape) for shape in shapes)
+        peers, everyone = list(channel.peers()), [channel.rank, *channel.peers()]
+        for group in range(groups):
+            for number, x in enumerate(inputs):
+                arenas.write(number, group, x.narrow(*arenas.part(number, group)), peers)
+            channel.signal_all(group)
+        received = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
+        outputs = Outputs(attention.deliveries, attention.joins, after, inputs[0])
+        operands = operands_of(attention, received.tensors, local)
+        whole = Results(attention)
+        for group in range(groups):
+            for rank in everyone:
+                if rank != channel.rank:
+                    channel.wait(rank, group)
+                for number, x in enumerate(inputs):
+                    block = x.narrow(0, rank, 1) if rank == channel.rank else arenas.block(rank, number)
+                    received.deliver(number, rank, block, arenas.part(number, group))
+            results = attend(attention, [_heads_of(operand, group, groups) for operand in operands])
+            for number, (departure, grid) in enumerate(
+                zip(attention.departures, grids(attention, sizes), strict=True), len(inputs)
+            ):
+                result = results[departure.result]
+                arenas.write(number, group, departing(departure, grid, result, result.shape[1]), everyone)
+            channel.signal_all(MOST_GROUPS + group)
+            whole.keep(results, group, groups)
+        for group in range(groups):
+            for rank in everyone:
+                if rank != channel.rank:
+                    channel.wait(rank, MOST_GROUPS + group)
+                for number in range(len(after)):
+                    there = number + len(inputs)
+                    outputs.deliver(number, rank, arenas.block(rank, there), arenas.part(there, group))
+        return [*received.tensors, *whole.tensors, *outputs.tensors]
+
+
+def _heads_of(operand: Tensor, group: int, groups: int) -> Tensor:
+    heads = operand.shape[1] // groups
+    return operand.narrow(1, group * heads, heads)
+
+
+def _attention(plan: Plan) -> Attention:
+    assert plan.attention is not None, "the pattern says what is computed"
+    return plan.attention
