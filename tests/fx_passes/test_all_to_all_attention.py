@@ -14,7 +14,7 @@ from tests.graphs import Compiled, compile_graphs
 from tests.programs import PROGRAMS, Setting
 from tests.programs.attention import SPELLINGS
 from tscompile.fx_passes.attention import attention_form, is_attention
-from tscompile.lowering import planner
+from tscompile.lowering import cost_model, planner
 from tscompile.options import Options
 from tscompile.problem import FusionProblem, Keep, Plan
 from tscompile.templates.attention import head_groups
@@ -160,6 +160,15 @@ def test_no_exchange_after_it() -> None:
 def test_disabled_it_gives_way() -> None:
     found = compile_program("d7_ulysses_yunchang_nograd", disable=(KIND,))
     assert found.kinds() == ["all_to_all_permute"] * 2
+
+
+def test_the_planner_takes_the_exchanges_alone_where_groups_of_heads_gain_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = compile_program("d7_ulysses_yunchang_nograd", fuse="auto")
+    assert found.kinds() == ["all_to_all_permute"] * 2 and set(found.codes()) == {"fused"}
+    monkeypatch.setattr(cost_model, "HEAD_GROUP_US", 0.0)
+    assert compile_program("d7_ulysses_yunchang_nograd", fuse="auto").kinds() == [KIND]
 
 
 GPU_FORMS = {

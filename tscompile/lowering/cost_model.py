@@ -52,6 +52,8 @@ SHM = {
 # to 12 MiB: the fourth fastest of 25 rounds; the original ops are underestimated on purpose]
 GLOO_EXCHANGE = Link(500.0, 1600.0)
 SHM_EXCHANGE = Link(250.0, 500.0)
+# What a group of heads costs an all_to_all_attention: copies, signals, one more call of the attention. [measured likewise, 4 groups]
+HEAD_GROUP_US = 250.0
 GFLOPS = 100.0  # float32 matmul, one thread
 GATHERED_US_PER_MIB = 100.0  # writing the gathered tensor out as well
 
@@ -71,6 +73,9 @@ def pays(problem: FusionProblem, predicted: Prediction) -> bool:
         if predicted.fused_us >= predicted.partial_us:
             return False
         return predicted.fused_us < min(MUST_GAIN_GPU * predicted.original_us, predicted.original_us - MUST_GAIN_US)
+    if problem.kind == "all_to_all_attention":  # if it is not chosen, its exchanges are, as two ops
+        separate = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE).fused_us + SHM_EXCHANGE.latency_us
+        predicted = Prediction(predicted.fused_us, min(predicted.original_us, separate))
     return predicted.fused_us < MUST_GAIN * predicted.original_us
 
 
@@ -126,7 +131,9 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
     if problem.kind == "mesh_matmul":
         return _predict_mesh(problem, matmul_us)
     if problem.kind in ("all_to_all_permute", "all_to_all_attention"):
-        return _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
+        moved = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
+        groups = head_groups(problem.heads) if problem.kind == "all_to_all_attention" else 0
+        return Prediction(moved.fused_us + groups * HEAD_GROUP_US, moved.original_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:
