@@ -9,6 +9,7 @@ import pytest
 
 import tscompile.language as tl
 from tests.language.ptx import read_non_coherently
+from tscompile.language.compile import compile_lowered, lower
 
 FOLDER = Path(__file__).parents[1] / "examples" / "tilescale"
 sys.path.insert(0, str(FOLDER))  # the scripts import each other by these names
@@ -27,8 +28,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("make", MAKERS, ids=MAKERS.values())
 def test_kernels_compile_for_gpus(make) -> None:
-    for kernel in make(tl.dialect("cuda")):
-        artifact = tl.compile_cuda(kernel.function, pass_configs=kernel.pass_configs)
+    kernels = make(tl.dialect("cuda"))
+    lowered = [lower(kernel.function, pass_configs=kernel.pass_configs) for kernel in kernels]
+    for kernel, artifact in zip(kernels, compile_lowered(lowered), strict=True):
         assert artifact.cubin[:4] == b"\x7fELF", kernel.name
         assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0, kernel.name
         assert artifact.shared_bytes <= 227 << 10, kernel.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 
 import pytest
@@ -143,9 +143,16 @@ reduces = pytest.mark.parametrize(("config", "all_reduce"), REDUCES, ids=name_of
 sum_pushes = pytest.mark.parametrize(("config", "form"), SUM_PUSHES, ids=name_of)
 
 
-@lru_cache
+@cache
+def family(build) -> dict[tuple[GemmConfig, bool | str], tl.CudaArtifact]:
+    """All kernels of one program, in few runs of nvcc."""
+    forms = [(config, flag) for program, config, flag in ALL if program is build]
+    functions = [build(*form) for form in forms]
+    return dict(zip(forms, tl.compile_cuda_all(functions, pass_configs=PASS_CONFIGS), strict=True))
+
+
 def compiled(build, config: GemmConfig, flag: bool | str) -> tl.CudaArtifact:
-    return tl.compile_cuda(build(config, flag), pass_configs=PASS_CONFIGS)
+    return family(build)[config, flag]
 
 
 def branches(source: str) -> tuple[str, str, str]:
@@ -450,6 +457,17 @@ def test_a_small_sum_is_exchanged_by_the_multiplying_warps(config: GemmConfig, f
     # What peers have sent is read behind its flag, 16 bytes at a time and not by the read-only path.
     parts = [match.start() for match in re.finditer(r"ld\.global\.L1::no_allocate\.v4", artifact.ptx)]
     assert parts and artifact.ptx.index("ld.acquire.sys.global.u32") < parts[0]
+
+
+@pytest.mark.parametrize("build", [all_gather_kernel, reduce_kernel], ids=name_of)
+def test_kernels_of_one_file_are_what_they_are_alone(build) -> None:
+    """Their code, that is: shared memory that a device function declares belongs to the file instead of to its only kernel."""
+    (config, flag), together = next(reversed(family(build).items()))
+    alone = tl.compile_cuda(build(config, flag), pass_configs=PASS_CONFIGS)
+    codes = [re.findall(r"^\t+(?:@!?%p\d+ )?([a-z].*?)[;\s]", each.ptx, re.MULTILINE) for each in (alone, together)]
+    assert codes[0] == codes[1] and len(codes[0]) > 500
+    assert together.source == alone.source and together.shared_bytes == alone.shared_bytes
+    assert abs(together.registers - alone.registers) <= 8 and together.log.count("Compiling entry function") == 1
 
 
 @pytest.mark.parametrize("name", ["tsk_open", "tsk_acknowledge"])
