@@ -11,6 +11,7 @@ import pytest
 
 import tscompile.language as tl
 from tests.language.ptx import before, read_non_coherently
+from tscompile.language.compile import compile_lowered, lower
 
 FOLDER = Path(__file__).parents[1] / "examples" / "tilescale"
 sys.path.insert(0, str(FOLDER))  # the scripts import each other by these names
@@ -27,7 +28,9 @@ pytestmark = pytest.mark.slow
 @cache
 def compiled(make) -> dict[str, tl.CudaArtifact]:
     """The kernels of an example, by name."""
-    return {k.name: tl.compile_cuda(k.function, pass_configs=k.pass_configs) for k in make(tl.dialect("cuda"))}
+    kernels = make(tl.dialect("cuda"))
+    lowered = [lower(kernel.function, pass_configs=kernel.pass_configs) for kernel in kernels]
+    return dict(zip((kernel.name for kernel in kernels), compile_lowered(lowered), strict=True))
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=MAKERS.values())

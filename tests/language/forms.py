@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tscompile.language as tl
-from tscompile.language.compile import parse
+from tscompile.language.compile import lower, parse
 from tscompile.language.dialects import Dialect
 from tscompile.language.launch_spec import LaunchSpec
 from tscompile.templates.nvlink import jit
@@ -64,6 +64,11 @@ def pass_configs(form: Form) -> dict[str, Any] | None:
     """Kernels that hand shared memory to primitives say themselves where their blocks meet."""
     shared = form[0] in ("bulk", "tiles", "stuck") or (form[0] == "messages" and form[1] in message_kernels.BULK)
     return {"tl.disable_thread_storage_sync": True} if shared else None
+
+
+def lowered(form: Form) -> Any:
+    """What TileLang makes of a form."""
+    return lower(written(tl.dialect("cuda"), form), pass_configs=pass_configs(form))
 
 
 @cache

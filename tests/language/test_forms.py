@@ -1,10 +1,7 @@
-"""Every kernel that the GPU tests and the benchmark launch, compiled to a cubin as they compile it, and their plans. No GPU needed."""
+"""Every kernel that the GPU tests and the benchmark launch, compiled to a cubin, and their plans. No GPU needed."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -13,6 +10,8 @@ import torch
 import tscompile.language as tl
 from benchmarks import bench_language
 from tscompile.language.addresses import cast
+from tscompile.language.compile import compile_lowered, lower
+from tscompile.language.launch_spec import LaunchSpec, launch_spec
 from tscompile.templates.nvlink.launch import Kernel
 
 from . import forms, plans
@@ -23,18 +22,21 @@ BENCH = [(way, *shape) for way in bench_language.WAYS for shape in bench_languag
 
 
 @pytest.fixture(scope="module")
-def cubins() -> Iterator[dict[Form, Future]]:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield {form: pool.submit(forms.cubin, form) for form in forms.FORMS}
-        pool.shutdown(cancel_futures=True)
+def kernels(request: pytest.FixtureRequest) -> dict[Form, tuple[bytes, LaunchSpec]]:
+    """Those of the tests that run, compiled in few runs of nvcc: form -> what `forms.cubin` makes one by one."""
+    calls = [item.callspec.params for item in request.session.items if "kernels" in getattr(item, "fixturenames", ())]
+    wanted = list(dict.fromkeys(call["form"] for call in calls))
+    lowered = [forms.lowered(form) for form in wanted]
+    made = zip(compile_lowered(lowered), map(launch_spec, lowered), strict=True)
+    return dict(zip(wanted, ((artifact.cubin, spec) for artifact, spec in made), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", forms.FORMS, ids=lambda form: "-".join(map(str, form)))
-def test_kernels_of_the_gpu_tests(cubins: dict[Form, Future], form: Form) -> None:
+def test_kernels_of_the_gpu_tests(kernels: dict[Form, tuple[bytes, LaunchSpec]], form: Form) -> None:
     """And what launches them finds a value for every parameter."""
-    cubin, spec = cubins[form].result()
-    assert cubin[:4] == b"\x7fELF"
+    cubin, spec = kernels[form]
+    assert cubin[:4] == b"\x7fELF" and spec.kernel.encode() in cubin
     function = forms.written(tl.dialect("cuda"), form)
     buffers = function.buffer_map
     names = {str(buffers[p].name) if p in buffers else str(p.name) for p in function.params}
@@ -44,16 +46,24 @@ def test_kernels_of_the_gpu_tests(cubins: dict[Form, Future], form: Form) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", [("who",)])
+def test_a_kernel_as_the_gpu_tests_compile_it(kernels: dict[Form, tuple[bytes, LaunchSpec]], form: Form) -> None:
+    cubin, spec = forms.cubin(form)
+    assert cubin[:4] == b"\x7fELF" and f"{spec.kernel}\0".encode() in cubin and spec == kernels[form][1]
+
+
+@pytest.mark.slow
 def test_kernels_of_the_benchmark() -> None:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        plain = pool.submit(bench_language.plain_cubin)
-        for form, (cubin, spec) in zip(BENCH, pool.map(lambda form: bench_language.built(*form), BENCH), strict=True):
-            assert cubin[:4] == b"\x7fELF"
-            assert (spec.grid, spec.threads, set(spec.parameters)) == (*form[1:], {"dst", "src", "size"})
-        for shape in bench_language.PLAIN:
-            spec = bench_language.plain_spec(*shape)
-            assert f"{spec.kernel}\0".encode() in plain.result()
-            Kernel(spec, 0).values({"dst": 1, "src": 2, "count": 3})
+    lowered = [lower(bench_language.copy_kernel(*form)) for form in BENCH]
+    for form, artifact, spec in zip(BENCH, compile_lowered(lowered), map(launch_spec, lowered), strict=True):
+        assert artifact.cubin[:4] == b"\x7fELF" and artifact.spill_bytes == artifact.stack_bytes == 0
+        assert (spec.grid, spec.threads, set(spec.parameters)) == (*form[1:], {"dst", "src", "size"})
+    assert bench_language.built(*BENCH[-1])[1] == spec
+    plain = bench_language.plain_cubin()
+    for shape in bench_language.PLAIN:
+        spec = bench_language.plain_spec(*shape)
+        assert f"{spec.kernel}\0".encode() in plain
+        Kernel(spec, 0).values({"dst": 1, "src": 2, "count": 3})
 
 
 def test_what_the_benchmark_reports() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from . import nvshmem as nvshmem
     from .addresses import epoch, num_ranks, peer, peer_address, pointer, rank, remote
     from .bulk import bulk_get, bulk_put, bulk_wait, bulk_wait_read, mbarrier_init, mbarrier_wait
-    from .compile import CudaArtifact, compile_cuda
+    from .compile import CudaArtifact, compile_cuda, compile_cuda_all
     from .dialects import Dialect, Target, dialect, prelude
     from .grid import gpu_arrive, gpu_wait, grid_sync
     from .group import SymmetricGroup
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "addresses": "epoch num_ranks peer peer_address pointer rank remote",
     "bulk": "bulk_get bulk_put bulk_wait bulk_wait_read mbarrier_init mbarrier_wait",
-    "compile": "CudaArtifact compile_cuda",
+    "compile": "CudaArtifact compile_cuda compile_cuda_all",
     "dialects": "Dialect Target dialect prelude",
     "grid": "gpu_arrive gpu_wait grid_sync",
     "group": "SymmetricGroup",
@@ -107,6 +107,7 @@ __all__ = [
     "bulk_wait",
     "bulk_wait_read",
     "compile_cuda",
+    "compile_cuda_all",
     "dialect",
     "dist_print",
     "elect",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 
 import pytest
@@ -49,7 +49,7 @@ def summing(dtype: str, transposed: bool, operands: int, bias: bool, tile_n: int
 
 
 def gathering(dtype: str, transposed: bool, operands: int, bias: bool, tile_n: int, collects: bool, rows: int = TILE_M):
-    return GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n), rows), collects
+    return GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n), rows=rows), collects
 
 
 GATHERS = [
@@ -90,7 +90,10 @@ REDUCES = [
     summing("float16", False, 3, True, 128, False),
 ]
 SUM_PUSHES = [
-    (GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n), 16 if form == "one_shot" else TILE_M), form)
+    (
+        GemmConfig(dtype, transposed, operands, bias, tile_n, depth(tile_n), rows=16 if form == "one_shot" else TILE_M),
+        form,
+    )
     for dtype, transposed, operands, bias, tile_n, form in [
         ("bfloat16", True, 1, False, 64, "one_shot"),
         ("float16", False, 3, True, 64, "two_shot"),
@@ -158,9 +161,16 @@ reduces = pytest.mark.parametrize(("config", "all_reduce"), REDUCES, ids=name_of
 sum_pushes = pytest.mark.parametrize(("config", "form"), SUM_PUSHES, ids=name_of)
 
 
-@lru_cache
+@cache
+def family(build) -> dict[tuple[GemmConfig, bool | str | tuple[bool, bool]], tl.CudaArtifact]:
+    """All kernels of one program, in few runs of nvcc."""
+    forms = [(config, flag) for program, config, flag in ALL if program is build]
+    functions = [build(*form) for form in forms]
+    return dict(zip(forms, tl.compile_cuda_all(functions, pass_configs=PASS_CONFIGS), strict=True))
+
+
 def compiled(build, config: GemmConfig, flag: bool | str | tuple[bool, bool]) -> tl.CudaArtifact:
-    return tl.compile_cuda(build(config, flag), pass_configs=PASS_CONFIGS)
+    return family(build)[config, flag]
 
 
 def branches(source: str) -> tuple[str, str, str]:
@@ -232,7 +242,7 @@ def test_only_the_loading_warp_loads_and_claims(build, config: GemmConfig, flag:
     sums = build in (reduce_kernel, sum_push_kernel)
     lefts = config.operands if sums else {gather_push_kernel: 1, mesh_gemm_kernel: 3}.get(build, 2)
     assert len(set(re.findall(r"tl::tma_load\((\w+)_desc", loader))) == lefts + config.operands
-    if build is not gather_blocks_kernel:
+    if build not in (gather_blocks_kernel, mesh_gemm_kernel):
         assert set(re.findall(r"expect_transaction\((\d+)\)", loader)) == {str(config.rows * config.tile_k * 2)}
     for others in (multiplier, idle):
         assert "tma_load" not in others and "tsk_claim" not in others
@@ -510,6 +520,17 @@ def test_a_small_sum_is_exchanged_by_the_multiplying_warps(config: GemmConfig, f
     # What peers have sent is read behind its flag, 16 bytes at a time and not by the read-only path.
     parts = [match.start() for match in re.finditer(r"ld\.global\.L1::no_allocate\.v4", artifact.ptx)]
     assert parts and artifact.ptx.index("ld.acquire.sys.global.u32") < parts[0]
+
+
+@pytest.mark.parametrize("build", [all_gather_kernel, reduce_kernel], ids=name_of)
+def test_kernels_of_one_file_are_what_they_are_alone(build) -> None:
+    """Their code, that is: shared memory that a device function declares belongs to the file instead of to its only kernel."""
+    (config, flag), together = next(reversed(family(build).items()))
+    alone = tl.compile_cuda(build(config, flag), pass_configs=PASS_CONFIGS)
+    codes = [re.findall(r"^\t+(?:@!?%p\d+ )?([a-z].*?)[;\s]", each.ptx, re.MULTILINE) for each in (alone, together)]
+    assert codes[0] == codes[1] and len(codes[0]) > 500
+    assert together.source == alone.source and together.shared_bytes == alone.shared_bytes
+    assert abs(together.registers - alone.registers) <= 8 and together.log.count("Compiling entry function") == 1
 
 
 @pytest.mark.parametrize("name", ["tsk_open", "tsk_acknowledge"])

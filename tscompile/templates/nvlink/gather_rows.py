@@ -98,7 +98,7 @@ def _config(
     columns = [int(weight.shape[1]) for weight in weights]
     rows = _rows(ranks, shard, k)
     tile_n = widths.gather_width(rows, columns, k, ranks, transposed, pushed)
-    return GemmConfig(dtype, transposed, len(weights), bias, tile_n, depth(tile_n), loaded_rows(rows))
+    return GemmConfig(dtype, transposed, len(weights), bias, tile_n, depth(tile_n), rows=loaded_rows(rows))
 
 
 class RowsLaunch:

@@ -157,7 +157,7 @@ def _kernel(plan: Plan, rhs: Sequence[Tensor], biases: Sequence[Tensor | None], 
     has_bias = any(bias is not None for bias in biases)
     width = chosen.width
     stages = depth(width, pulled_rows(width) * width if chosen.form == PULL else 0)
-    config = GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, stages, chosen.rows)
+    config = GemmConfig(plan.dtype, is_transposed(rhs[0]), len(rhs), has_bias, width, stages, rows=chosen.rows)
     return ("reduce", config, _is_all_reduce(plan)) if chosen.form == PULL else ("sum_push", config, chosen.form)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SMS = 132  # CTAs of a kernel: one per SM of an H100 or H200. Kernels themselves work with any number of them
 DATA_FLAGS = 24 << 10  # of a slot; those of a sum are two for each tile that a rank sums, for each rank
@@ -64,7 +64,7 @@ class GemmConfig:
     bias: bool = False
     tile_n: int = 256
     stages: int = 4
-    rows: int = TILE_M
+    rows: int = field(default=TILE_M, kw_only=True)
 
     tile_m = TILE_M
     tile_k = TILE_K
