@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .collectives import Collective
 from .cuts import Cuts, Placement, flat
 from .layout import JOINS, Prover, View, carve, identity, is_movement, make_digits, walk_moved
 from .pattern import Context
 from .rewrite import Builder, descendants
-from .sizes import Size, product, quotient
+from .sizes import Size, hint, product, quotient
 
 aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
@@ -98,6 +98,12 @@ class Exchange:
         return replace(view, dims=(parts[0], flat(rest)))
 
 
+def memory_dims(value: Tensor) -> list[int]:
+    """Dims by falling stride; strides may be symbolic, since the order only says what lies well."""
+    strides = [hint(stride, 0) for stride in value.stride()]
+    return sorted(range(value.dim()), key=lambda d: -strides[d])
+
+
 @dataclass(frozen=True)
 class Reading:
     """A value that readers want: a view of what one exchange received."""
@@ -114,9 +120,7 @@ class Reading:
 
     def memory_dims(self) -> list[int]:
         """The value's dims by falling stride in memory, as the program has it."""
-        value = self.node.meta["val"]
-        hints = [s if isinstance(s, int) else s.node.hint or 0 for s in value.stride()]
-        return sorted(range(value.dim()), key=lambda d: -hints[d])
+        return memory_dims(self.node.meta["val"])
 
     def memory_order(self) -> tuple[int, ...]:
         """Factors in the order in which the value lies in memory."""
@@ -291,7 +295,7 @@ def related(context: Context, anchor: Collective) -> list[Collective]:
     while queue:
         for node in _neighbours(Exchange(queue.pop())):
             other = context.collectives.get(node)
-            if other is None or node in found or not _alike(other, anchor):
+            if other is None or node in found or not alike(other, anchor):
                 continue
             after = descendants(node)
             if all(node not in those and first not in after for first, those in found.items()):
@@ -300,7 +304,8 @@ def related(context: Context, anchor: Collective) -> list[Collective]:
     return [c for node, c in context.collectives.items() if node in found]
 
 
-def _alike(a: Collective, b: Collective) -> bool:
+def alike(a: Collective, b: Collective) -> bool:
+    """True if `a` is an exchange that may be in one op with the exchange `b`: of the same group and dtype."""
     dtypes = [c.input.meta["val"].dtype for c in (a, b)]
     return a.kind == b.kind and a.group == b.group and a.refusal is None and dtypes[0] == dtypes[1]
 
