@@ -41,7 +41,7 @@ from .describe import dtype_name, shape_text
 from .exchanges import Reading, Source, alike, memory_dims
 from .layout import identity, walk_moved
 from .pattern import Context, Match, register_pattern
-from .rewrite import descendants, erase_unused
+from .rewrite import erase_unused
 from .sizes import plain
 
 KIND = "all_to_all_attention"
@@ -100,10 +100,8 @@ class AttentionSite:
 
 @register_pattern(KIND, anchor="all_to_all", priority=-1)
 def find(context: Context, anchor: Collective) -> Match | Keep | None:
-    if any(isinstance(size, int) and size == 0 for size in anchor.input.meta["val"].shape):
-        return None
     before = find_site(context, anchor)
-    if before is None:
+    if not isinstance(before, Site):
         return None
     kept: Keep | None = None
     for node in dict.fromkeys(user for reading in before.readings.values for user in reading.node.users):
@@ -140,7 +138,7 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
     if not all(isinstance(count, int) for count in counts) or head_groups(heads) < 2:
         return Keep("no-kernel", "a rank has one head, or an unknown number of them: there are no groups of heads")
     homes = {home.node: number for number, home in enumerate(before.homes)}
-    late = {n for c in before.collectives for n in descendants(c.node)}
+    late = {n for c in before.collectives for n in context.after(c.node)}
     operands: list[Operand] = []
     local: list[fx.Node] = []
     dims: dict[int, int] = {}
@@ -191,7 +189,7 @@ def _after(context: Context, attention: fx.Node, anchor: Collective) -> Site | N
     reached = walk_moved([user for part in parts for user in part.users], lambda n: list(n.users))
     first = next((c for node, c in context.collectives.items() if node in reached and alike(c, anchor)), None)
     site = find_site(context, first) if first is not None else None
-    if site is None or any(source.view.root not in parts for source in site.sources):
+    if not isinstance(site, Site) or any(source.view.root not in parts for source in site.sources):
         return None
     return site
 
