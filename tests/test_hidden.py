@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,3 +78,32 @@ def megatron_style() -> list[str]:
 def test_the_wrong_gradients_of_torch_2_11_are_told_there_and_only_there() -> None:
     for texts in run_ranks(2, megatron_style, timeout_s=120):
         assert len([t for t in texts if "wrong gradients" in t]) == (1 if TORCH < (2, 12) else 0), texts
+
+
+class ListExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [part.contiguous() for part in x.chunk(dist.get_world_size(), 2)]
+        got = [torch.empty_like(part) for part in parts]
+        dist.all_to_all(got, parts)
+        return torch.cat(got, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.chunk(dist.get_world_size(), 1)[0].repeat(1, 1, dist.get_world_size(), 1)  # never asked for
+
+
+def list_form() -> list[str]:
+    records = Records()
+    logging.getLogger("tscompile").addHandler(records)
+
+    def fn(x: Tensor) -> Tensor:
+        return ListExchange.apply(x * 2).sum()
+
+    torch.compile(fn, backend=tilescale, options=OPTIONS)(torch.randn(2, 4, 4, 8, requires_grad=True))
+    return records.texts
+
+
+def test_the_list_form_of_all_to_all_breaks_the_graph_and_is_named() -> None:
+    for texts in run_ranks(2, list_form, timeout_s=120):
+        assert any("graph break on communication" in t and "list-form all_to_all" in t for t in texts), texts

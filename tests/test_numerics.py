@@ -22,7 +22,7 @@ FACTOR = 2.0
 # one correct rounding to its dtype, whose relative error is up to half of eps.
 FLOOR_EPS = 0.5
 FUSE_ALL = {"tilescale.inner": "eager", "tilescale.fuse": "always"}
-WORLD_S = 560  # the first test of a world waits for all its programs: some minutes on a busy machine
+WORLD_S = 680  # the first test of a world waits for all its programs: some minutes on a busy machine
 CASES = [
     pytest.param(world, dtype, program.name, id=f"{world}-{str(dtype).removeprefix('torch.')}-{program.name}")
     for world in (2, 4)

@@ -51,9 +51,13 @@ def _tell_graph_break(gm: fx.GraphModule) -> None:
     if reason is None or not getattr(reason, "graph_break", False):
         return
     text = str(reason.reason).strip()
+    first = text.splitlines()[0] if text else ""
     if not any(word in text for word in _WORDS):
-        return
-    first = text.splitlines()[0]
+        # The reason may name nothing but what Dynamo could not trace within the collective: its options, say.
+        inside = [frame.name for frame in getattr(reason, "user_stack", ()) if "torch/distributed/" in frame.filename]
+        if not inside:
+            return
+        first = f"{inside[-1]}: {first}"
     observe.once(
         f"graph-break:{first}",
         "graph break on communication: %s. What runs between two graphs cannot be fused. async_op=True handles, list-form "

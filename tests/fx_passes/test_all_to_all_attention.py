@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -155,6 +157,19 @@ def test_no_exchange_after_it() -> None:
 
     found = compile_graphs(fn, *(rand(2, 8, 8, 16) for _ in range(3)))
     assert found.kinds() == ["all_to_all_permute"]
+
+
+def test_exchanges_of_two_groups_are_no_op_of_one() -> None:
+    other = dist.new_group(list(range(R)))
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(*(heads(t).transpose(1, 2) for t in (q, k, v)))
+        blocks = out.reshape(2, 2, R, 8, 16).permute(2, 0, 1, 3, 4).contiguous()
+        return funcol.all_to_all_single(blocks, None, None, other) * 2
+
+    found = compile_graphs(fn, *(rand(2, 8, 8, 16) for _ in range(3)))
+    assert found.kinds() == ["all_to_all_permute"] * 2 and set(found.codes()) == {"fused"}
+    assert len({row.group for row in found.rows}) == 2
 
 
 def test_disabled_it_gives_way() -> None:

@@ -169,6 +169,18 @@ def test_repeated_heads_travel_once() -> None:
     assert op.meta["val"][0].numel() == 2 * 8 * 4 * 16
 
 
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+def test_symbolic_sizes_are_fused_or_kept_with_a_reason(dims: tuple[int, ...]) -> None:
+    """Of a dim 0 that is symbolic nothing says that the ranks' blocks are equal, unless its size is written as a multiple."""
+    x = rand(8, 6)
+    for dim in dims:
+        torch._dynamo.mark_dynamic(x, dim)
+    found = compile_graphs(lambda x: swap(x).t().contiguous() * 2, x)
+    assert found.codes() == (["symbolic-size"] if 0 in dims else ["fused"]), found.rows
+    multiple = compile_graphs(lambda x: swap(torch.cat([x] * R)).sin() * x.sum(), x)
+    assert multiple.codes() == ["fused"], multiple.rows
+
+
 def uneven(x: Tensor) -> Tensor:
     return funcol.all_to_all_single(x, [1, 2, 2, 3], [3, 2, 2, 1], dist.group.WORLD) * 2
 

@@ -34,11 +34,13 @@ EVERY_PROGRAM: dict[str, Program] = {
 # What the installed torch itself gets wrong, with every backend: name -> why.
 LEFT_OUT: dict[str, str] = {}
 if TORCH < (2, 12):
-    LEFT_OUT["c2_autogradfn_inplace_c10d"] = "torch 2.11 captures autograd.Functions with in-place collectives wrongly"
+    for _name in ("c2_autogradfn_inplace_c10d", *attention.IN_PLACE):
+        LEFT_OUT[_name] = "torch 2.11 captures autograd.Functions with in-place collectives wrongly"
 PROGRAMS = {name: program for name, program in EVERY_PROGRAM.items() if name not in LEFT_OUT}
-for _name in LEFT_OUT:
-    FAMILIES[EVERY_PROGRAM[_name].family] -= EVERY_PROGRAM[_name].addressable
-    ADDRESSABLE -= EVERY_PROGRAM[_name].addressable
+for _left in (EVERY_PROGRAM[_name] for _name in LEFT_OUT):
+    if not _left.extra:
+        FAMILIES[_left.family] -= _left.addressable
+        ADDRESSABLE -= _left.addressable
 
 __all__ = [
     "ADDRESSABLE",

@@ -363,3 +363,9 @@ PROGRAMS: tuple[Program, ...] = (
         "h3_cp_zigzag", _CP, partial(_build, make=ContextParallelZigZag, kv_heads=HEADS), _TWO, extra=True, numerics=()
     ),
 )
+# Programs that train through an autograd.Function over the in-place collective.
+IN_PLACE = tuple(
+    program.name
+    for program in PROGRAMS
+    if program.backward and program.name.startswith(("d1_", "d2_", "d5_", "d9_", "d10_"))
+)

@@ -14,7 +14,7 @@ the state of random numbers, FlexAttention and other attentions that no kernel t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -27,6 +27,7 @@ from ..templates.all_to_all import Outputs, output_shapes
 from ..templates.attention import (
     Results,
     attend,
+    attention_of,
     departing,
     grids,
     head_groups,
@@ -37,26 +38,21 @@ from .all_to_all_permute import Site, exchange_problem, find_site
 from .attention import Form, attention_form
 from .collectives import Collective
 from .describe import dtype_name, shape_text
-from .exchanges import Reading, Source
+from .exchanges import Reading, Source, alike, memory_dims
 from .layout import identity, walk_moved
 from .pattern import Context, Match, register_pattern
-from .rewrite import descendants, erase_unused
+from .rewrite import erase_unused
 from .sizes import plain
 
 KIND = "all_to_all_attention"
 aten = torch.ops.aten
 
 
-def _of(plan: Plan) -> Attention:
-    assert plan.attention is not None
-    return plan.attention
-
-
 def reference(
     plan: Plan, group_name: str, inputs: Sequence[Tensor], local: Sequence[Tensor], sizes: Sequence[int]
 ) -> list[Tensor]:
     """What is received before the attention, its results, and what is received after it."""
-    attention = _of(plan)
+    attention = attention_of(plan)
     received = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
     for number, x in enumerate(inputs):
         received.deliver(number, 0, ops.all_to_all(x, group_name))
@@ -74,7 +70,7 @@ def reference(
 def fake(
     plan: Plan, ranks: int, inputs: Sequence[Tensor], local: Sequence[Tensor], sizes: Sequence[int]
 ) -> list[Tensor]:
-    attention, like = _of(plan), inputs[0]
+    attention, like = attention_of(plan), inputs[0]
     received = [like.new_empty(s) for s in output_shapes(plan.deliveries, plan.joins, [x.shape for x in inputs])]
     results = attend(attention, operands_of(attention, received, local))
     whole = [r.new_empty([r.shape[d] for d in layout]) for r, layout in zip(results, attention.layouts, strict=True)]
@@ -104,10 +100,8 @@ class AttentionSite:
 
 @register_pattern(KIND, anchor="all_to_all", priority=-1)
 def find(context: Context, anchor: Collective) -> Match | Keep | None:
-    if any(isinstance(size, int) and size == 0 for size in anchor.input.meta["val"].shape):
-        return None
     before = find_site(context, anchor)
-    if before is None:
+    if not isinstance(before, Site):
         return None
     kept: Keep | None = None
     for node in dict.fromkeys(user for reading in before.readings.values for user in reading.node.users):
@@ -136,7 +130,7 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
     """The exchanges around an attention; None if there are none after it, or others than its operands' before it."""
     if form.refusal is not None:
         return form.refusal
-    after = _after(context, form.node)
+    after = _after(context, form.node, before.collectives[0])
     if after is None:
         return None
     counts = [plain(node.meta["val"].shape[1]) for node in form.operands]
@@ -144,7 +138,7 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
     if not all(isinstance(count, int) for count in counts) or head_groups(heads) < 2:
         return Keep("no-kernel", "a rank has one head, or an unknown number of them: there are no groups of heads")
     homes = {home.node: number for number, home in enumerate(before.homes)}
-    late = {n for c in before.collectives for n in descendants(c.node)}
+    late = {n for c in before.collectives for n in context.after(c.node)}
     operands: list[Operand] = []
     local: list[fx.Node] = []
     dims: dict[int, int] = {}
@@ -161,7 +155,7 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
         if dim is None or dims.setdefault(before.number(home), dim) != dim:
             return Keep("no-kernel", "the heads of the attention are no dim of the exchange before it")
         operands.append(_operand(home, number))
-    departures = [_departure(source, form.node) for source in after.sources]
+    departures = [_departure(source) for source in after.sources]
     deliveries, joins = after.deliveries()
     fixed = [(d.exchange, dim) for d in before.deliveries()[0] for dim, _ in d.fixed]
     if set(dims) != set(range(len(before.exchanges))) or any(item in dims.items() for item in fixed):
@@ -174,7 +168,7 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
         if any(d.exchange == number and dim in dict(d.fixed) for d in deliveries):
             return None
         found.append(departure)
-    layouts = tuple(_memory_dims(value) for value in form.node.meta["val"])
+    layouts = tuple(tuple(memory_dims(value)) for value in form.node.meta["val"])
     attention = Attention(
         form.op,
         tuple(operands),
@@ -189,21 +183,15 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
     return AttentionSite(form, before, after, tuple(local), attention, heads)
 
 
-def _after(context: Context, attention: fx.Node) -> Site | None:
-    """The exchanges that send results of an attention, and nothing else."""
+def _after(context: Context, attention: fx.Node, anchor: Collective) -> Site | None:
+    """The exchanges that send results of an attention, and nothing else, as `anchor` does in front of it."""
     parts = [user for user in attention.users if user.target is operator.getitem]
     reached = walk_moved([user for part in parts for user in part.users], lambda n: list(n.users))
-    found = [context.collectives[n] for n in reached if n in context.collectives]
-    found = [c for c in found if c.kind == "all_to_all" and c.refusal is None and c.group_size > 1]
-    site = find_site(context, min(found, key=_order(context))) if found else None
-    if site is None or any(source.view.root not in parts for source in site.sources):
+    first = next((c for node, c in context.collectives.items() if node in reached and alike(c, anchor)), None)
+    site = find_site(context, first) if first is not None else None
+    if not isinstance(site, Site) or any(source.view.root not in parts for source in site.sources):
         return None
     return site
-
-
-def _order(context: Context) -> Callable[[Collective], int]:
-    numbers = {node: number for number, node in enumerate(context.collectives)}
-    return lambda collective: numbers[collective.node]
 
 
 def _head_dim(home: Reading) -> int | None:
@@ -221,7 +209,7 @@ def _operand(home: Reading, number: int) -> Operand:
     return Operand(number, True, counts, tuple(memory.index(dim) for dim in range(len(memory))))
 
 
-def _departure(source: Source, attention: fx.Node) -> Departure | None:
+def _departure(source: Source) -> Departure | None:
     root, place = source.view.root, source.placement
     whole = source.grid.place(identity(root))
     if whole is None or len(whole.dims[1]) != 1 or len(place.dims[0]) != 1:
@@ -233,11 +221,6 @@ def _departure(source: Source, attention: fx.Node) -> Departure | None:
     left = [factor for factor in range(len(source.grid.sizes)) if factor not in fixed]
     order = tuple(left.index(factor) for factor in place.factors)
     return Departure(int(root.args[1]), len(source.grid.sizes), place.fixed, order, heads)  # type: ignore[arg-type]
-
-
-def _memory_dims(value: Tensor) -> tuple[int, ...]:
-    hints = [s if isinstance(s, int) else s.node.hint or 0 for s in value.stride()]
-    return tuple(sorted(range(value.dim()), key=lambda d: -hints[d]))
 
 
 def _rewrite(context: Context, site: AttentionSite, plan: Plan) -> fx.Node:

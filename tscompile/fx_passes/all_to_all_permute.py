@@ -26,7 +26,7 @@ from ..templates.all_to_all import Outputs, output_shapes
 from .attention import is_attention
 from .collectives import Collective
 from .describe import dtype_name, shape_text
-from .exchanges import Exchange, Joined, Reading, Readings, Source, find_readings, find_source, related
+from .exchanges import Exchange, Joined, Reading, Readings, Source, equal_blocks, find_readings, find_source, related
 from .layout import Digit
 from .matmuls import as_matmul
 from .pattern import Context, Match, register_pattern
@@ -134,11 +134,21 @@ def _key(reading: Reading) -> tuple[object, ...]:
     return reading.exchange, reading.placement.fixed
 
 
-def find_site(context: Context, anchor: Collective) -> Site | None:
+def find_site(context: Context, anchor: Collective) -> Site | Keep | None:
     """The exchanges that are one op with `anchor`; None if nothing reads one of them."""
+    shape = anchor.input.meta["val"].shape
+    if known_eq(product(shape), 0):
+        return Keep("empty", "a tensor without elements is exchanged")
+    if not equal_blocks(anchor):
+        return Keep(
+            "symbolic-size", f"nothing says that {list(shape)} has blocks of one size for {anchor.group_size} ranks"
+        )
     exchanges = tuple(Exchange(collective) for collective in related(context, anchor))
     readings = find_readings(exchanges)
-    sources = tuple(find_source(exchange, context.prover) for exchange in exchanges)  # may refine the grids
+    sources = [find_source(exchange, context.prover) for exchange in exchanges]  # may refine the grids
+    known = tuple(source for source in sources if source is not None)
+    if len(known) < len(sources):
+        return Keep("symbolic-size", "symbolic sizes do not show in which order the exchange reads its input")
     parts = [part for joined in readings.joined for part in joined.parts]
     if {r.exchange for r in (*readings.values, *parts)} != set(exchanges):
         return None
@@ -147,7 +157,7 @@ def find_site(context: Context, anchor: Collective) -> Site | None:
         best = homes.get(_key(reading))
         if best is None or _preference(reading) > _preference(best):
             homes[_key(reading)] = reading
-    return Site(exchanges, sources, readings, tuple(homes.values()))
+    return Site(exchanges, known, readings, tuple(homes.values()))
 
 
 def _preference(reading: Reading) -> tuple[bool, bool]:
@@ -158,11 +168,9 @@ def _preference(reading: Reading) -> tuple[bool, bool]:
 
 @register_pattern(KIND, anchor="all_to_all")
 def find(context: Context, anchor: Collective) -> Match | Keep | None:
-    if known_eq(product(anchor.input.meta["val"].shape), 0):
-        return Keep("empty", "a tensor without elements is exchanged")
     site = find_site(context, anchor)
-    if site is None:
-        return None
+    if not isinstance(site, Site):
+        return site
     dtype = dtype_name(site.exchanges[0].dtype)
     deliveries, joins = site.deliveries()
     plan = Plan(KIND, "", "", dtype, deliveries=deliveries, joins=joins)

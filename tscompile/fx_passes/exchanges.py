@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .collectives import Collective
 from .cuts import Cuts, Placement, flat
 from .layout import JOINS, Prover, View, carve, identity, is_movement, make_digits, walk_moved
 from .pattern import Context
-from .rewrite import Builder, descendants
-from .sizes import Size, product, quotient
+from .rewrite import Builder
+from .sizes import Size, divides, hint, product, quotient
 
 aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
@@ -98,6 +98,12 @@ class Exchange:
         return replace(view, dims=(parts[0], flat(rest)))
 
 
+def memory_dims(value: Tensor) -> list[int]:
+    """Dims by falling stride; strides may be symbolic, since the order only says what lies well."""
+    strides = [hint(stride, 0) for stride in value.stride()]
+    return sorted(range(value.dim()), key=lambda d: -strides[d])
+
+
 @dataclass(frozen=True)
 class Reading:
     """A value that readers want: a view of what one exchange received."""
@@ -114,9 +120,7 @@ class Reading:
 
     def memory_dims(self) -> list[int]:
         """The value's dims by falling stride in memory, as the program has it."""
-        value = self.node.meta["val"]
-        hints = [s if isinstance(s, int) else s.node.hint or 0 for s in value.stride()]
-        return sorted(range(value.dim()), key=lambda d: -hints[d])
+        return memory_dims(self.node.meta["val"])
 
     def memory_order(self) -> tuple[int, ...]:
         """Factors in the order in which the value lies in memory."""
@@ -217,14 +221,13 @@ class Source:
         return builder.reshape(node, [product(d.size for d in dim) for dim in self.view.dims], [root])
 
 
-def find_source(exchange: Exchange, prover: Prover) -> Source:
-    """The producer's tensor behind an exchange; the exchange's input as it is where movement before it is no strided view."""
+def find_source(exchange: Exchange, prover: Prover) -> Source | None:
+    """The producer's tensor behind an exchange; the exchange's input as it is where movement before it is no strided view.
+
+    None only where symbolic sizes do not show that the input is what its dims say.
+    """
     source = exchange.collective.input
-    for view in (_producer(source, prover), identity(source)):
-        found = _source(exchange, view)
-        if found is not None:
-            return found
-    raise AssertionError("the input is a view of itself")
+    return _source(exchange, _producer(source, prover)) or _source(exchange, identity(source))
 
 
 def _producer(node: fx.Node, prover: Prover) -> View:
@@ -286,23 +289,34 @@ def related(context: Context, anchor: Collective) -> list[Collective]:
 
     They are read by one op (an attention, a cat of gradients) or come from one op, are of one group, and none waits for another.
     """
-    found = {anchor.node: descendants(anchor.node)}
+    found = {anchor.node: context.after(anchor.node)}
     queue = [anchor]
     while queue:
         for node in _neighbours(Exchange(queue.pop())):
             other = context.collectives.get(node)
-            if other is None or node in found or not _alike(other, anchor):
+            if other is None or node in found or not alike(other, anchor):
                 continue
-            after = descendants(node)
+            after = context.after(node)
             if all(node not in those and first not in after for first, those in found.items()):
                 found[node] = after
                 queue.append(other)
     return [c for node, c in context.collectives.items() if node in found]
 
 
-def _alike(a: Collective, b: Collective) -> bool:
+def equal_blocks(collective: Collective) -> bool:
+    """True if the input is known to have a block of one size for every rank."""
+    node, ranks = collective.node, collective.group_size
+    shape = collective.input.meta["val"].shape
+    if node.target is not _SHARD_DIM:
+        return divides(ranks, product(shape))
+    gathered, scattered = (int(dim) % len(shape) for dim in node.args[1:3])  # type: ignore[arg-type]
+    return gathered != scattered and divides(ranks, shape[scattered])
+
+
+def alike(a: Collective, b: Collective) -> bool:
+    """True if `a` is an exchange that may be in one op with the exchange `b`: of the same group and dtype."""
     dtypes = [c.input.meta["val"].dtype for c in (a, b)]
-    return a.kind == b.kind and a.group == b.group and a.refusal is None and dtypes[0] == dtypes[1]
+    return a.kind == b.kind and a.group == b.group and a.refusal is None and dtypes[0] == dtypes[1] and equal_blocks(a)
 
 
 def _neighbours(exchange: Exchange) -> list[fx.Node]:

@@ -189,7 +189,7 @@ class _Fusion:
             else:
                 node.meta[TAKEN] = label
                 self.fused.append((node, plan))
-                self.context.prover = Prover()
+                self.context.edited()
         if match.gives_way and isinstance(decision, Keep) and decision.code != "dry-run":
             return False
         self._row(label, match.kind, match.collectives, decision, match, source)

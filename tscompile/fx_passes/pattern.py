@@ -7,14 +7,14 @@ answers None (not mine), Keep (mine, but refused: the reason goes to the report)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from ..problem import FusionProblem, Keep, Plan
 from .collectives import Collective
 from .layout import Prover
-from .rewrite import Builder
+from .rewrite import Builder, descendants
 
 
 @dataclass
@@ -26,6 +26,19 @@ class Context:
     prover: Prover
     token: fx.Node
     collectives: dict[fx.Node, Collective]
+    _after: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+
+    def after(self, node: fx.Node) -> set[fx.Node]:
+        """Every node that depends on `node`, itself included."""
+        found = self._after.get(node)
+        if found is None:
+            found = self._after[node] = descendants(node)
+        return found
+
+    def edited(self) -> None:
+        """The graph is another one now: what was found out about it is forgotten."""
+        self.prover = Prover()
+        self._after = {}
 
 
 @dataclass(frozen=True)

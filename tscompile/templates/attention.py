@@ -23,6 +23,11 @@ from .template import register_template, shm_refusal
 MOST_GROUPS = FLAGS_PER_PEER // 2  # a flag for each before the attention, and one after it
 
 
+def attention_of(plan: Plan) -> Attention:
+    assert plan.attention is not None, "the pattern says what is computed"
+    return plan.attention
+
+
 def head_groups(heads: int) -> int:
     """The largest number of equal groups for which there are flags."""
     return max(count for count in range(1, MOST_GROUPS + 1) if heads % count == 0)
@@ -157,7 +162,7 @@ class ShmAttention:
     def scratch_bytes(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], local: Sequence[Tensor], sizes: Sequence[int]
     ) -> int:
-        attention = _attention(plan)
+        attention = attention_of(plan)
         width = inputs[0].element_size()
         shapes = [*(list(x.shape) for x in inputs), *sent_shapes(attention, sizes)]
         return sum(aligned(int(prod(shape)) * width) for shape in shapes)
@@ -170,7 +175,7 @@ class ShmAttention:
         local: Sequence[Tensor],
         sizes: Sequence[int],
     ) -> list[Tensor]:
-        attention, groups = _attention(plan), int(plan.schedule.split()[0])
+        attention, groups = attention_of(plan), int(plan.schedule.split()[0])
         after = sent_shapes(attention, sizes)
         shapes = [*(list(x.shape) for x in inputs), *after]
         heads = [*attention.heads, *(heads_sent(departure) for departure in attention.departures)]
@@ -213,8 +218,3 @@ class ShmAttention:
 def _heads_of(operand: Tensor, group: int, groups: int) -> Tensor:
     heads = operand.shape[1] // groups
     return operand.narrow(1, group * heads, heads)
-
-
-def _attention(plan: Plan) -> Attention:
-    assert plan.attention is not None, "the pattern says what is computed"
-    return plan.attention
