@@ -14,7 +14,8 @@
                 tl.signal(tl.peer(ctx, to, 0, (1,), "uint32", region="flags")[0], epoch)
 
 Every call lowers to one inlined device function of cuda*.h (or to a function of cpu.c on TileLang's C target). None of them uses
-`__syncthreads`, `blockDim` or `threadIdx`, so they may stand in any branch of a warp-specialised kernel. Every wait is bounded.
+`__syncthreads`, `blockDim` or `threadIdx`, so they may stand in any branch of a warp-specialised kernel, but for the block forms of
+`tl.nvshmem`, which say so. Every wait is bounded.
 
 `tl.nvshmem` has NVSHMEM's device calls.
 
