@@ -24,7 +24,8 @@ BENCH = [(way, *shape) for way in bench_language.WAYS for shape in bench_languag
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> dict[Form, tuple[bytes, LaunchSpec]]:
     """Those of the tests that run, compiled in few runs of nvcc: form -> what `forms.cubin` makes one by one."""
-    calls = [item.callspec.params for item in request.session.items if "kernels" in getattr(item, "fixturenames", ())]
+    here = (item for item in request.session.items if item.getparent(pytest.Module) is request.node)
+    calls = [item.callspec.params for item in here if "kernels" in getattr(item, "fixturenames", ())]
     wanted = list(dict.fromkeys(call["form"] for call in calls))
     lowered = [forms.lowered(form) for form in wanted]
     made = zip(compile_lowered(lowered), map(launch_spec, lowered), strict=True)
