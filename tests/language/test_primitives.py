@@ -22,7 +22,17 @@ WHY = (
 )
 REFUSED = {"gpu_arrive", "gpu_wait", "grid_sync"}
 NAMES = [name for _, name, _ in uses.primitives()]
-HOST = {"CudaArtifact", "Dialect", "SymmetricGroup", "Target", "ToolchainError", "compile_cuda", "dialect", "nvcc"} | {
+HOST = {
+    "CudaArtifact",
+    "Dialect",
+    "SymmetricGroup",
+    "Target",
+    "ToolchainError",
+    "compile_cuda",
+    "compile_cuda_all",
+    "dialect",
+    "nvcc",
+} | {
     "MAX_RANKS",
     "Nodes",
     "RECORD_WORDS",
