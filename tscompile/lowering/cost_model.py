@@ -88,6 +88,8 @@ def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Predictio
     """
     if problem.device != "cuda":
         return _predict_cpu(problem)
+    if problem.kind == "all_to_all_permute":
+        return _predict_exchanges_gpu(problem)
     return _predict_mesh_gpu(problem, uses) if problem.kind == "mesh_matmul" else _predict_gpu(problem, uses)
 
 
@@ -156,7 +158,8 @@ NCCL = {
 # One all_to_all of NCCL by what a rank sends to others, and one permuting copy by what it holds [measured 2026-11-20, 4x H200].
 NCCL_EXCHANGE = Link(30.0, 3.5)
 PERMUTE = Link(6.0, 1.65)
-# What one op would take that stores straight into the peers' layout: the rate of copy engines, and the start of a kernel. Not measured.
+# What one op takes that stores straight into the peers' layout, by what a rank sends to others: the rate of pushes, the start of a
+# kernel. Not measured.
 PUSH_EXCHANGE = Link(15.0, 2.9)
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 MUST_GAIN_US = 4.0  # ops of a few tens of us are not known better
@@ -222,10 +225,8 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
     return longest + widths.COPIED_TAIL_US + sum(gemm.us for gemm in rest)
 
 
-def foresee(problem: FusionProblem) -> Prediction | None:
-    """Both times of a site for which there is no kernel on GPUs yet, for its report; None if nothing is known about it."""
-    if problem.device != "cuda" or problem.kind != "all_to_all_permute":
-        return None
+def _predict_exchanges_gpu(problem: FusionProblem) -> Prediction:
+    """The original program permutes what it sends, or what it receives, once for each exchange; some do both."""
     held = problem.comm_bytes / _MIB
     moved = _predict_exchanges(problem, PUSH_EXCHANGE, NCCL_EXCHANGE)
     permutes = (problem.exchanges - 1) * PERMUTE.latency_us + PERMUTE.us(held)

@@ -36,11 +36,7 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
         problem = replace(problem, capability=_capability())
     template = find_template(problem.kind, executor) if executor else None
     if executor is None or template is None:
-        reason = f"no kernel for {problem.kind} on {problem.device} tensors in this version"
-        foreseen = cost_model.foresee(problem)
-        if foreseen is not None:
-            reason += f" (one would take about {foreseen.fused_us:.0f} us, the original ops {foreseen.original_us:.0f})"
-        return Keep("no-executor", reason)
+        return Keep("no-executor", f"no kernel for {problem.kind} on {problem.device} tensors in this version")
     if problem.comm_bytes == 0:
         return Keep("empty", "a tensor without elements is exchanged")
     refusal = template.supports(problem, plan)

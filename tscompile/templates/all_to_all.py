@@ -52,8 +52,8 @@ class Outputs:
         self, parts: Sequence[Delivery], joins: Sequence[int], sent: Sequence[Sequence[int]], like: Tensor
     ) -> None:
         self.tensors = [like.new_empty(shape) for shape in output_shapes(parts, joins, sent)]
-        self._targets: list[tuple[Delivery, Tensor]] = []
-        for group, out in zip(_groups(parts, joins), self.tensors, strict=True):
+        self._targets: list[tuple[Delivery, int, Tensor]] = []
+        for index, (group, out) in enumerate(zip(_groups(parts, joins), self.tensors, strict=True)):
             start = 0
             for part in group:
                 size = [sent[part.exchange][dim] for dim in part.order]
@@ -62,11 +62,15 @@ class Outputs:
                     width = prod(size[part.outer :])
                     target = out.narrow(1, start, width).view(size)
                     start += width
-                self._targets.append((part, target))
+                self._targets.append((part, index, target))
+
+    def places(self) -> Sequence[tuple[Delivery, int, Tensor]]:
+        """Of each delivery: itself, the number of the output that it is in, and the view of it that has the dims of its `order`."""
+        return self._targets
 
     def deliver(self, exchange: int, source: int, blocks: Tensor, only: Part | None = None) -> None:
         """Write what ranks `source`, `source + 1`, ... sent, `[ranks, f1, ..., fk]`, of one exchange, or `only` a part of it."""
-        for part, target in self._targets:
+        for part, _, target in self._targets:
             if part.exchange == exchange:
                 count = blocks.shape[0]
                 place = target.narrow(part.order.index(0), source, count)

@@ -1,0 +1,180 @@
+// An all_to_all whose permutes are in its two copies. Follows tile.h in the prelude of exchange.py.
+//
+// What a rank sends to one peer is a row of words of 16 bytes: the blocks of all exchanges of the launch, one behind the other, each in the order
+// of its grid. It is cut into batches. Pushing warps gather a batch from wherever it lies, store it to the peer's slot as one run of memory, and
+// set the batch's flag; collecting warps wait for a flag and scatter the batch to wherever the outputs want it. The own block goes straight from
+// the inputs to the outputs. Pushes wait for nothing and are claimed from a counter, so any resident subset of the CTAs of all ranks sends all.
+//
+// A slot holds [ranks - 1, batches, batch]: what the next rank sent first, then the one behind it. Flags lie in the same order.
+
+enum { TSX_DIMS = 5, TSX_LOADS = 8, TSX_UNIT = TSX_LOADS * 32 };   // words that a warp moves at a time: eight of each lane
+enum { TSX_PUSHES = 0, TSX_COLLECTS = 2 };                         // words of `counters`, beside those in tile.h
+// A row of the table: a leg is an exchange, a target is where the outputs want (a part of) what arrives of it.
+enum { TSX_LEG_BATCH, TSX_LEG_WORDS, TSX_LEG_TARGET, TSX_LEG_TARGETS, TSX_RANK_STRIDE, TSX_SIZES, TSX_STRIDES = TSX_SIZES + TSX_DIMS,
+       TSX_FIXED = TSX_STRIDES + TSX_DIMS, TSX_ROW = TSX_FIXED + TSX_DIMS };
+
+TSL uint64_t *tsx_addresses() {
+  __shared__ uint64_t addresses[16];
+  return addresses;
+}
+TSL void tsx_address(int index, TskAddress address) {
+  if (threadIdx.x == 0) tsx_addresses()[index] = (uint64_t)address.p;
+}
+
+// One launch. table: rows of legs, then those of targets; addresses 0 to 7 are of legs, 8 to 15 of targets.
+struct TskExchange {
+  const TslContext *c;
+  const int *table;
+  int legs, batches, batch_words, first_flag;
+  int64_t offset;   // of this launch's part of a slot, in bytes
+  __device__ __forceinline__ const int *row(int i) const { return table + i * TSX_ROW; }
+  __device__ __forceinline__ int leg_of(int batch) const {
+    int leg = 0;
+    while (leg + 1 < legs && batch >= __ldg(row(leg + 1) + TSX_LEG_BATCH)) ++leg;
+    return leg;
+  }
+  // Place of what `source` sends among what `owner` receives.
+  __device__ __forceinline__ int64_t place(int source, int owner, int batch) const {
+    const int size = (int)c->size, distance = (source - owner + size - 1) % size;
+    return (int64_t)distance * batches + batch;
+  }
+  __device__ __forceinline__ char *data(int source, int owner, int batch) const {
+    return (char *)c->data[owner] + offset + place(source, owner, batch) * batch_words * 16;
+  }
+  __device__ __forceinline__ void *flag(int source, int owner, int batch) const {
+    return (void *)(c->flags[owner] + 4 * (uint64_t)(first_flag + place(source, owner, batch)));
+  }
+};
+
+// A place that a grid is laid out in, in words; of a target also which part of the grid it takes: `fixed` is an index, or -1.
+struct TskLayout {
+  int strides[TSX_DIMS], fixed[TSX_DIMS];
+  __device__ __forceinline__ explicit TskLayout(const int *row) {
+    #pragma unroll
+    for (int d = 0; d < TSX_DIMS; ++d) { strides[d] = __ldg(row + TSX_STRIDES + d); fixed[d] = __ldg(row + TSX_FIXED + d); }
+  }
+};
+struct TskSizes {
+  uint32_t n[TSX_DIMS];
+  __device__ __forceinline__ explicit TskSizes(const int *row) {
+    #pragma unroll
+    for (int d = 0; d < TSX_DIMS; ++d) n[d] = (uint32_t)__ldg(row + TSX_SIZES + d);
+  }
+  // The offset of word `w` of the grid in a layout, -1 where the layout has no place for it.
+  __device__ __forceinline__ int64_t offset(uint32_t w, const TskLayout &layout) const {
+    int64_t at = 0;
+    bool taken = true;
+    #pragma unroll
+    for (int d = TSX_DIMS - 1; d >= 0; --d) {
+      uint32_t i = w;
+      if (d && n[d] > 1) { const uint32_t q = w / n[d]; i = w - q * n[d]; w = q; } else if (d) i = 0;
+      if (layout.fixed[d] >= 0) taken &= i == (uint32_t)layout.fixed[d];
+      else at += (int64_t)i * layout.strides[d];
+    }
+    return taken ? at : -1;
+  }
+};
+
+// Store words `first + lane, first + lane + 32, ...` of a leg's grid, of what `source` sent, to all places that want them.
+TSL void tsx_deliver(const TskExchange &x, const int *leg, const TskSizes &sizes, int source, uint32_t first, uint32_t end, const uint4 *v) {
+  const int target = __ldg(leg + TSX_LEG_TARGET), count = __ldg(leg + TSX_LEG_TARGETS);
+  #pragma unroll 1
+  for (int t = target; t < target + count; ++t) {
+    const int *row = x.row(x.legs + t);
+    const TskLayout layout(row);
+    uint4 *out = (uint4 *)tsx_addresses()[8 + t] + (int64_t)source * __ldg(row + TSX_RANK_STRIDE);
+    #pragma unroll
+    for (int u = 0; u < TSX_LOADS; ++u) {
+      const uint32_t w = first + u * 32;
+      const int64_t at = w < end ? sizes.offset(w, layout) : -1;
+      if (at >= 0) tsl_st_v4(out + at, v[u]);
+    }
+  }
+}
+
+// Pushing warps: batches for the peers, the next rank's first.
+TSL void tsx_push(const TskExchange &x, unsigned int *counters, uint32_t now) {
+  const int lane = threadIdx.x & 31, size = (int)x.c->size, rank = (int)x.c->rank, total = (size - 1) * x.batches;
+  #pragma unroll 1
+  for (int i = tsk_claim(counters + TSX_PUSHES, total); i >= 0; i = tsk_claim(counters + TSX_PUSHES, total)) {
+    const int batch = i / (size - 1), owner = (rank + 1 + i % (size - 1)) % size, number = x.leg_of(batch);
+    const int *leg = x.row(number);
+    const TskSizes sizes(leg);
+    const TskLayout layout(leg);
+    const uint32_t first = (batch - __ldg(leg + TSX_LEG_BATCH)) * x.batch_words, end = min(first + x.batch_words, (uint32_t)__ldg(leg + TSX_LEG_WORDS));
+    const uint4 *from = (const uint4 *)tsx_addresses()[number] + (int64_t)owner * __ldg(leg + TSX_RANK_STRIDE);
+    uint4 *to = (uint4 *)x.data(rank, owner, batch) - first;
+    #pragma unroll 1
+    for (uint32_t unit = first + lane; unit < end; unit += TSX_UNIT) {
+      uint4 v[TSX_LOADS];
+      #pragma unroll
+      for (int u = 0; u < TSX_LOADS; ++u) if (unit + u * 32 < end) v[u] = tsl_ld_v4(from + sizes.offset(unit + u * 32, layout));
+      #pragma unroll
+      for (int u = 0; u < TSX_LOADS; ++u) if (unit + u * 32 < end) tsl_st_v4(to + unit + u * 32, v[u]);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      tsl_fence_sys();   // what the other lanes stored, too: __syncwarp orders it before
+      tsl_st_relaxed_sys(x.flag(rank, owner, batch), now);
+    }
+  }
+}
+
+// Collecting warps: the own block first, then what the peers send, in the order in which they send it.
+TSL void tsx_collect(const TskExchange &x, TskAddress context, unsigned int *counters, uint32_t now, int site) {
+  const int lane = threadIdx.x & 31, size = (int)x.c->size, rank = (int)x.c->rank, total = size * x.batches;
+  #pragma unroll 1
+  for (int i = tsk_claim(counters + TSX_COLLECTS, total); i >= 0; i = tsk_claim(counters + TSX_COLLECTS, total)) {
+    const int j = i - x.batches, batch = j < 0 ? i : j / (size - 1), source = j < 0 ? rank : (rank + size - 1 - j % (size - 1)) % size;
+    const int number = x.leg_of(batch);
+    const int *leg = x.row(number);
+    const TskSizes sizes(leg);
+    const uint32_t first = (batch - __ldg(leg + TSX_LEG_BATCH)) * x.batch_words, end = min(first + x.batch_words, (uint32_t)__ldg(leg + TSX_LEG_WORDS));
+    const uint4 *from;
+    if (source == rank) {
+      from = (const uint4 *)tsx_addresses()[number] + (int64_t)rank * __ldg(leg + TSX_RANK_STRIDE);
+    } else {
+      tsl_wait_epoch(context.p, x.flag(source, rank, batch), now, source, site);
+      __syncwarp();
+      from = (const uint4 *)x.data(source, rank, batch) - first;
+    }
+    const TskLayout layout(leg);
+    #pragma unroll 1
+    for (uint32_t unit = first + lane; unit < end; unit += TSX_UNIT) {
+      uint4 v[TSX_LOADS];
+      #pragma unroll
+      for (int u = 0; u < TSX_LOADS; ++u) {
+        const uint32_t w = unit + u * 32;
+        if (w < end) v[u] = tsl_ld_v4(from + (source == rank ? sizes.offset(w, layout) : (int64_t)w));
+      }
+      tsx_deliver(x, leg, sizes, source, unit, end, v);
+    }
+  }
+}
+
+// The whole launch, by all warps of a CTA: the first `pushers` push until nothing is left, and then collect as well.
+TSL void tsk_exchange(TskAddress context, TskAddress counter_words, TskAddress table, int legs, int batches, int batch_words, int first_flag,
+                      int64_t offset, int pushers, int epoch, int site) {
+  const TskExchange x = {tsl_context(context.p), (const int *)table.p, legs, batches, batch_words, first_flag, offset};
+  unsigned int *counters = (unsigned int *)counter_words.p;
+  const uint32_t now = tsk_epoch(context, epoch);
+  __syncthreads();   // addresses
+  if ((int)threadIdx.x < pushers * 32) tsx_push(x, counters, now);
+  tsx_collect(x, context, counters, now, site);
+  __syncthreads();
+}
+
+// Last CTA of an aborted launch: every place that waits for elements gets NaN.
+TSL void tsk_exchange_nan(TskAddress context, TskAddress table, int legs) {
+  const TskExchange x = {tsl_context(context.p), (const int *)table.p, legs, 0, 0, 0, 0};
+  uint4 v[TSX_LOADS];
+  for (int u = 0; u < TSX_LOADS; ++u) v[u] = make_uint4(~0u, ~0u, ~0u, ~0u);
+  for (int i = 0; i < legs; ++i) {
+    const int *leg = x.row(i);
+    const TskSizes sizes(leg);
+    const uint32_t end = (uint32_t)__ldg(leg + TSX_LEG_WORDS);
+    for (int source = 0; source < (int)x.c->size; ++source)
+      for (uint32_t w = (TSK_THREAD >> 5) * TSX_UNIT + (TSK_THREAD & 31); w < end; w += TSK_CONSUMERS / 32 * TSX_UNIT)
+        tsx_deliver(x, leg, sizes, source, w, end, v);
+  }
+}
