@@ -23,11 +23,14 @@ def words_of(storage: Tensor) -> Tensor:
 
 def offset(row: Sequence[int], word: int) -> int | None:
     """As exchange.h reads a row of the table."""
-    sizes, strides = row[5 : 5 + GRID_DIMS], row[5 + GRID_DIMS : 5 + 2 * GRID_DIMS]
-    fixed = row[5 + 2 * GRID_DIMS :]
+    sizes, *others = (row[5 + part * GRID_DIMS : 5 + (part + 1) * GRID_DIMS] for part in range(5))
     at = 0
-    for size, stride, index in reversed(list(zip(sizes, strides, fixed, strict=True))):
-        word, i = divmod(word, size)
+    for size, stride, index, multiplier, shift in reversed(list(zip(sizes, *others, strict=True))):
+        if size == 1:
+            continue
+        quotient = (word * (multiplier % (1 << 32)) >> 32) >> shift
+        assert quotient == word // size
+        word, i = quotient, word - quotient * size
         if index >= 0:
             if i != index:
                 return None

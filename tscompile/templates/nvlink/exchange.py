@@ -10,11 +10,9 @@ from torch import Tensor
 from ...nvshmem.stream import Step, Values
 from .channel import DeviceLink
 from .jit import kernel
-from .kernels.config import MAX_LEGS, MAX_TARGETS, SMS
+from .kernels.config import MAX_LEGS, MAX_TARGETS, SMS, WORD_BYTES
 from .lasting import lasting
-from .legs import WORD_BYTES, Batches, Layout, Leg, rows_of
-
-PUSHERS = 8  # of the 16 warps of a CTA: they push until nothing is left to push, the others collect from the start
+from .legs import Batches, Layout, Leg, rows_of
 
 
 class ExchangeLaunch:
@@ -47,7 +45,6 @@ class ExchangeLaunch:
             "batch_words": batches.words,
             "first_flag": first_flag,
             "offset": offset,
-            "pushers": PUSHERS,
         }
         if not last:
             self._fixed["ack"] = -1
@@ -82,7 +79,7 @@ def _address(tensors: Sequence[Tensor], layout: Layout) -> int:
 
 
 def aligned_inputs(inputs: Sequence[Tensor], copied: bool) -> list[Tensor]:
-    """Inputs that the kernel can read: copies where rows are no whole words (`copied`), or where a tensor does not begin with a word."""
+    """Inputs that the kernel can read: copies where rows are no whole words (`copied`), or a tensor does not begin with a word."""
     return [
         x.contiguous()
         if copied and not x.is_contiguous()

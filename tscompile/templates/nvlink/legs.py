@@ -77,8 +77,25 @@ def legs_of(
     for number, (x, wanted) in enumerate(zip(inputs, targets, strict=True)):
         source = Layout(number, 0, x.stride(0), tuple(x.stride()[1:]), (-1,) * (x.dim() - 1))
         leg = Leg(tuple(x.shape[1:]), source, tuple(wanted))
-        legs.append(leg if only is None else _narrowed(leg, only[number]))
+        legs += _split(leg if only is None else _narrowed(leg, only[number]))
     return legs
+
+
+def _split(leg: Leg) -> list[Leg]:
+    """One leg for each index of a dim of which every target takes one: then no target has words to pass by."""
+    taken = [{target.fixed[dim] for target in leg.targets} for dim in range(len(leg.sizes))]
+    dim = next(
+        (dim for dim, indices in enumerate(taken) if -1 not in indices and len(indices) == leg.sizes[dim] > 1), None
+    )
+    if dim is None:
+        return [leg]
+    parts = []
+    for index in range(leg.sizes[dim]):
+        part = _narrowed(leg, (dim + 1, index, 1))
+        wanted = [t for t in part.targets if t.fixed[dim] == index]
+        free = [replace(t, fixed=(*t.fixed[:dim], -1, *t.fixed[dim + 1 :])) for t in wanted]
+        parts.append(replace(part, targets=tuple(free)))
+    return parts
 
 
 def _narrowed(leg: Leg, part: Part) -> Leg:
@@ -168,7 +185,7 @@ def worded(
         return None
     legs = [in_words(leg, inputs[0].element_size()) for leg in legs_of(deliveries, joins, inputs, only)]
     found = [leg for leg in legs if leg is not None and leg.words]
-    return found if len(found) == len(legs) else None
+    return found if len(found) == len(legs) <= MAX_LEGS else None
 
 
 def rows_of(legs: Sequence[Leg], batches: Batches) -> list[list[int]]:
@@ -185,4 +202,15 @@ def _place(leg: Leg, layout: Layout) -> list[int]:
     """Dims stand at the end, those that are missing have size 1."""
     missing = GRID_DIMS - len(leg.sizes)
     ones, zeros, free = [1] * missing, [0] * missing, [-1] * missing
-    return [layout.rank_stride, *ones, *leg.sizes, *zeros, *layout.strides, *free, *layout.fixed]
+    sizes = [*ones, *leg.sizes]
+    multipliers, shifts = zip(*(_reciprocal(size) for size in sizes), strict=True)
+    return [layout.rank_stride, *sizes, *zeros, *layout.strides, *free, *layout.fixed, *multipliers, *shifts]
+
+
+def _reciprocal(size: int) -> tuple[int, int]:
+    """(multiplier, shift) with `index // size == index * multiplier >> 32 >> shift` for all indices below 2**31; as int32s."""
+    if size == 1:
+        return 0, 0
+    bits = (size - 1).bit_length()
+    multiplier = -(-(1 << (31 + bits)) // size)  # rounded up; below 2**32
+    return (multiplier + (1 << 31)) % (1 << 32) - (1 << 31), bits - 1

@@ -1,17 +1,25 @@
 // An all_to_all whose permutes are in its two copies. Follows tile.h in the prelude of exchange.py.
 //
 // What a rank sends to one peer is a row of words of 16 bytes: the blocks of all exchanges of the launch, one behind the other, each in the order
-// of its grid. It is cut into batches. Pushing warps gather a batch from wherever it lies, store it to the peer's slot as one run of memory, and
-// set the batch's flag; collecting warps wait for a flag and scatter the batch to wherever the outputs want it. The own block goes straight from
-// the inputs to the outputs. Pushes wait for nothing and are claimed from a counter, so any resident subset of the CTAs of all ranks sends all.
+// of its grid. It is cut into batches. A CTA has two groups of eight warps. The first one pushes: it gathers a batch from wherever it lies, stores
+// it to the peer's slot as one run of memory, and sets the batch's flag. The second one collects, and so does the first one when nothing is left
+// to push: it waits for a flag and scatters the batch to wherever the outputs want it. The own block goes straight from the inputs to the outputs.
+// Pushes wait for nothing and are claimed from a counter, so any resident subset of the CTAs of all ranks sends all.
+//
+// A whole group works on a batch, because each batch takes a fence at system scope: an SM runs one such fence at a time, and each takes
+// microseconds. All but one thread of the group go on with the next batch meanwhile.
 //
 // A slot holds [ranks - 1, batches, batch]: what the next rank sent first, then the one behind it. Flags lie in the same order.
 
 enum { TSX_DIMS = 5, TSX_LOADS = 8, TSX_UNIT = TSX_LOADS * 32 };   // words that a warp moves at a time: eight of each lane
+enum { TSX_GROUP = 256, TSX_STEP = TSX_GROUP / 32 * TSX_UNIT };    // threads of a group, and the words that it moves at a time
 enum { TSX_PUSHES = 0, TSX_COLLECTS = 2 };                         // words of `counters`, beside those in tile.h
-// A row of the table: a leg is an exchange, a target is where the outputs want (a part of) what arrives of it.
+// A row of the table: a leg is an exchange, a target is where the outputs want (a part of) what arrives of it. The quotient of an index and
+// a size is `(index * multiplier >> 32) >> shift`, exact below 2**31 (Granlund and Montgomery, "Division by Invariant Integers using
+// Multiplication", PLDI 1994); the GPU has no division.
 enum { TSX_LEG_BATCH, TSX_LEG_WORDS, TSX_LEG_TARGET, TSX_LEG_TARGETS, TSX_RANK_STRIDE, TSX_SIZES, TSX_STRIDES = TSX_SIZES + TSX_DIMS,
-       TSX_FIXED = TSX_STRIDES + TSX_DIMS, TSX_ROW = TSX_FIXED + TSX_DIMS };
+       TSX_FIXED = TSX_STRIDES + TSX_DIMS, TSX_MULTIPLIERS = TSX_FIXED + TSX_DIMS, TSX_SHIFTS = TSX_MULTIPLIERS + TSX_DIMS,
+       TSX_ROW = TSX_SHIFTS + TSX_DIMS };
 
 TSL uint64_t *tsx_addresses() {
   __shared__ uint64_t addresses[16];
@@ -55,10 +63,14 @@ struct TskLayout {
   }
 };
 struct TskSizes {
-  uint32_t n[TSX_DIMS];
+  uint32_t n[TSX_DIMS], multiplier[TSX_DIMS], shift[TSX_DIMS];
   __device__ __forceinline__ explicit TskSizes(const int *row) {
     #pragma unroll
-    for (int d = 0; d < TSX_DIMS; ++d) n[d] = (uint32_t)__ldg(row + TSX_SIZES + d);
+    for (int d = 0; d < TSX_DIMS; ++d) {
+      n[d] = (uint32_t)__ldg(row + TSX_SIZES + d);
+      multiplier[d] = (uint32_t)__ldg(row + TSX_MULTIPLIERS + d);
+      shift[d] = (uint32_t)__ldg(row + TSX_SHIFTS + d);
+    }
   }
   // The offset of word `w` of the grid in a layout, -1 where the layout has no place for it.
   __device__ __forceinline__ int64_t offset(uint32_t w, const TskLayout &layout) const {
@@ -66,8 +78,9 @@ struct TskSizes {
     bool taken = true;
     #pragma unroll
     for (int d = TSX_DIMS - 1; d >= 0; --d) {
-      uint32_t i = w;
-      if (d && n[d] > 1) { const uint32_t q = w / n[d]; i = w - q * n[d]; w = q; } else if (d) i = 0;
+      if (n[d] == 1) continue;   // the same for all threads
+      const uint32_t q = __umulhi(w, multiplier[d]) >> shift[d], i = w - q * n[d];
+      w = q;
       if (layout.fixed[d] >= 0) taken &= i == (uint32_t)layout.fixed[d];
       else at += (int64_t)i * layout.strides[d];
     }
@@ -92,74 +105,114 @@ TSL void tsx_deliver(const TskExchange &x, const int *leg, const TskSizes &sizes
   }
 }
 
-// Pushing warps: batches for the peers, the next rank's first.
+// The calling thread's group of warps.
+TSL void tsx_sync() {
+  if (threadIdx.x < TSX_GROUP) asm volatile("bar.sync 11, 256;" ::: "memory");
+  else asm volatile("bar.sync 12, 256;" ::: "memory");
+}
+// Batches that a group claims one after the other: the next one while it works on this one, by its second warp, since its first thread has a
+// fence to wait for. `claim` puts it off until the next `sync`.
+struct TskClaims {
+  unsigned int *counter;
+  int total, turn;
+  __device__ __forceinline__ int *next() const {
+    __shared__ int claimed[4];
+    return claimed + 2 * (threadIdx.x / TSX_GROUP) + (turn & 1);
+  }
+  __device__ __forceinline__ void claim() {
+    ++turn;
+    if (threadIdx.x % TSX_GROUP == 32) *(volatile int *)next() = (int)atomicAdd(counter, 1u);
+  }
+  __device__ __forceinline__ int claimed() const {
+    const int i = *(volatile int *)next();
+    return i < total ? i : -1;
+  }
+};
+// The words of a batch that a thread moves: of its leg's grid.
+struct TskBatch {
+  int number;   // of the leg
+  const int *leg;
+  uint32_t first, end;
+  __device__ __forceinline__ TskBatch(const TskExchange &x, int batch) : number(x.leg_of(batch)), leg(x.row(number)) {
+    first = (batch - __ldg(leg + TSX_LEG_BATCH)) * x.batch_words;
+    end = min(first + x.batch_words, (uint32_t)__ldg(leg + TSX_LEG_WORDS));
+  }
+  __device__ __forceinline__ uint32_t mine() const { return first + threadIdx.x % TSX_GROUP / 32 * TSX_UNIT + (threadIdx.x & 31); }
+};
+
+// Batches for the peers, the next rank's first.
 TSL void tsx_push(const TskExchange &x, unsigned int *counters, uint32_t now) {
-  const int lane = threadIdx.x & 31, size = (int)x.c->size, rank = (int)x.c->rank, total = (size - 1) * x.batches;
+  const int size = (int)x.c->size, rank = (int)x.c->rank;
+  TskClaims claims = {counters + TSX_PUSHES, (size - 1) * x.batches, 0};
+  claims.claim();
+  tsx_sync();
   #pragma unroll 1
-  for (int i = tsk_claim(counters + TSX_PUSHES, total); i >= 0; i = tsk_claim(counters + TSX_PUSHES, total)) {
-    const int batch = i / (size - 1), owner = (rank + 1 + i % (size - 1)) % size, number = x.leg_of(batch);
-    const int *leg = x.row(number);
-    const TskSizes sizes(leg);
-    const TskLayout layout(leg);
-    const uint32_t first = (batch - __ldg(leg + TSX_LEG_BATCH)) * x.batch_words, end = min(first + x.batch_words, (uint32_t)__ldg(leg + TSX_LEG_WORDS));
-    const uint4 *from = (const uint4 *)tsx_addresses()[number] + (int64_t)owner * __ldg(leg + TSX_RANK_STRIDE);
-    uint4 *to = (uint4 *)x.data(rank, owner, batch) - first;
+  for (int i = claims.claimed(); i >= 0; i = claims.claimed()) {
+    claims.claim();
+    const int number = i / (size - 1), owner = (rank + 1 + i % (size - 1)) % size;
+    const TskBatch batch(x, number);
+    const TskSizes sizes(batch.leg);
+    const TskLayout layout(batch.leg);
+    const uint4 *from = (const uint4 *)tsx_addresses()[batch.number] + (int64_t)owner * __ldg(batch.leg + TSX_RANK_STRIDE);
+    uint4 *to = (uint4 *)x.data(rank, owner, number) - batch.first;
     #pragma unroll 1
-    for (uint32_t unit = first + lane; unit < end; unit += TSX_UNIT) {
+    for (uint32_t w = batch.mine(); w < batch.end; w += TSX_STEP) {
       uint4 v[TSX_LOADS];
       #pragma unroll
-      for (int u = 0; u < TSX_LOADS; ++u) if (unit + u * 32 < end) v[u] = tsl_ld_v4(from + sizes.offset(unit + u * 32, layout));
+      for (int u = 0; u < TSX_LOADS; ++u) if (w + u * 32 < batch.end) v[u] = tsl_ld_v4(from + sizes.offset(w + u * 32, layout));
       #pragma unroll
-      for (int u = 0; u < TSX_LOADS; ++u) if (unit + u * 32 < end) tsl_st_v4(to + unit + u * 32, v[u]);
+      for (int u = 0; u < TSX_LOADS; ++u) if (w + u * 32 < batch.end) tsl_st_v4(to + w + u * 32, v[u]);
     }
-    __syncwarp();
-    if (lane == 0) {
-      tsl_fence_sys();   // what the other lanes stored, too: __syncwarp orders it before
-      tsl_st_relaxed_sys(x.flag(rank, owner, batch), now);
+    tsx_sync();
+    if (threadIdx.x % TSX_GROUP == 0) {
+      tsl_fence_sys();   // what the other threads stored, too: the barrier orders it before
+      tsl_st_relaxed_sys(x.flag(rank, owner, number), now);
     }
   }
 }
 
-// Collecting warps: the own block first, then what the peers send, in the order in which they send it.
+// The own block first, then what the peers send, in the order in which they send it.
 TSL void tsx_collect(const TskExchange &x, TskAddress context, unsigned int *counters, uint32_t now, int site) {
-  const int lane = threadIdx.x & 31, size = (int)x.c->size, rank = (int)x.c->rank, total = size * x.batches;
+  const int size = (int)x.c->size, rank = (int)x.c->rank;
+  TskClaims claims = {counters + TSX_COLLECTS, size * x.batches, 0};
+  claims.claim();
+  tsx_sync();
   #pragma unroll 1
-  for (int i = tsk_claim(counters + TSX_COLLECTS, total); i >= 0; i = tsk_claim(counters + TSX_COLLECTS, total)) {
-    const int j = i - x.batches, batch = j < 0 ? i : j / (size - 1), source = j < 0 ? rank : (rank + size - 1 - j % (size - 1)) % size;
-    const int number = x.leg_of(batch);
-    const int *leg = x.row(number);
-    const TskSizes sizes(leg);
-    const uint32_t first = (batch - __ldg(leg + TSX_LEG_BATCH)) * x.batch_words, end = min(first + x.batch_words, (uint32_t)__ldg(leg + TSX_LEG_WORDS));
+  for (int i = claims.claimed(); i >= 0; i = claims.claimed()) {
+    claims.claim();
+    const int j = i - x.batches, number = j < 0 ? i : j / (size - 1), source = j < 0 ? rank : (rank + size - 1 - j % (size - 1)) % size;
+    const TskBatch batch(x, number);
+    const TskSizes sizes(batch.leg);
     const uint4 *from;
     if (source == rank) {
-      from = (const uint4 *)tsx_addresses()[number] + (int64_t)rank * __ldg(leg + TSX_RANK_STRIDE);
+      from = (const uint4 *)tsx_addresses()[batch.number] + (int64_t)rank * __ldg(batch.leg + TSX_RANK_STRIDE);
     } else {
-      tsl_wait_epoch(context.p, x.flag(source, rank, batch), now, source, site);
-      __syncwarp();
-      from = (const uint4 *)x.data(source, rank, batch) - first;
+      // One thread polls: it may be held up by a peer, and the others wait for it at the barrier.
+      if (threadIdx.x % TSX_GROUP == 0) tsl_wait_epoch(context.p, x.flag(source, rank, number), now, source, site);
+      tsx_sync();
+      from = (const uint4 *)x.data(source, rank, number) - batch.first;
     }
-    const TskLayout layout(leg);
+    const TskLayout layout(batch.leg);
     #pragma unroll 1
-    for (uint32_t unit = first + lane; unit < end; unit += TSX_UNIT) {
+    for (uint32_t w = batch.mine(); w < batch.end; w += TSX_STEP) {
       uint4 v[TSX_LOADS];
       #pragma unroll
-      for (int u = 0; u < TSX_LOADS; ++u) {
-        const uint32_t w = unit + u * 32;
-        if (w < end) v[u] = tsl_ld_v4(from + (source == rank ? sizes.offset(w, layout) : (int64_t)w));
-      }
-      tsx_deliver(x, leg, sizes, source, unit, end, v);
+      for (int u = 0; u < TSX_LOADS; ++u)
+        if (w + u * 32 < batch.end) v[u] = tsl_ld_v4(from + (source == rank ? sizes.offset(w + u * 32, layout) : (int64_t)(w + u * 32)));
+      tsx_deliver(x, batch.leg, sizes, source, w, batch.end, v);
     }
+    tsx_sync();
   }
 }
 
-// The whole launch, by all warps of a CTA: the first `pushers` push until nothing is left, and then collect as well.
+// The whole launch, by all threads of a CTA.
 TSL void tsk_exchange(TskAddress context, TskAddress counter_words, TskAddress table, int legs, int batches, int batch_words, int first_flag,
-                      int64_t offset, int pushers, int epoch, int site) {
+                      int64_t offset, int epoch, int site) {
   const TskExchange x = {tsl_context(context.p), (const int *)table.p, legs, batches, batch_words, first_flag, offset};
   unsigned int *counters = (unsigned int *)counter_words.p;
   const uint32_t now = tsk_epoch(context, epoch);
   __syncthreads();   // addresses
-  if ((int)threadIdx.x < pushers * 32) tsx_push(x, counters, now);
+  if (threadIdx.x < TSX_GROUP) tsx_push(x, counters, now);
   tsx_collect(x, context, counters, now, site);
   __syncthreads();
 }
