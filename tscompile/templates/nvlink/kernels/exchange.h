@@ -169,6 +169,7 @@ TSL void tsx_push(const TskExchange &x, unsigned int *counters, uint32_t now) {
       tsl_st_relaxed_sys(x.flag(rank, owner, number), now);
     }
   }
+  tsx_sync();   // all have read that nothing is left, before the next claims take its place
 }
 
 // The own block first, then what the peers send, in the order in which they send it.
