@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 4 -m benchmarks.bench_exchange [--rounds N] [--tokens N ...] [--out DIR or FILE.json]
 
-Run it from the root of the repository; `--device cpu` tries it on gloo ranks. 32 heads of 128 in bfloat16, one sequence of `tokens`. The
-rival is what programs run without the backend: `nccl` permutes what it sends or what it receives, as yunchang does, `nccl, twice` both,
-as DeepSpeed does. Results are compared with NCCL's, bit for bit, before anything is timed. `push` is what the fastest copies
-of this run could do: bytes that a rank sends, by the copy engine, to one peer. Method and traps: benchmarks/gpu_harness.py.
+Run it from the root of the repository; `--device cpu` tries it on gloo ranks. 32 heads of 128 in bfloat16, one sequence of `tokens`.
+The rival is what programs run without the backend: `nccl` permutes what it sends or what it receives, as yunchang does, `nccl, twice`
+both, as DeepSpeed does. Results are compared with NCCL's, bit for bit, before anything is timed. Method and traps:
+benchmarks/gpu_harness.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def received(x: Tensor) -> Tensor:
 
 
 def sides(what: str, tokens: int, heads: int, make: Callable[..., Tensor]) -> dict[str, gpu.Side]:
-    """Of one sequence: all sides return `[heads of a rank, tokens, DIM]` (before the attention) or `[tokens of a rank, all heads, DIM]`."""
+    """Of one sequence. Before the attention they return `[heads of a rank, tokens, DIM]`, after it `[tokens of a rank, heads, DIM]`."""
     ranks = dist.get_world_size()
     mine, each = tokens // ranks, heads // ranks
     if what == BACK:

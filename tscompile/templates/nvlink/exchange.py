@@ -21,6 +21,7 @@ class ExchangeLaunch:
     Args:
         legs: in words. batches: how they are cut.
         offset: bytes behind the start of a slot, first_flag: of a slot, where this launch's part begins.
+        copied: copy engines send the legs, each with a flag behind it: `[ranks - 1, legs]` from `first_flag` on, the next rank's first.
         ctas: of the kernel.
         last: no later launch of the call reads the slot.
     """
@@ -33,6 +34,7 @@ class ExchangeLaunch:
         *,
         offset: int = 0,
         first_flag: int = 0,
+        copied: bool = False,
         ctas: int = SMS,
         last: bool = True,
     ) -> None:
@@ -45,6 +47,7 @@ class ExchangeLaunch:
             "batch_words": batches.words,
             "first_flag": first_flag,
             "offset": offset,
+            "copied": int(copied),
         }
         if not last:
             self._fixed["ack"] = -1

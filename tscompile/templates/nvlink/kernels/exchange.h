@@ -9,7 +9,8 @@
 // A whole group works on a batch, because each batch takes a fence at system scope: an SM runs one such fence at a time, and each takes
 // microseconds. All but one thread of the group go on with the next batch meanwhile.
 //
-// A slot holds [ranks - 1, batches, batch]: what the next rank sent first, then the one behind it. Flags lie in the same order.
+// A slot holds [ranks - 1, batches, batch]: what the next rank sent first, then the one behind it. Flags lie in the same order. Where copy engines
+// send, nobody pushes, and a flag [ranks - 1, legs] says that all of a leg is there.
 
 enum { TSX_DIMS = 5, TSX_LOADS = 8, TSX_UNIT = TSX_LOADS * 32 };   // words that a warp moves at a time: eight of each lane
 enum { TSX_GROUP = 256, TSX_STEP = TSX_GROUP / 32 * TSX_UNIT };    // threads of a group, and the words that it moves at a time
@@ -35,22 +36,24 @@ struct TskExchange {
   const int *table;
   int legs, batches, batch_words, first_flag;
   int64_t offset;   // of this launch's part of a slot, in bytes
+  bool copied;      // by copy engines
   __device__ __forceinline__ const int *row(int i) const { return table + i * TSX_ROW; }
   __device__ __forceinline__ int leg_of(int batch) const {
     int leg = 0;
     while (leg + 1 < legs && batch >= __ldg(row(leg + 1) + TSX_LEG_BATCH)) ++leg;
     return leg;
   }
-  // Place of what `source` sends among what `owner` receives.
-  __device__ __forceinline__ int64_t place(int source, int owner, int batch) const {
-    const int size = (int)c->size, distance = (source - owner + size - 1) % size;
-    return (int64_t)distance * batches + batch;
+  // Place of `source` among those that `owner` receives from.
+  __device__ __forceinline__ int64_t distance(int source, int owner) const {
+    const int size = (int)c->size;
+    return (source - owner + size - 1) % size;
   }
   __device__ __forceinline__ char *data(int source, int owner, int batch) const {
-    return (char *)c->data[owner] + offset + place(source, owner, batch) * batch_words * 16;
+    return (char *)c->data[owner] + offset + (distance(source, owner) * batches + batch) * batch_words * 16;
   }
-  __device__ __forceinline__ void *flag(int source, int owner, int batch) const {
-    return (void *)(c->flags[owner] + 4 * (uint64_t)(first_flag + place(source, owner, batch)));
+  __device__ __forceinline__ void *flag(int source, int owner, int batch, int leg) const {
+    const int64_t place = copied ? distance(source, owner) * legs + leg : distance(source, owner) * batches + batch;
+    return (void *)(c->flags[owner] + 4 * (uint64_t)(first_flag + place));
   }
 };
 
@@ -166,7 +169,7 @@ TSL void tsx_push(const TskExchange &x, unsigned int *counters, uint32_t now) {
     tsx_sync();
     if (threadIdx.x % TSX_GROUP == 0) {
       tsl_fence_sys();   // what the other threads stored, too: the barrier orders it before
-      tsl_st_relaxed_sys(x.flag(rank, owner, number), now);
+      tsl_st_relaxed_sys(x.flag(rank, owner, number, batch.number), now);
     }
   }
   tsx_sync();   // all have read that nothing is left, before the next claims take its place
@@ -189,7 +192,7 @@ TSL void tsx_collect(const TskExchange &x, TskAddress context, unsigned int *cou
       from = (const uint4 *)tsx_addresses()[batch.number] + (int64_t)rank * __ldg(batch.leg + TSX_RANK_STRIDE);
     } else {
       // One thread polls: it may be held up by a peer, and the others wait for it at the barrier.
-      if (threadIdx.x % TSX_GROUP == 0) tsl_wait_epoch(context.p, x.flag(source, rank, number), now, source, site);
+      if (threadIdx.x % TSX_GROUP == 0) tsl_wait_epoch(context.p, x.flag(source, rank, number, batch.number), now, source, site);
       tsx_sync();
       from = (const uint4 *)x.data(source, rank, number) - batch.first;
     }
@@ -208,19 +211,19 @@ TSL void tsx_collect(const TskExchange &x, TskAddress context, unsigned int *cou
 
 // The whole launch, by all threads of a CTA.
 TSL void tsk_exchange(TskAddress context, TskAddress counter_words, TskAddress table, int legs, int batches, int batch_words, int first_flag,
-                      int64_t offset, int epoch, int site) {
-  const TskExchange x = {tsl_context(context.p), (const int *)table.p, legs, batches, batch_words, first_flag, offset};
+                      int64_t offset, int copied, int epoch, int site) {
+  const TskExchange x = {tsl_context(context.p), (const int *)table.p, legs, batches, batch_words, first_flag, offset, copied != 0};
   unsigned int *counters = (unsigned int *)counter_words.p;
   const uint32_t now = tsk_epoch(context, epoch);
   __syncthreads();   // addresses
-  if (threadIdx.x < TSX_GROUP) tsx_push(x, counters, now);
+  if (threadIdx.x < TSX_GROUP && !x.copied) tsx_push(x, counters, now);
   tsx_collect(x, context, counters, now, site);
   __syncthreads();
 }
 
 // Last CTA of an aborted launch: every place that waits for elements gets NaN.
 TSL void tsk_exchange_nan(TskAddress context, TskAddress table, int legs) {
-  const TskExchange x = {tsl_context(context.p), (const int *)table.p, legs, 0, 0, 0, 0};
+  const TskExchange x = {tsl_context(context.p), (const int *)table.p, legs, 0, 0, 0, 0, false};
   uint4 v[TSX_LOADS];
   for (int u = 0; u < TSX_LOADS; ++u) v[u] = make_uint4(~0u, ~0u, ~0u, ~0u);
   for (int i = 0; i < legs; ++i) {

@@ -17,7 +17,8 @@ def exchange_kernel(ctas: int) -> Any:
 
     Arguments of the kernel: X0 to X7 the addresses of what is sent, Y0 to Y7 those of the places that what arrives goes to; table the
     rows of both, `legs` of X (legs.py of templates/nvlink makes it); `batches` of `batch_words` words of 16 bytes that a peer gets,
-    their flags from `first_flag` on, their data `offset` bytes behind the start of a slot.
+    their flags from `first_flag` on, their data `offset` bytes behind the start of a slot. If `copied`, copy engines send, and there is a
+    flag for each leg.
     """
     text = prelude("exchange.h")
     numbers = tuple(range(MAX_LEGS))  # a tuple, so that TileLang unrolls the loop where it reads it
@@ -46,6 +47,7 @@ def exchange_kernel(ctas: int) -> Any:
         batch_words: T.int32,
         first_flag: T.int32,
         offset: T.int64,
+        copied: T.int32,
         context: T.int64,
         counters: T.int64,
         epoch: T.int32,
@@ -67,6 +69,7 @@ def exchange_kernel(ctas: int) -> Any:
                 batch_words,
                 first_flag,
                 offset,
+                copied,
                 epoch,
                 site,
             )
