@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -48,6 +49,17 @@ def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any], 
         outcome.seconds = time.monotonic() - start
         outcomes.append(outcome)
     return outcomes
+
+
+def run_cases(cases: list[tuple[torch.dtype, str]], options: dict[str, Any]) -> list[Outcome]:
+    """Run (dtype, program) one after the other."""
+    return [outcome for dtype, name in cases for outcome in run_programs([name], dtype, options)]
+
+
+def run_cached(folder: str, names: list[str], dtype: torch.dtype, options: dict[str, Any]) -> list[Outcome]:
+    """`run_programs` with the compiler's caches in a folder."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    return run_programs(names, dtype, options)
 
 
 def _run(program: Program, setting: Setting, options: dict[str, Any], outcome: Outcome) -> None:
