@@ -1,8 +1,8 @@
 """The attention ops that torch has for GPUs alone, on CPU tensors, so that what is made of them can be computed without a GPU.
 
-`install()` registers them for this process. They compute in float64, forward and backward, and read their operands as the GPU kernels do:
-where those do not ask for a stride, neither do these, so that a slice which is no tensor of its own gives wrong numbers here too. Contents
-that torch leaves uninitialised differ from call to call.
+`install()` registers them for this process. They compute in float64, forward and backward, and read their operands as the GPU kernels
+do: where those do not ask for a stride, neither do these, so that a slice that is no tensor of its own gives wrong numbers here too.
+Contents that torch leaves uninitialised differ from call to call.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def gradients(
     rows = (grad * out.double()).sum(-1, keepdim=True)
     inner = weights * (grad @ values.transpose(-1, -2) - rows) * factor
     sums = [
-        t.unflatten(1, (-1, shared)).sum(2) for t in (inner.transpose(-1, -2) @ q.double(), weights.transpose(-1, -2) @ grad)
+        t.unflatten(1, (-1, shared)).sum(2)
+        for t in (inner.transpose(-1, -2) @ q.double(), weights.transpose(-1, -2) @ grad)
     ]
     return inner @ keys, sums[0], sums[1]
 
@@ -72,8 +73,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _rows_dense(x: Tensor) -> Tensor:
     """What a kernel reads of `[B, heads, S, D]` that takes its rows to be heads * D elements apart, whatever their stride is."""
-    b, heads, length, width = x.shape
-    return x.as_strided(x.shape, (x.stride(0), x.stride(1), heads * width, 1))
+    return x.as_strided(x.shape, (x.stride(0), x.stride(1), x.shape[1] * x.shape[3], 1))
 
 
 def _uninitialised(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
