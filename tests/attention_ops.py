@@ -26,7 +26,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float | None) -> tuple[Te
     keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q.double() @ keys.transpose(-1, -2) * factor
     if causal:
-        kept = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        kept = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~kept, -math.inf)
     return scores, factor
 

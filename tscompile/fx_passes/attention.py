@@ -27,13 +27,12 @@ class _Kind:
     by_heads: bool = True
 
 
-_ON_GPU = ("out", "logsumexp")
 # Forward ops of torch.ops.aten; the backward of each has "_backward" behind its name.
 _FORMS = {
-    "_scaled_dot_product_flash_attention": _Kind("flash attention", _ON_GPU),
+    "_scaled_dot_product_flash_attention": _Kind("flash attention", ("logsumexp",)),
     "_scaled_dot_product_flash_attention_for_cpu": _Kind("flash attention"),
-    "_scaled_dot_product_cudnn_attention": _Kind("cuDNN attention", _ON_GPU),
-    "_scaled_dot_product_efficient_attention": _Kind("memory-efficient attention", _ON_GPU),
+    "_scaled_dot_product_cudnn_attention": _Kind("cuDNN attention", ("logsumexp",)),
+    "_scaled_dot_product_efficient_attention": _Kind("memory-efficient attention", ("out",)),
     "_scaled_dot_product_fused_attention_overrideable": _Kind("a device's own attention", by_heads=False),
 }
 # Arguments, by their names in the schemas.

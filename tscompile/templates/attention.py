@@ -7,7 +7,8 @@ attention of a group is the plain op on a slice of its operands.
 
 Slices have the strides of the whole. Most kernels take any, with exceptions that read wrong elements and say nothing: the backward
 of flash attention takes the logsumexp `[B, heads, S]`, and that of memory-efficient attention rows of the output, to be as far apart as
-in a tensor without gaps (flash_api.cpp and kernel_backward.h of torch). Operands like these are packed (`Operand.share`).
+in a tensor without gaps (flash_api.cpp and kernel_backward.h of torch). cuDNN is told the strides of the logsumexp, and does not take
+every layout of it. Operands like these are packed (`Operand.share`).
 """
 
 from __future__ import annotations
