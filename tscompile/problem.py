@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 Phase = Literal["forward", "backward", "inference"]
 Axis = Literal["rows", "cols"]
-Share = Literal["heads", "packed", "whole"]
+Share = Literal["heads", "packed", "rows", "whole"]
 
 PLAN_VERSION = 2
 
@@ -72,8 +72,8 @@ class Operand:
     index: number of the op's output that holds it as received, or of the `local` tensor that it is if it crosses no ranks.
     counts: of what is received: how many dims of that output make up each of the operand's dims, in the order of memory.
     order: those dims as the attention has them, `[B, heads, ...]`.
-    share: what a group of heads reads of it. "heads": these heads, a view. "packed": these heads in memory without gaps, since the op's
-        kernel does not ask for every stride. "whole": all of it, since it has no heads.
+    share: what a group of heads reads of it. "heads": these heads, a view. "packed", "rows": these heads without gaps, contiguous or
+        in the memory order of `[B, S, heads, D]`, since the kernel takes it to lie so. "whole": all of it, since it has no heads.
     """
 
     index: int

@@ -85,7 +85,7 @@ def test_training_is_one_op_each_way(form: str) -> None:
     assert backward.results == ()  # gradients are sent, and nothing else reads them
     gradient = "grad_out_" if form == "efficient" else "grad_out"
     expected = dict.fromkeys((gradient, "query", "key", "value", "out", "logsumexp"), "heads")
-    expected["out" if form == "efficient" else "logsumexp"] = "packed"
+    expected |= {"out": "rows"} if form == "efficient" else {"logsumexp": "packed"}
     assert shares(backward) == expected | {"philox_seed": "whole", "philox_offset": "whole"}
     assert [len(args) for args in node.args[:2]] == [1, 7]  # type: ignore[arg-type]
 
@@ -160,13 +160,14 @@ OPERANDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def forward_of(form: str) -> Program:
+def forward_of(form: str, returned: int = 8) -> Program:
+    """q, k and v as received and the attention's first results are outputs too: the mask of dropout, the ninth, is not."""
     op, rest = OPERANDS[form]
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> list[Any]:
         q, k, v = (to_heads(t) for t in (q, k, v))
         results = op(q, k, v, *rest)
-        return [to_sequence(results[0]), q, k, v, *results]
+        return [to_sequence(results[0]), q, k, v, *results[:returned]]
 
     return forward
 
@@ -267,6 +268,16 @@ def test_graphs_of_gpus_are_kept_for_want_of_a_kernel(form: str, backward: bool)
     assert all(row.reason.startswith("no kernel for all_to_all_permute on cuda tensors") for row in rows)
     assert "; all_to_all_attention: no kernel for all_to_all_attention on cuda tensors" in rows[0].reason
     assert [n for n in graph.nodes if is_attention(n)]
+
+
+def test_a_result_of_which_nothing_is_known_is_not_put_together() -> None:
+    mode = FakeTensorMode()
+    args = on_gpu(mode, HEADS)
+    with mode:
+        graph = make_fx(forward_of("flash", 9))(*args).graph
+    graph.eliminate_dead_code()
+    rows = run_pass(mode, graph)
+    assert "; all_to_all_attention: nothing says how result 8 of the attention" in rows[0].reason
 
 
 # What is refused

@@ -7,7 +7,8 @@ tables below say what each name means for a group of heads; a name that they do 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,19 +21,19 @@ from .sizes import known_eq
 
 @dataclass(frozen=True)
 class _Kind:
-    """packed: operands of which the kernels do not ask for every stride (templates/attention.py)."""
+    """shares: operands of which the kernels do not ask for every stride (templates/attention.py)."""
 
     name: str
-    packed: tuple[str, ...] = ()
+    shares: Mapping[str, Share] = field(default_factory=dict)
     by_heads: bool = True
 
 
 # Forward ops of torch.ops.aten; the backward of each has "_backward" behind its name.
 _FORMS = {
-    "_scaled_dot_product_flash_attention": _Kind("flash attention", ("logsumexp",)),
+    "_scaled_dot_product_flash_attention": _Kind("flash attention", {"logsumexp": "packed"}),
     "_scaled_dot_product_flash_attention_for_cpu": _Kind("flash attention"),
-    "_scaled_dot_product_cudnn_attention": _Kind("cuDNN attention", ("logsumexp",)),
-    "_scaled_dot_product_efficient_attention": _Kind("memory-efficient attention", ("out",)),
+    "_scaled_dot_product_cudnn_attention": _Kind("cuDNN attention", {"logsumexp": "packed"}),
+    "_scaled_dot_product_efficient_attention": _Kind("memory-efficient attention", {"out": "rows"}),
     "_scaled_dot_product_fused_attention_overrideable": _Kind("a device's own attention", by_heads=False),
 }
 # Arguments, by their names in the schemas.
@@ -52,7 +53,7 @@ _MUST_BE_OFF = {
 }
 # Tensors among the results. Those without a name are gradients of the query, the key, the value and the bias.
 _RESULTS_WITH_HEADS = ("output", "logsumexp", "log_sumexp", "grad_query", "grad_key", "grad_value")
-_RESULTS_OF_DRAWING = ("philox_seed", "philox_offset", "rng_state", "unused", "debug_attn_mask")
+_RESULTS_OF_DRAWING = ("philox_seed", "philox_offset", "rng_state", "unused")
 
 _FLEX = ("flex_attention", "flex_attention_backward")
 _RNG = ("run_and_save_rng_state", "run_with_rng_state")
@@ -130,7 +131,7 @@ def _call(node: fx.Node, kind: _Kind) -> str | tuple[tuple[fx.Node, ...], tuple[
             numbers[name] = len(operands)
             arguments.append(Argument(name, "operand", numbers[name]))
             operands.append(value)
-            shares.append("whole" if name in _WHOLE else "packed" if name in kind.packed else "heads")
+            shares.append("whole" if name in _WHOLE else kind.shares.get(name, "heads"))
         elif name in _LENGTHS and _LENGTHS[name] in numbers:
             number = numbers[_LENGTHS[name]]
             length = value.meta["val"] if isinstance(value, fx.Node) else value

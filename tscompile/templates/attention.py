@@ -6,9 +6,9 @@ and signals. The results of the peers are collected at the end, again group by g
 attention of a group is the plain op on a slice of its operands.
 
 Slices have the strides of the whole. Most kernels take any, with exceptions that read wrong elements and say nothing: the backward
-of flash attention takes the logsumexp `[B, heads, S]`, and that of memory-efficient attention rows of the output, to be as far apart as
-in a tensor without gaps (flash_api.cpp and kernel_backward.h of torch). cuDNN is told the strides of the logsumexp, and does not take
-every layout of it. Operands like these are packed (`Operand.share`).
+of flash attention takes the logsumexp to be contiguous, and that of memory-efficient attention takes rows of the output to be as far
+apart as in a tensor without gaps (flash_api.cpp and kernel_backward.h of torch). cuDNN is told the strides of the logsumexp, and does
+not take every layout of it. Such operands are copied for each group (`Operand.share`).
 """
 
 from __future__ import annotations
@@ -63,10 +63,9 @@ def _share(x: Tensor, share: Share, group: int, groups: int) -> Tensor:
         return x
     heads = x.shape[1] // groups
     found = x.narrow(1, group * heads, heads)
-    if share == "heads":
-        return found
-    memory = sorted(range(x.dim()), key=x.stride, reverse=True)
-    return found.permute(memory).contiguous().permute([memory.index(dim) for dim in range(x.dim())])
+    if share == "rows":
+        return found.transpose(1, 2).contiguous().transpose(1, 2)
+    return found.contiguous() if share == "packed" else found
 
 
 def attend(attention: Attention, operands: Sequence[Tensor]) -> tuple[Any, ...]:
