@@ -111,6 +111,7 @@ def ulysses(result: Mapping[str, Any]) -> str:
                 f"{median(t['roof'] / t['tilescale'] for t in rounds):.2f}",
             ]
         )
-    said = f"{case['attention']} attention, causal, {case['heads']} heads of {case['dim']}; milliseconds, eager calls, slowest rank.\n\n"
+    what = f"{case['attention']} attention, causal, {case['heads']} heads of {case['dim']}"
+    said = f"{what}; milliseconds, eager calls, slowest rank.\n\n"
     header = ["", "Inductor", "tilescale", "roof", "speed-up", "at the roof", "of the roof"]
     return machine(result["environment"]) + said + table(header, rows)

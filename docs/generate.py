@@ -12,8 +12,8 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
