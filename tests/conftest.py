@@ -26,6 +26,6 @@ def summary(pytestconfig: pytest.Config) -> list[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if lines := config.stash[_SUMMARY]:
-        terminalreporter.section("recall")
+        terminalreporter.section("what was measured and used")
         for line in lines:
             terminalreporter.write_line(line)

@@ -159,7 +159,7 @@ SPELLINGS = {
 }
 
 
-class _Projected(nn.Module):
+class Projected(nn.Module):
     """One projection for q, k and v, attention in between, one for the output."""
 
     def __init__(self, setting: Setting, kv_heads: int) -> None:
@@ -176,7 +176,7 @@ class _Projected(nn.Module):
         return q, k, v
 
 
-class Ulysses(_Projected):
+class Ulysses(Projected):
     def __init__(self, setting: Setting, spelling: str, causal: bool = True, kv_heads: int = HEADS) -> None:
         super().__init__(setting, kv_heads)
         self.exchange = SPELLINGS[spelling]
@@ -192,7 +192,7 @@ class Ulysses(_Projected):
         return F.linear(self.exchange.sequence(out.transpose(1, 2)).flatten(2), self.wo)
 
 
-class UlyssesFused(_Projected):
+class UlyssesFused(Projected):
     """One exchange for q, k and v together: `stacked` after the projection, or as the projection lays them out."""
 
     def __init__(self, setting: Setting, spelling: str, stacked: bool = False) -> None:
@@ -214,12 +214,13 @@ class UlyssesFused(_Projected):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, use_reentrant: bool) -> None:
         super().__init__()
         self.inner = inner
+        self.use_reentrant = use_reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(self.inner, x, use_reentrant=self.use_reentrant)  # type: ignore[no-any-return]
 
 
 def _gather(x: Tensor, dim: int) -> Tensor:
@@ -229,7 +230,7 @@ def _gather(x: Tensor, dim: int) -> Tensor:
     return torch.cat(funcol.all_gather_tensor_autograd(x, 0, _world()).chunk(dist.get_world_size()), dim)
 
 
-class ContextParallel(_Projected):
+class ContextParallel(Projected):
     """Every rank keeps its queries and gathers all keys and values along the sequence."""
 
     def __init__(self, setting: Setting, stacked: bool = False, kv_heads: int = HEADS) -> None:
@@ -247,7 +248,7 @@ class ContextParallel(_Projected):
         return F.linear(out.transpose(1, 2).reshape(b, s, DIM), self.wo)
 
 
-class ContextParallelZigZag(_Projected):
+class ContextParallelZigZag(Projected):
     """Causal and balanced: of 2P pieces of the sequence rank r holds pieces r and 2P - 1 - r.
 
     The gathered pieces are put in order, and the mask is that of this rank's rows.
@@ -278,8 +279,8 @@ def _build(
     return Built(make(setting, **how), (x,))
 
 
-def _checkpointed(setting: Setting, **how: Any) -> Built:
-    return Built(Checkpointed(Ulysses(setting, **how)), (setting.input("x", BATCH, LENGTH, DIM),))
+def _checkpointed(setting: Setting, use_reentrant: bool = False, **how: Any) -> Built:
+    return Built(Checkpointed(Ulysses(setting, **how), use_reentrant), (setting.input("x", BATCH, LENGTH, DIM),))
 
 
 def _dynamic(setting: Setting, make: Callable[..., nn.Module], **how: Any) -> Built:
