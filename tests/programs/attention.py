@@ -195,10 +195,11 @@ class Ulysses(Projected):
 class UlyssesFused(Projected):
     """One exchange for q, k and v together: `stacked` after the projection, or as the projection lays them out."""
 
-    def __init__(self, setting: Setting, spelling: str, stacked: bool = False) -> None:
+    def __init__(self, setting: Setting, spelling: str, stacked: bool = False, causal: bool = False) -> None:
         super().__init__(setting, HEADS)
         self.exchange = SPELLINGS[spelling]
         self.stacked = stacked
+        self.causal = causal
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, _ = x.shape
@@ -209,7 +210,8 @@ class UlyssesFused(Projected):
             qkv = F.linear(x, self.wqkv).view(b, s, 3, HEADS, HEAD_DIM)
         by_rank = qkv.view(b, s, 3, p, HEADS // p, HEAD_DIM).transpose(2, 3).reshape(b, s, 3 * HEADS, HEAD_DIM)
         q, k, v = self.exchange.heads(by_rank).view(b, p * s, 3, HEADS // p, HEAD_DIM).unbind(2)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return F.linear(self.exchange.sequence(out.transpose(1, 2)).flatten(2), self.wo)
 
 
@@ -341,9 +343,35 @@ PROGRAMS: tuple[Program, ...] = (
         numerics=_FLOAT32,
     ),
     Program(
+        "d5_ulysses_fusedqkv_causal_nograd",
+        _ULYSSES,
+        partial(_build, make=UlyssesFused, spelling="yunchang", causal=True, grad=False),
+        {"inference": _exchanges(1)},
+        context="no_grad",
+        extra=True,
+        numerics=_FLOAT32,
+    ),
+    Program(
+        "d7_ulysses_deepspeed_full_gqa_inference",
+        _ULYSSES,
+        partial(_build, make=Ulysses, spelling="deepspeed", causal=False, kv_heads=4, grad=False),
+        {"inference": _exchanges(3)},
+        context="inference_mode",
+        extra=True,
+        numerics=_FLOAT32,
+    ),
+    Program(
         "d9_ulysses_checkpoint",
         _ULYSSES,
         partial(_checkpointed, spelling="yunchang"),
+        _RECOMPUTED,
+        extra=True,
+        numerics=_FLOAT32,
+    ),
+    Program(
+        "d9_ulysses_checkpoint_reentrant",
+        _ULYSSES,
+        partial(_checkpointed, spelling="yunchang", use_reentrant=True),
         _RECOMPUTED,
         extra=True,
         numerics=_FLOAT32,
