@@ -62,6 +62,6 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if lines := config.stash[_SUMMARY]:
-        terminalreporter.section("recall")
+        terminalreporter.section("what was measured and used")
         for line in lines:
             terminalreporter.write_line(line)
