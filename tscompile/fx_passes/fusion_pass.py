@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -163,7 +163,9 @@ class _Fusion:
         kept_at = 0
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
-            if isinstance(found, Match) and self._match(f"{len(self.rows)}:{found.kind}", found):
+            if isinstance(found, Match):
+                found = self._match(f"{len(self.rows)}:{found.kind}", found)
+            if found is True:
                 if kept is not None and pattern.priority >= 0 > kept_at:
                     self.rows[-1].reason += f"; {kept[0]}: {kept[1].reason}"  # why not more of it
                 return
@@ -174,8 +176,9 @@ class _Fusion:
         else:
             self._row(label, None, (collective,), _unmatched(collective))
 
-    def _match(self, label: str, match: Match) -> bool:
-        """Decide on a match, and write its row; False, and no row, if another pattern may fuse what this one does not."""
+    def _match(self, label: str, match: Match) -> Literal[True] | Keep | None:
+        """Decide on a match, and write its row: True. If another pattern may fuse what this one does not, there is no row; then the
+        reason, or None if the user has asked for it."""
         decision = planner.plan(match.problem, match.plan, self.options)
         if isinstance(decision, Fuse) and self.options.dry_run:
             decision = Keep("dry-run", "dry run: this site would be fused")
@@ -191,7 +194,7 @@ class _Fusion:
                 self.fused.append((node, plan))
                 self.context.edited()
         if match.gives_way and isinstance(decision, Keep) and decision.code != "dry-run":
-            return False
+            return None if decision.code == "disabled" else decision
         self._row(label, match.kind, match.collectives, decision, match, source)
         for collective in match.collectives:  # each stands in one row
             del self.context.collectives[collective.node]
