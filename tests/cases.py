@@ -240,11 +240,10 @@ def panels(
         for _ in range(size)
     ]
     left = [  # columns: (exchange, O, source, Q)
-        torch.cat([torch.stack([x[e][r] for x in sent], 2).flatten(1) for e in range(len(shapes))], 1) for r in range(size)
+        torch.cat([torch.stack([x[e][r] for x in sent], 2).flatten(1) for e in range(len(shapes))], 1)
+        for r in range(size)
     ]
-    others = [
-        [_random(generator, left[0].shape[1], n, dtype=kind, strided=strided) for n in free] for _ in range(size)
-    ]
+    others = [[_random(generator, left[0].shape[1], n, dtype=kind, strided=strided) for n in free] for _ in range(size)]
     biases = [[_random(generator, n, dtype=kind) if bias else None for n in free] for _ in range(size)]
     use = GatherUse("lhs", False, "cols", dtype)
     plan = Plan("all_to_all_matmul", f"panels{seed}", "shm", dtype, uses=(use,) * len(free), return_gathered=returned)

@@ -139,8 +139,8 @@ def _operand(context: Context, site: Site) -> Operand | Keep | None:
     prover = Prover({whole.node: identity(whole.node)})
     readers = [node for node in members if _is_whole(prover, node, whole.node, width)]
     matmuls = _matmuls(context, site, readers)
-    if not isinstance(matmuls, list) or not matmuls:
-        return matmuls or None
+    if isinstance(matmuls, Keep) or not matmuls:
+        return matmuls if isinstance(matmuls, Keep) else None
     panels = []
     for part in whole.parts:
         dims = part.placement.dims

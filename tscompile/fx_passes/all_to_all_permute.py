@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from ..lowering import ops
 from ..problem import Delivery, FusionProblem, Keep, Plan
 from ..templates.all_to_all import Outputs, output_shapes
-from .attention import is_attention
+from .attention import attention_form, is_attention
 from .collectives import Collective
 from .describe import dtype_name, shape_text
 from .exchanges import Exchange, Joined, Reading, Readings, Source, equal_blocks, find_readings, find_source, related
@@ -111,7 +111,11 @@ class Site:
         new: list[tuple[fx.Node, fx.Node]] = []
         for reading in self.readings.values:
             number = self.home(reading)
-            new.append((reading.node, value_of(builder, outs[number], orders[number], reading)))
+            value = value_of(builder, outs[number], orders[number], reading)
+            if value.meta["val"].device.type == "cpu" and _flex_reads(reading.node):
+                # Inductor's FlexAttention for CPU takes the sizes of a view's storage for those of the view (torch 2.13).
+                value = builder.call(aten.clone.default, value)
+            new.append((reading.node, value))
         for joined, out in zip(self.readings.joined, outs[len(self.homes) :], strict=True):
             new.append((joined.node, builder.reshape(out, joined.node.meta["val"].shape, sources)))
         return new
@@ -128,6 +132,11 @@ class Site:
         """What is of no use once its readings are replaced."""
         chains = [n for exchange in self.exchanges for n in reversed(exchange.chain)]
         return [*chains, *(n for c in self.collectives for n in (c.result, c.node))]
+
+
+def _flex_reads(node: fx.Node) -> bool:
+    forms = [attention_form(user) for user in node.users]
+    return any(form is not None and form.name == "FlexAttention" for form in forms)
 
 
 def _key(reading: Reading) -> tuple[object, ...]:

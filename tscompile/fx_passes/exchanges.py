@@ -220,7 +220,6 @@ class Source:
             node = builder.call(aten.permute.default, node, order)
         return builder.reshape(node, [product(d.size for d in dim) for dim in self.view.dims], [root])
 
-
     def lies_together(self, order: Sequence[int]) -> bool:
         """True if what goes to one rank lies in one piece, in this order of the block's dims; by size hints."""
         sizes = [hint(size) for size in self.grid.sizes]

@@ -170,12 +170,12 @@ NCCL = {
     "matmul_all_reduce": (Link(27.0, 4.9), Link(11.0, 12.0)),
     "matmul_all_gather": (Link(43.0, 2.6), Link(12.0, 8.0)),
 }
-# One all_to_all of NCCL by what a rank sends to others, and one permuting copy by what it holds [measured 2026-11-20, 4x H200].
-NCCL_EXCHANGE = Link(30.0, 3.5)
-PERMUTE = Link(6.0, 1.65)
-# What one op takes that stores straight into the peers' layout, by what a rank sends to others: the rate of pushes, the start of a
-# kernel. Not measured.
-PUSH_EXCHANGE = Link(15.0, 2.9)
+# One all_to_all of NCCL by what a rank sends to others, one permuting copy by what it holds, and the op that does all of this for
+# several exchanges at once, by what a rank sends in all; of two links the lesser time. [measured 2026-11-28, 2x H200, 4 to 384 MiB
+# sent: benchmarks/results/gpu-exchange-2xh200-2026-11-28.json; ours within 4 %]
+NCCL_EXCHANGE = (Link(40.0, 2.75), Link(10.0, 4.6))
+PERMUTE = Link(4.0, 1.65)
+PUSH_EXCHANGE = (Link(35.0, 2.87), Link(22.6, 3.43))
 # Copying own panels into the slot, each by a copy of the main stream. Not measured.
 OWN_PANEL = Link(3.0, 0.6)
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
@@ -244,10 +244,11 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
 
 def _predict_exchanges_gpu(problem: FusionProblem) -> Prediction:
     """The original program permutes what it sends, or what it receives, once for each exchange; some do both."""
-    held = problem.comm_bytes / _MIB
-    moved = _predict_exchanges(problem, PUSH_EXCHANGE, NCCL_EXCHANGE)
-    permutes = (problem.exchanges - 1) * PERMUTE.latency_us + PERMUTE.us(held)
-    return Prediction(moved.fused_us, moved.original_us + permutes)
+    held, count = problem.comm_bytes / _MIB, problem.exchanges
+    sent = held * (problem.group_size - 1) / problem.group_size
+    moved = count * min(link.us(sent / count) for link in NCCL_EXCHANGE)
+    permuted = (count - 1) * PERMUTE.latency_us + PERMUTE.us(held)
+    return Prediction(min(link.us(sent) for link in PUSH_EXCHANGE), moved + permuted)
 
 
 def _predict_panels_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:

@@ -1,7 +1,7 @@
 """What an exchange in front of a matmul sends: panels of the left operand `[M, K]`, and their places in a slot `[M, panels, R, Q]`.
 
-An exchange `[R, M, O, Q]` has O panels of Q columns for each rank; those of several exchanges lie one behind the other. Pure functions of
-sizes and strides.
+An exchange `[R, M, O, Q]` has O panels of Q columns for each rank; those of several exchanges lie one behind the other. Pure functions
+of sizes and strides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class Parcel:
     """Rows that go to each rank, in bytes.
 
-    tensor: number of the call's tensor that they lie in. source: where they start there; step: how far apart those of the next rank are.
+    tensor: number of the call's tensor that they lie in. source: where they start there. step: to those of the next rank.
     rows, width, pitch: how many, how long, how far apart. target, target_pitch: their place in a slot.
     """
 

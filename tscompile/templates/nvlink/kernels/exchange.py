@@ -17,8 +17,8 @@ def exchange_kernel(ctas: int) -> Any:
 
     Arguments of the kernel: X0 to X7 the addresses of what is sent, Y0 to Y7 those of the places that what arrives goes to; table the
     rows of both, `legs` of X (legs.py of templates/nvlink makes it); `batches` of `batch_words` words of 16 bytes that a peer gets,
-    their flags from `first_flag` on, their data `offset` bytes behind the start of a slot. If `copied`, copy engines send, and there is a
-    flag for each leg.
+    their flags from `first_flag` on, their data `offset` bytes behind the start of a slot. If `copied`, copy engines send, and there
+    is a flag for each leg.
     """
     text = prelude("exchange.h")
     numbers = tuple(range(MAX_LEGS))  # a tuple, so that TileLang unrolls the loop where it reads it
