@@ -152,14 +152,16 @@ class Plan:
 
     site: stable name of the site in its graph, equal on all ranks; it is what an error message names.
     executor: name of the template that runs it ("shm" on CPU ranks of one host).
-    uses: all_gather_matmul: one entry per matmul. mesh_matmul: how its matmul reads the left operand, then the right one.
+    uses: all_gather_matmul, all_to_all_matmul: one entry per matmul. mesh_matmul: how its matmul reads the left operand, then the right
+        one.
     rank_axis: matmul_reduce_scatter, matmul_all_gather: where the rank dimension lies in the matmul's result `[M, N]`.
     coefficients: matmul_reduce_scatter, matmul_all_reduce: factor of each term.
     collectives: number of original collectives that the op stands for (all_reduces merged by linearity); term i belongs to
         collective `term_group[i]`. The reference issues them one by one, as the program did.
     reduce_op: "sum" or "avg".
     dtype: dtype of the tensor that crosses ranks.
-    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's.
+    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's;
+        all_to_all_matmul: so is what was received, `[M, K]`.
     return_second: mesh_matmul: so is the right operand's.
     second_size: mesh_matmul: ranks of the right operand's group.
     schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them; all_to_all_attention: the
@@ -256,7 +258,9 @@ class FusionProblem:
     second_group_size, second_comm_bytes, second_pieces: mesh_matmul: of the right operand's gather; those of the left one stand in the
         fields that every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim. static:
         mesh_matmul: no size is symbolic.
-    exchanges: all_to_all_permute, all_to_all_attention: number of collectives that it replaces.
+    exchanges: kinds of exchanges: number of collectives that it replaces.
+    panels_of: all_to_all_matmul: of each exchange, how many panels of the left operand a rank sends another, and columns of one.
+    copied_bytes: all_to_all_matmul: of what is sent, what must be copied first, since a rank's part does not lie in one piece.
     heads: all_to_all_attention: heads of this rank that all of its exchanges have, 0 if that is no constant.
     """
 
@@ -278,6 +282,8 @@ class FusionProblem:
     static: bool = True
     panels: bool = False
     exchanges: int = 1
+    panels_of: tuple[tuple[int, int], ...] = ()
+    copied_bytes: int = 0
     heads: int = 0
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 

@@ -28,7 +28,7 @@ from .describe import dtype_name, shape_text, source_line
 from .lanes import chain_tokens
 from .layout import Prover
 from .matmuls import TAKEN
-from .pattern import Context, Match, patterns_for
+from .pattern import Context, Match, Pattern, patterns_for
 from .rewrite import Builder, UnresolvedSizeError
 from .sizes import hint, product
 
@@ -159,20 +159,22 @@ class _Fusion:
         if collective.group_size < 2:
             self._row(label, None, (collective,), Keep("one-rank", "the group has one rank: there is nothing to hide"))
             return
-        kept: tuple[str, Keep] | None = None
-        kept_at = 0
+        kept: list[tuple[Pattern, Keep]] = []
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
             if isinstance(found, Match):
                 found = self._match(f"{len(self.rows)}:{found.kind}", found)
                 if found is None:
-                    if kept is not None and pattern.priority >= 0 > kept_at:
-                        self.rows[-1].reason += f"; {kept[0]}: {kept[1].reason}"  # why not more of it
+                    more = [(p.kind, keep.reason) for p, keep in kept if pattern.priority >= 0 > p.priority]
+                    self.rows[-1].reason += "".join(
+                        f"; {kind}: {reason}" for kind, reason in more
+                    )  # why not more of it
                     return
-            if isinstance(found, Keep) and kept is None:
-                kept, kept_at = (pattern.kind, found), pattern.priority
-        if kept is not None:
-            self._row(f"{len(self.rows)}:{kept[0]}", kept[0], (collective,), kept[1])
+            if isinstance(found, Keep):
+                kept.append((pattern, found))
+        if kept:
+            pattern, keep = kept[0]
+            self._row(f"{len(self.rows)}:{pattern.kind}", pattern.kind, (collective,), keep)
         else:
             self._row(label, None, (collective,), _unmatched(collective))
 

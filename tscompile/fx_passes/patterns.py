@@ -3,6 +3,7 @@
 from . import (
     all_gather_matmul,
     all_to_all_attention,
+    all_to_all_matmul,
     all_to_all_permute,
     collective_then_matmul,
     gathered_attention,
@@ -15,6 +16,7 @@ from . import (
 __all__ = [
     "all_gather_matmul",
     "all_to_all_attention",
+    "all_to_all_matmul",
     "all_to_all_permute",
     "collective_then_matmul",
     "gathered_attention",

@@ -18,7 +18,9 @@ from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 # Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
-UNPROVEN = {("mesh_matmul", "nvlink")}
+UNPROVEN = {("mesh_matmul", "nvlink"), ("all_to_all_matmul", "nvlink")}
+# How a site runs of which not everything is fused.
+_LESS = {"mesh_matmul": "with one gather fused", "all_to_all_matmul": "with the exchange and its permutes fused"}
 
 
 def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
@@ -49,13 +51,13 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     if options.fuse == "auto" and (plan.kind, executor) in UNPROVEN:
         return Keep(
             "unproven",
-            "its kernel has not run on several GPUs yet, so one gather is fused instead; tilescale.fuse=always uses it",
+            f"its kernel has not run on several GPUs yet, so it runs {_LESS[plan.kind]}; tilescale.fuse=always uses it",
         )
     prediction = cost_model.predict(problem, plan.uses)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         other = f"{prediction.original_us:.0f} us as it is"
         if prediction.partial_us < prediction.original_us:
-            other = f"{prediction.partial_us:.0f} us with one gather fused"
+            other = f"{prediction.partial_us:.0f} us {_LESS[plan.kind]}"
         return Keep("no-gain", f"predicted {prediction.fused_us:.0f} us fused against {other}")
     return Fuse(executor, prediction.fused_us, prediction.original_us, cost_model.schedule(problem))
 

@@ -3,6 +3,7 @@
 from . import (
     all_gather_gemm,
     all_to_all,
+    all_to_all_gemm,
     attention,
     gemm_all_gather,
     gemm_all_reduce,
@@ -16,6 +17,7 @@ __all__ = [
     "Template",
     "all_gather_gemm",
     "all_to_all",
+    "all_to_all_gemm",
     "attention",
     "find_template",
     "gemm_all_gather",
