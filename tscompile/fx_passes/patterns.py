@@ -10,6 +10,7 @@ from . import (
     matmul_all_reduce,
     matmul_reduce_scatter,
     mesh_matmul,
+    scattered_attention,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "matmul_all_reduce",
     "matmul_reduce_scatter",
     "mesh_matmul",
+    "scattered_attention",
 ]

@@ -52,6 +52,12 @@ SHM = {
 # to 12 MiB: the fourth fastest of 25 rounds; the original ops are underestimated on purpose]
 GLOO_EXCHANGE = Link(500.0, 1600.0)
 SHM_EXCHANGE = Link(250.0, 500.0)
+# Keys and values that an attention waits for, in one gather or two.
+GLOO_GATHERED = Link(500.0, 1300.0)
+SHM_GATHERED = Link(150.0, 120.0)
+# What a chunk of keys costs beside its share of the attention: one more call, and the merging of partial results.
+CHUNK_US = 60.0
+MERGE_US_PER_MIB = 400.0
 # What a group of heads costs an all_to_all_attention: copies, signals, one more call of the attention. [measured likewise, 4 groups]
 HEAD_GROUP_US = 250.0
 GFLOPS = 100.0  # float32 matmul, one thread
@@ -126,6 +132,15 @@ def _predict_exchanges(problem: FusionProblem, fused: Link, original: Link) -> P
     return Prediction(fused.us(sent), (problem.exchanges - 1) * original.latency_us + original.us(sent))
 
 
+def _predict_chunks(problem: FusionProblem, attention_us: float) -> Prediction:
+    """An attention by chunks of keys against the one that waits for all of them."""
+    moved = _predict_exchanges(problem, SHM_GATHERED, GLOO_GATHERED)
+    chunk_us = CHUNK_US + problem.merged_bytes / _MIB * MERGE_US_PER_MIB
+    copied = problem.comm_bytes / _MIB * GATHERED_US_PER_MIB if problem.return_gathered else 0.0
+    fused = moved.fused_us + problem.group_size * chunk_us + copied
+    return Prediction(attention_us + fused, attention_us + moved.original_us)
+
+
 def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
     if problem.kind == "mesh_matmul":
@@ -134,6 +149,8 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
         moved = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
         groups = head_groups(problem.heads) if problem.kind == "all_to_all_attention" else 0
         return Prediction(moved.fused_us + groups * HEAD_GROUP_US, moved.original_us)
+    if problem.kind in ("all_gather_attention", "attention_reduce_scatter"):
+        return _predict_chunks(problem, matmul_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:

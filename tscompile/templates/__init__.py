@@ -4,11 +4,13 @@ from . import (
     all_gather_gemm,
     all_to_all,
     attention,
+    gathered_attention,
     gemm_all_gather,
     gemm_all_reduce,
     gemm_reduce_scatter,
     mesh_gemm,
     nvlink,
+    scattered_attention,
 )
 from .template import Template, find_template, register_template, registered
 
@@ -18,6 +20,7 @@ __all__ = [
     "all_to_all",
     "attention",
     "find_template",
+    "gathered_attention",
     "gemm_all_gather",
     "gemm_all_reduce",
     "gemm_reduce_scatter",
@@ -25,4 +28,5 @@ __all__ = [
     "nvlink",
     "register_template",
     "registered",
+    "scattered_attention",
 ]
