@@ -1,4 +1,4 @@
-"""Attention on gathered keys and values in captured graphs: one op each way, the keys of each rank, and what is kept for which reason."""
+"""Attention on gathered keys and values in captured graphs: one op each way, the keys of each rank, and reasons to keep it."""
 
 from __future__ import annotations
 

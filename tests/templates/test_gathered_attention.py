@@ -109,7 +109,7 @@ def test_ranks_with_other_plans_run_the_original_ops(name: str) -> None:
 
 def stays_away(rank: int, size: int, place: str) -> str:
     """One rank does not get to send its keys, or the gradients of its peer's."""
-    block = Block(rank, size, CASES["separate"].build, timeout_s=2.0)
+    block = Block(rank, size, CASES["separate"].build, timeout_s=5.0)
     block.fused()
     dist.barrier()
     if rank == size - 1:
@@ -117,12 +117,12 @@ def stays_away(rank: int, size: int, place: str) -> str:
         original = getattr(module, what)
 
         def late(*args: Any) -> Any:
-            time.sleep(6.0)
+            time.sleep(12.0)
             return original(*args)
 
         setattr(module, what, late)
         if place == FORWARD:  # it sends before it computes anything
-            time.sleep(6.0)
+            time.sleep(12.0)
         with pytest.raises(PeerError):  # at once, or at its next op, if it has all that it waits for
             block.fused()
             block.fused()
@@ -130,14 +130,14 @@ def stays_away(rank: int, size: int, place: str) -> str:
     start = time.monotonic()
     with pytest.raises(PeerError) as caught:
         block.fused()
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < 10.0
     return str(caught.value)
 
 
 @pytest.mark.parametrize("place", [FORWARD, BACKWARD])
 def test_a_rank_that_stays_away(place: str) -> None:
     said = run_world(2, stays_away, place, timeout_s=100)
-    assert "rank 1 did not answer within 2 s" in said[0] and place in said[0]
+    assert "rank 1 did not answer within 5 s" in said[0] and place in said[0]
 
 
 def dies(rank: int, size: int) -> str:

@@ -52,12 +52,15 @@ SHM = {
 # to 12 MiB: the fourth fastest of 25 rounds; the original ops are underestimated on purpose]
 GLOO_EXCHANGE = Link(500.0, 1600.0)
 SHM_EXCHANGE = Link(250.0, 500.0)
-# Keys and values that an attention waits for, in one gather or two.
+# Keys and values of an attention, in one gather or two, and the scatter of their gradients. [measured 2026-11-28, the same machine, 4
+# to 16 heads of 64 or 128, 64 to 2048 keys a rank, what the fourth fastest of 15 rounds took more than the attention alone; the
+# original ops, with the copies that put ranks side by side, are underestimated on purpose]
 GLOO_GATHERED = Link(500.0, 1300.0)
 SHM_GATHERED = Link(150.0, 120.0)
-# What a chunk of keys costs beside its share of the attention: one more call, and the merging of partial results.
+# What a chunk of keys costs beside its share of the attention: one more call, and adding up partial results [measured alone, float32 and
+# bfloat16, 0.1 to 4 MiB].
 CHUNK_US = 60.0
-MERGE_US_PER_MIB = 400.0
+MERGE_US_PER_MIB = 120.0
 # What a group of heads costs an all_to_all_attention: copies, signals, one more call of the attention. [measured likewise, 4 groups]
 HEAD_GROUP_US = 250.0
 GFLOPS = 100.0  # float32 matmul, one thread
