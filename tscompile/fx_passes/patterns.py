@@ -11,6 +11,7 @@ from . import (
     matmul_all_reduce,
     matmul_reduce_scatter,
     mesh_matmul,
+    scattered_attention,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "matmul_all_reduce",
     "matmul_reduce_scatter",
     "mesh_matmul",
+    "scattered_attention",
 ]

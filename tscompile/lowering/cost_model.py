@@ -53,6 +53,15 @@ SHM = {
 # to 12 MiB: the fourth fastest of 25 rounds; the original ops are underestimated on purpose]
 GLOO_EXCHANGE = Link(500.0, 1600.0)
 SHM_EXCHANGE = Link(250.0, 500.0)
+# Keys and values of an attention, in one gather or two, and the scatter of their gradients. [measured 2026-11-28, the same machine, 4
+# to 16 heads of 64 or 128, 64 to 2048 keys a rank, what the fourth fastest of 15 rounds took more than the attention alone; the
+# original ops, with the copies that put ranks side by side, are underestimated on purpose]
+GLOO_GATHERED = Link(500.0, 1300.0)
+SHM_GATHERED = Link(150.0, 120.0)
+# What a chunk of keys costs beside its share of the attention: one more call, and adding up partial results. [measured alone, float32
+# and bfloat16, 0.1 to 4 MiB]
+CHUNK_US = 60.0
+MERGE_US_PER_MIB = 120.0
 # What a group of heads costs an all_to_all_attention: copies, signals, one more call of the attention. [measured likewise, 4 groups]
 HEAD_GROUP_US = 250.0
 GFLOPS = 100.0  # float32 matmul, one thread
@@ -141,6 +150,15 @@ def _predict_panels(problem: FusionProblem, matmul_us: float) -> Prediction:
     return Prediction(matmul_us + fused, matmul_us + moved.original_us, matmul_us + moved.fused_us)
 
 
+def _predict_chunks(problem: FusionProblem, attention_us: float) -> Prediction:
+    """An attention by chunks of keys against the one that waits for all of them."""
+    moved = _predict_exchanges(problem, SHM_GATHERED, GLOO_GATHERED)
+    chunk_us = CHUNK_US + problem.merged_bytes / _MIB * MERGE_US_PER_MIB
+    copied = problem.comm_bytes / _MIB * GATHERED_US_PER_MIB if problem.return_gathered else 0.0
+    fused = moved.fused_us + problem.group_size * chunk_us + copied
+    return Prediction(attention_us + fused, attention_us + moved.original_us)
+
+
 def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
     if problem.kind == "mesh_matmul":
@@ -151,6 +169,8 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
         return Prediction(moved.fused_us + groups * HEAD_GROUP_US, moved.original_us)
     if problem.kind == "all_to_all_matmul":
         return _predict_panels(problem, matmul_us)
+    if problem.kind in ("all_gather_attention", "attention_reduce_scatter"):
+        return _predict_chunks(problem, matmul_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:

@@ -5,11 +5,13 @@ from . import (
     all_to_all,
     all_to_all_gemm,
     attention,
+    gathered_attention,
     gemm_all_gather,
     gemm_all_reduce,
     gemm_reduce_scatter,
     mesh_gemm,
     nvlink,
+    scattered_attention,
 )
 from .template import Template, find_template, register_template, registered
 
@@ -20,6 +22,7 @@ __all__ = [
     "all_to_all_gemm",
     "attention",
     "find_template",
+    "gathered_attention",
     "gemm_all_gather",
     "gemm_all_reduce",
     "gemm_reduce_scatter",
@@ -27,4 +30,5 @@ __all__ = [
     "nvlink",
     "register_template",
     "registered",
+    "scattered_attention",
 ]
