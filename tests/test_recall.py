@@ -22,6 +22,7 @@ PATTERNS = {
     "all_reduce_matmul",
     "reduce_scatter_matmul",
     "all_to_all_permute",
+    "all_to_all_matmul",
     "all_to_all_attention",
     "all_gather_attention",
     "attention_reduce_scatter",

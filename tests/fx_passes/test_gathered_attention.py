@@ -213,7 +213,7 @@ def test_an_average_is_one() -> None:
 
 def test_disabled_they_give_way() -> None:
     found = compile_case("separate", disable=(FORWARD, BACKWARD))
-    assert set(found.codes()) == {"no-matmul"}
+    assert set(found.codes()) == {"disabled"}
 
 
 FORMS = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
