@@ -161,21 +161,28 @@ class _Fusion:
             return
         kept: tuple[str, Keep] | None = None
         kept_at = 0
+        given_way: tuple[Match, Keep] | None = None
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
-            if isinstance(found, Match) and self._match(f"{len(self.rows)}:{found.kind}", found):
-                if kept is not None and pattern.priority >= 0 > kept_at:
-                    self.rows[-1].reason += f"; {kept[0]}: {kept[1].reason}"  # why not more of it
-                return
+            if isinstance(found, Match):
+                refused = self._match(f"{len(self.rows)}:{found.kind}", found)
+                if refused is None:
+                    if kept is not None and pattern.priority >= 0 > kept_at:
+                        self.rows[-1].reason += f"; {kept[0]}: {kept[1].reason}"  # why not more of it
+                    return
+                given_way = given_way or (found, refused)
             if isinstance(found, Keep) and kept is None:
                 kept, kept_at = (pattern.kind, found), pattern.priority
-        if kept is not None:
+        if given_way is not None:
+            match, decision = given_way
+            self._decided(f"{len(self.rows)}:{match.kind}", match, decision)
+        elif kept is not None:
             self._row(f"{len(self.rows)}:{kept[0]}", kept[0], (collective,), kept[1])
         else:
             self._row(label, None, (collective,), _unmatched(collective))
 
-    def _match(self, label: str, match: Match) -> bool:
-        """Decide on a match, and write its row; False, and no row, if another pattern may fuse what this one does not."""
+    def _match(self, label: str, match: Match) -> Keep | None:
+        """Decide on a match, and write its row; why it is kept, and no row, if another pattern may fuse what this one does not."""
         decision = planner.plan(match.problem, match.plan, self.options)
         if isinstance(decision, Fuse) and self.options.dry_run:
             decision = Keep("dry-run", "dry run: this site would be fused")
@@ -191,11 +198,14 @@ class _Fusion:
                 self.fused.append((node, plan))
                 self.context.edited()
         if match.gives_way and isinstance(decision, Keep) and decision.code != "dry-run":
-            return False
+            return decision
+        self._decided(label, match, decision, source)
+        return None
+
+    def _decided(self, label: str, match: Match, decision: Fuse | Keep, source: str = "") -> None:
         self._row(label, match.kind, match.collectives, decision, match, source)
         for collective in match.collectives:  # each stands in one row
             del self.context.collectives[collective.node]
-        return True
 
     def _row(
         self,

@@ -57,8 +57,8 @@ SHM_EXCHANGE = Link(250.0, 500.0)
 # original ops, with the copies that put ranks side by side, are underestimated on purpose]
 GLOO_GATHERED = Link(500.0, 1300.0)
 SHM_GATHERED = Link(150.0, 120.0)
-# What a chunk of keys costs beside its share of the attention: one more call, and adding up partial results [measured alone, float32 and
-# bfloat16, 0.1 to 4 MiB].
+# What a chunk of keys costs beside its share of the attention: one more call, and adding up partial results. [measured alone, float32
+# and bfloat16, 0.1 to 4 MiB]
 CHUNK_US = 60.0
 MERGE_US_PER_MIB = 120.0
 # What a group of heads costs an all_to_all_attention: copies, signals, one more call of the attention. [measured likewise, 4 groups]
@@ -152,7 +152,7 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
         moved = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
         groups = head_groups(problem.heads) if problem.kind == "all_to_all_attention" else 0
         return Prediction(moved.fused_us + groups * HEAD_GROUP_US, moved.original_us)
-    if problem.kind in ("all_gather_attention", "attention_reduce_scatter"):
+    if problem.kind in _AS_GEMM:
         return _predict_chunks(problem, matmul_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
@@ -178,6 +178,11 @@ NCCL_EXCHANGE = Link(30.0, 3.5)
 PERMUTE = Link(6.0, 1.65)
 # What one op would take that stores straight into the peers' layout: the rate of copy engines, and the start of a kernel. Not measured.
 PUSH_EXCHANGE = Link(15.0, 2.9)
+# Attention by chunks of keys. Not measured: the rate of attention, the launches of a chunk, and four passes over a partial result.
+ATTENTION_TFLOPS = 550.0
+CHUNK_LAUNCHES_US = 25.0
+MERGE_GPU_US_PER_MIB = 1.5
+_AS_GEMM = {"all_gather_attention": "all_gather_matmul", "attention_reduce_scatter": "matmul_reduce_scatter"}
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 MUST_GAIN_US = 4.0  # ops of a few tens of us are not known better
 
@@ -252,7 +257,23 @@ def foresee(problem: FusionProblem) -> Prediction | None:
     return Prediction(moved.fused_us, moved.original_us + permutes)
 
 
+def _predict_chunks_gpu(problem: FusionProblem) -> Prediction:
+    """The attention of the own chunk, or of the last one that is sent, hides nothing; the others hide the transport, or it them."""
+    ranks = problem.group_size
+    sent = problem.comm_bytes / _MIB * (ranks - 1) / ranks
+    attention = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (ATTENTION_TFLOPS * 1e6)
+    collectives = sum(
+        min(link.us(sent * 4 / 3 / problem.exchanges) for link in NCCL[_AS_GEMM[problem.kind]])
+        for _ in range(problem.exchanges)
+    )
+    steps = ranks * (CHUNK_LAUNCHES_US + problem.merged_bytes / _MIB * MERGE_GPU_US_PER_MIB)
+    fused = attention / ranks + max(attention * (ranks - 1) / ranks, PUSH_EXCHANGE.us(sent)) + steps
+    return Prediction(fused, attention + ORIGINAL_US + collectives + PERMUTE.us(problem.comm_bytes / _MIB))
+
+
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
+    if problem.kind in _AS_GEMM:
+        return _predict_chunks_gpu(problem)
     ranks = problem.group_size
     total = problem.comm_bytes / _MIB
     received = total * (ranks - 1) / ranks

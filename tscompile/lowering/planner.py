@@ -18,7 +18,7 @@ from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 # Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
-UNPROVEN = {("mesh_matmul", "nvlink")}
+UNPROVEN = {("mesh_matmul", "nvlink"), ("all_gather_attention", "nvlink"), ("attention_reduce_scatter", "nvlink")}
 
 
 def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
@@ -51,10 +51,8 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     if problem.second_group_size and executor == "nvlink" and need > (options.heap_bytes or need * SLOTS) // SLOTS:
         return Keep("no-room", f"it takes {need} bytes four times, more than tilescale.heap_bytes allows")
     if options.fuse == "auto" and (plan.kind, executor) in UNPROVEN:
-        return Keep(
-            "unproven",
-            "its kernel has not run on several GPUs yet, so one gather is fused instead; tilescale.fuse=always uses it",
-        )
+        instead = ", so one gather is fused instead" if problem.second_group_size else ""
+        return Keep("unproven", f"its kernel has not run on several GPUs yet{instead}; tilescale.fuse=always uses it")
     prediction = cost_model.predict(problem, plan.uses)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         other = f"{prediction.original_us:.0f} us as it is"
