@@ -19,7 +19,7 @@ from typing import Any, Literal
 Phase = Literal["forward", "backward", "inference"]
 Axis = Literal["rows", "cols"]
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)

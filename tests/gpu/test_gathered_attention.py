@@ -136,7 +136,8 @@ def test_captured(world: World) -> None:
     """A CUDA graph that is replayed again and again with new inputs, delays in between."""
     fused = block(world, CASES["separate"])
     q, k, v = fused.built.args
-    fused.fused()
+    with torch.no_grad():
+        fused.compiled(q, k, v)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
@@ -150,25 +151,28 @@ def test_captured(world: World) -> None:
         if own.random() < 0.5:
             pause(world.device, own.random() * 300)
         graph.replay()
-        found, limits = errors_of([out], [expected.float()]), allowed([0.0, 0.0], out.dtype)
-        assert found[0] <= limits[0] and found[1] <= limits[1], (found, limits)
+        norm, largest = errors_of([out], [expected.float()])
+        eps = torch.finfo(out.dtype).eps  # both are rounded
+        assert norm <= 2 * eps and largest <= 4 * eps, (norm, largest)
 
 
 def failing(rank: int, size: int) -> str:
     """A rank that stays away: the others' outputs are NaN, and they are told who it was, within the time-out."""
     world = World(rank, size, torch.device("cuda", rank), FULL)
-    fused = block(world, CASES["separate"], timeout_s=3.0)
+    fused = block(world, CASES["separate"], timeout_s=5.0)
     fused.fused()
+    with torch.no_grad():  # a graph of its own, on which the ranks agree here
+        fused.compiled(*fused.built.args)
     torch.cuda.synchronize()
     dist.barrier()
     if rank == size - 1:
-        time.sleep(10.0)
+        time.sleep(15.0)
         return ""
     start = time.monotonic()
     with torch.no_grad():
         out = fused.compiled(*fused.built.args)
     torch.cuda.synchronize()
-    assert time.monotonic() - start < 8.0
+    assert time.monotonic() - start < 12.0
     assert out.isnan().all(), "nothing that looks like a result"
     with pytest.raises(PeerError) as caught:
         fused.fused()

@@ -106,7 +106,7 @@ class KeySite:
     parts: dict[int, fx.Node]
 
 
-@register_pattern(KIND, anchor="all_gather", priority=-1)
+@register_pattern("all_gather_attention", anchor="all_gather", priority=-1)
 def find(context: Context, gather: Collective) -> Match | Keep | None:
     reached = walk_moved(list(gather.node.users), lambda n: list(n.users))
     kept: Keep | None = None

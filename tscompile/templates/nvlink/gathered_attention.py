@@ -24,7 +24,7 @@ from .refusal import nvlink_refusal
 
 def chunks_refusal(problem: FusionProblem, plan: Plan) -> str | None:
     """What GPUs cannot do chunk by chunk of keys."""
-    if chunked(plan).causal:
+    if plan.chunks is not None and plan.chunks.causal:
         return "torch's attention ops on GPUs do not agree on causal masks of fewer queries than keys"
     return nvlink_refusal(problem)
 
