@@ -30,6 +30,7 @@ KINDS = (
     "mesh_matmul",
     "all_to_all_permute",
     "all_to_all_attention",
+    "matmul_all_to_all",
     "all_reduce_matmul",
     "reduce_scatter_matmul",
     "all_gather_attention",

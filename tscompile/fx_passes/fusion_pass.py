@@ -159,20 +159,22 @@ class _Fusion:
         if collective.group_size < 2:
             self._row(label, None, (collective,), Keep("one-rank", "the group has one rank: there is nothing to hide"))
             return
-        kept: tuple[str, Keep] | None = None
-        kept_at = 0
+        kept: list[tuple[str, Keep]] = []
+        first = ""  # why patterns that come first, and would have fused more, did not
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
             if isinstance(found, Match):
                 found = self._match(f"{len(self.rows)}:{found.kind}", found)
                 if found is None:
-                    if kept is not None and pattern.priority >= 0 > kept_at:
-                        self.rows[-1].reason += f"; {kept[0]}: {kept[1].reason}"  # why not more of it
+                    self.rows[-1].reason += first
                     return
-            if isinstance(found, Keep) and kept is None:
-                kept, kept_at = (pattern.kind, found), pattern.priority
-        if kept is not None:
-            self._row(f"{len(self.rows)}:{kept[0]}", kept[0], (collective,), kept[1])
+            if isinstance(found, Keep):
+                kept.append((pattern.kind, found))
+                if pattern.priority < 0:
+                    first += f"; {pattern.kind}: {found.reason}"
+        if kept:
+            kind, keep = kept[0]
+            self._row(f"{len(self.rows)}:{kind}", kind, (collective,), keep)
         else:
             self._row(label, None, (collective,), _unmatched(collective))
 

@@ -8,6 +8,7 @@ from . import (
     gathered_attention,
     matmul_all_gather,
     matmul_all_reduce,
+    matmul_all_to_all,
     matmul_reduce_scatter,
     mesh_matmul,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "gathered_attention",
     "matmul_all_gather",
     "matmul_all_reduce",
+    "matmul_all_to_all",
     "matmul_reduce_scatter",
     "mesh_matmul",
 ]

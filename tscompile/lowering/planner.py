@@ -18,7 +18,9 @@ from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 # Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
-UNPROVEN = {("mesh_matmul", "nvlink")}
+UNPROVEN = {("mesh_matmul", "nvlink"), ("matmul_all_to_all", "nvlink")}
+# Of kinds that give way to another one: what is fused then.
+_INSTEAD = {"mesh_matmul": "one gather", "matmul_all_to_all": "the exchange alone"}
 
 
 def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
@@ -46,16 +48,17 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     need = max(problem.comm_bytes, problem.second_comm_bytes)
     if problem.second_group_size and executor == "nvlink" and need > (options.heap_bytes or need * SLOTS) // SLOTS:
         return Keep("no-room", f"it takes {need} bytes four times, more than tilescale.heap_bytes allows")
+    instead = _INSTEAD.get(plan.kind)
     if options.fuse == "auto" and (plan.kind, executor) in UNPROVEN:
         return Keep(
             "unproven",
-            "its kernel has not run on several GPUs yet, so one gather is fused instead; tilescale.fuse=always uses it",
+            f"it has not run on several GPUs yet, so {instead} is fused instead; tilescale.fuse=always uses it",
         )
-    prediction = cost_model.predict(problem, plan.uses)
+    prediction = cost_model.predict(problem, plan.uses, plan)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         other = f"{prediction.original_us:.0f} us as it is"
         if prediction.partial_us < prediction.original_us:
-            other = f"{prediction.partial_us:.0f} us with one gather fused"
+            other = f"{prediction.partial_us:.0f} us with {instead} fused"
         return Keep("no-gain", f"predicted {prediction.fused_us:.0f} us fused against {other}")
     return Fuse(executor, prediction.fused_us, prediction.original_us, cost_model.schedule(problem))
 

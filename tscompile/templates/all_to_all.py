@@ -7,7 +7,9 @@ asks for happens in these two copies.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -101,25 +103,52 @@ class ShmAllToAll:
         return sum(aligned(int(x.numel()) * x.element_size()) for x in inputs)
 
     def run(self, channel: Channel, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
-        channel.payload = sum(x.numel() * x.element_size() for x in inputs)
-        places: list[tuple[int, torch.Size, torch.dtype]] = []
-        offset = 0
+        sending = ShmSending(channel, [x.shape for x in inputs], inputs[0].dtype)
         for number, x in enumerate(inputs):
-            places.append((offset, x.shape, x.dtype))
-            arena = channel.view(channel.rank, offset, tuple(x.shape), x.dtype)
-            for peer in channel.peers():
-                arena[peer].copy_(x[peer])
-            if _flag(number) == number or number == len(inputs) - 1:
-                channel.signal_all(_flag(number))
-            offset += aligned(x.numel() * x.element_size())
-        outputs = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
+            sending.send(number, x)
+        return sending.receive(plan, inputs)
+
+
+class ShmSending:
+    """The exchanges of a call in shared memory: each is sent when what it sends is there, then all are received.
+
+    Args:
+        channel: the call's.
+        shapes: `[R, f1, ..., fk]` of each exchange; they lie one behind the other in each rank's arena.
+        dtype: of all.
+    """
+
+    def __init__(self, channel: Channel, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+        self._channel, self._dtype = channel, dtype
+        self._shapes = [tuple(shape) for shape in shapes]
+        sizes = [prod(shape) * dtype.itemsize for shape in shapes]
+        self._places = [0, *accumulate(aligned(size) for size in sizes)]
+        self._missing = Counter(_flag(number) for number in range(len(shapes)))
+        channel.payload = sum(sizes)
+
+    def _arena(self, owner: int, number: int) -> Tensor:
+        return self._channel.view(owner, self._places[number], self._shapes[number], self._dtype)
+
+    def send(self, number: int, x: Tensor) -> None:
+        """Write the blocks of exchange `number`, and tell the peers if its flag waits for no other one."""
+        arena = self._arena(self._channel.rank, number)
+        for peer in self._channel.peers():
+            arena[peer].copy_(x[peer])
+        flag = _flag(number)
+        self._missing[flag] -= 1
+        if not self._missing[flag]:
+            self._channel.signal_all(flag)
+
+    def receive(self, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The plan's outputs, once everything is sent; the own blocks are read from `inputs`."""
+        channel = self._channel
+        outputs = Outputs(plan.deliveries, plan.joins, self._shapes, inputs[0])
         for number, x in enumerate(inputs):
             outputs.deliver(number, channel.rank, x.narrow(0, channel.rank, 1))
-        for number, (start, shape, dtype) in enumerate(places):
+        for number in range(len(inputs)):
             for peer in channel.peers():
                 channel.wait(peer, _flag(number))
-                arena = channel.view(peer, start, tuple(shape), dtype)
-                outputs.deliver(number, peer, arena.narrow(0, channel.rank, 1))
+                outputs.deliver(number, peer, self._arena(peer, number).narrow(0, channel.rank, 1))
         return outputs.tensors
 
 

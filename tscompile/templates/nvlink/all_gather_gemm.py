@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...nvshmem import stream
 from ...nvshmem.stream import Step, steps_of
 from ...problem import FusionProblem, GatherUse, Plan
 from ..fresh import maker
 from ..template import register_template, torch_dtype
-from .call import EPOCH, SOURCE, Call
+from .call import EPOCH, SOURCE, Call, Send, copy_step
 from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch, block_kernels, block_launches, blocks_of
 from .gather_rows import RowsLaunch, row_uses
+from .mesh_tiles import Rectangle
 from .operands import pointer_of
 from .refusal import gather_refusal, serves_use
 
@@ -112,7 +112,7 @@ class _Recipe:
         # The previous rank's copy first, so that at any time every rank sends to another one.
         for distance in () if self._pushed else range(1, channel.size):
             peer = (channel.rank - distance) % channel.size
-            side += [self._copy(channel, peer, SIDE), channel.signal_step(peer, channel.rank)]
+            side.append(Send([self._copy(channel, peer, SIDE)], channel.signal_step(peer, channel.rank)))
         if channel.captured:
             channel.link.pinned.append(self)
         return Call(channel, [*local, *launches], side, values)
@@ -120,15 +120,8 @@ class _Recipe:
     def _copy(self, channel: DeviceChannel, owner: int, stream_number: int) -> Step:
         """Step that copies the shard, whose address is patched in, to its place in the slot of `owner`."""
         nbytes = self.width * self.dtype.itemsize
-        return Step(
-            kind=stream.COPY if self.pieces == 1 else stream.COPY_ROWS,
-            stream=stream_number,
-            dst=channel.data(owner, channel.rank * nbytes),
-            bytes=nbytes,
-            rows=self.pieces,
-            dst_pitch=channel.size * nbytes,
-            src_pitch=nbytes,
-        )
+        copy = Rectangle(0, 0, self.pieces, nbytes, nbytes, channel.size * nbytes)
+        return copy_step(stream_number, channel.data(owner, channel.rank * nbytes), copy)
 
     def run(
         self,
