@@ -149,19 +149,70 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """The keys or the values of an attention, as each rank has its part of them in an input of the op.
+
+    shard: number of the input, which is `[f1, ..., fk]`.
+    dims: for each dim of `[B, heads, S / R, E]`, the dims of that input that it consists of, outermost first, counted from 1.
+    fixed: (dim, index) of the dims that are selected.
+    """
+
+    shard: int
+    dims: tuple[tuple[int, ...], ...]
+    fixed: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A reduce_scatter of gradients.
+
+    parts: numbers of the attention's results that it sums; several are stacked: `[parts, B, heads, S / R, E]` of a rank's keys.
+    sizes: how many of the op's `sizes` that is reshaped to. order: those dims as they lie in the result, outermost first.
+    """
+
+    parts: tuple[int, ...]
+    sizes: int
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChunkedAttention:
+    """An attention whose keys and values are cut along the sequence over the ranks, computed chunk by chunk.
+
+    op: its name in torch.ops.aten, of the forward or of the backward.
+    order: the whole sequence consists of equal pieces; piece j of rank r is number `order[r][j]` of them.
+    results: numbers of the op's results that the program reads. layouts: the dims of each as they lie in memory, outermost first.
+    keys: forward: the keys, then the values. operands: backward: names of its tensor operands, in the order of the op's input.
+    scatters: backward: the reduce_scatters of the gradients of keys and values.
+    """
+
+    op: str
+    causal: bool
+    scale: float | None
+    order: tuple[tuple[int, ...], ...]
+    results: tuple[int, ...]
+    layouts: tuple[tuple[int, ...], ...]
+    keys: tuple[Keys, ...] = ()
+    operands: tuple[str, ...] = ()
+    scatters: tuple[Scatter, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """The string argument of a fused op: everything its runtime needs beside tensors and the group's name.
 
     site: stable name of the site in its graph, equal on all ranks; it is what an error message names.
     executor: name of the template that runs it ("shm" on CPU ranks of one host).
-    uses: all_gather_matmul: one entry per matmul. mesh_matmul: how its matmul reads the left operand, then the right one.
+    uses: all_gather_matmul, all_to_all_matmul: one entry per matmul. mesh_matmul: how its matmul reads the left operand, then the right
+        one.
     rank_axis: matmul_reduce_scatter, matmul_all_gather: where the rank dimension lies in the matmul's result `[M, N]`.
     coefficients: matmul_reduce_scatter, matmul_all_reduce: factor of each term.
     collectives: number of original collectives that the op stands for (all_reduces merged by linearity); term i belongs to
         collective `term_group[i]`. The reference issues them one by one, as the program did.
     reduce_op: "sum" or "avg".
     dtype: dtype of the tensor that crosses ranks.
-    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's.
+    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's;
+        all_to_all_matmul: so is what was received, `[M, K]`.
     return_second: mesh_matmul: so is the right operand's.
     second_size: mesh_matmul: ranks of the right operand's group.
     schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them; all_to_all_attention: the
@@ -170,6 +221,8 @@ class Plan:
     joins: the same: for each output, how many of the deliveries it consists of.
     attention: all_to_all_attention: what is computed between the exchanges.
     departures: matmul_all_to_all: what each exchange sends of which matmul's result.
+    chunks: all_gather_attention, attention_reduce_scatter: what is computed. In the former `deliveries` and `joins` say what else of
+        the gathered tensors is an output; an input of the op is a block of what they count as exchanges.
     """
 
     kind: str
@@ -190,6 +243,7 @@ class Plan:
     joins: tuple[int, ...] = ()
     attention: Attention | None = None
     departures: tuple[Departure, ...] = ()
+    chunks: ChunkedAttention | None = None
     version: int = PLAN_VERSION
 
     @property
@@ -233,6 +287,10 @@ class Plan:
             found = {name: _tuples(value) for name, value in raw["attention"].items()}
             found |= {name: _all(part, raw["attention"][name]) for name, part in parts.items()}
             raw["attention"] = Attention(**found)
+        if raw["chunks"] is not None:
+            fields = {name: _tuples(value) for name, value in raw["chunks"].items()}
+            fields |= {name: _all(part, raw["chunks"][name]) for name, part in (("keys", Keys), ("scatters", Scatter))}
+            raw["chunks"] = ChunkedAttention(**fields)
         return Plan(**raw)
 
 
@@ -261,9 +319,12 @@ class FusionProblem:
     second_group_size, second_comm_bytes, second_pieces: mesh_matmul: of the right operand's gather; those of the left one stand in the
         fields that every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim. static:
         mesh_matmul: no size is symbolic.
-    exchanges: all_to_all_permute, all_to_all_attention, matmul_all_to_all: number of collectives that it replaces.
+    exchanges: number of collectives that it replaces, where they need not be one.
     grids: matmul_all_to_all: for each departure the sizes that the columns are reshaped to.
+    panels_of: all_to_all_matmul: of each exchange, how many panels of the left operand a rank sends another, and columns of one.
+    copied_bytes: all_to_all_matmul: of what is sent, what must be copied first, since a rank's part does not lie in one piece.
     heads: all_to_all_attention: heads of this rank that all of its exchanges have, 0 if that is no constant.
+    merged_bytes: all_gather_attention, attention_reduce_scatter: float32 partial results of one chunk of keys, which are added up.
     """
 
     kind: str
@@ -285,7 +346,10 @@ class FusionProblem:
     panels: bool = False
     exchanges: int = 1
     grids: tuple[tuple[int, ...], ...] = ()
+    panels_of: tuple[tuple[int, int], ...] = ()
+    copied_bytes: int = 0
     heads: int = 0
+    merged_bytes: int = 0
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 
 

@@ -87,7 +87,7 @@ def test_what_the_backward_needs_is_an_output() -> None:
 
 def test_one_exchange_for_all_feeds_three_operands() -> None:
     found = compile_program("d5_ulysses_fusedqkv")
-    assert found.kinds() == [KIND, "all_to_all_permute", "all_to_all_permute"]
+    assert found.kinds() == [KIND, "all_to_all_permute", "all_to_all_matmul"]
     assert [len(row.collectives) for row in found.rows] == [2, 1, 1]
 
 
@@ -134,7 +134,7 @@ def test_is_left_to_the_permuting_exchange_for_a_reason(name: str) -> None:
 
 def test_checkpoints_that_save_random_state_are_left() -> None:
     found = compile_program("d9_ulysses_checkpoint")
-    assert set(found.kinds()) == {"all_to_all_permute"}
+    assert set(found.kinds()) == {"all_to_all_permute", "all_to_all_matmul"}
     assert "random numbers" in found.rows[0].reason
 
 
@@ -175,14 +175,14 @@ def test_exchanges_of_two_groups_are_no_op_of_one() -> None:
 
 def test_disabled_it_gives_way() -> None:
     found = compile_program("d7_ulysses_yunchang_nograd", disable=(KIND,))
-    assert found.kinds() == ["all_to_all_permute"] * 2
+    assert found.kinds() == ["all_to_all_permute", "all_to_all_matmul"]
 
 
 def test_the_planner_takes_the_exchanges_alone_where_groups_of_heads_gain_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = compile_program("d7_ulysses_yunchang_nograd", fuse="auto")
-    assert found.kinds() == ["all_to_all_permute"] * 2 and set(found.codes()) == {"fused"}
+    assert found.kinds() == ["all_to_all_permute", "all_to_all_matmul"] and set(found.codes()) == {"fused"}
     monkeypatch.setattr(cost_model, "HEAD_GROUP_US", 0.0)
     assert compile_program("d7_ulysses_yunchang_nograd", fuse="auto").kinds() == [KIND]
 

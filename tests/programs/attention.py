@@ -384,10 +384,10 @@ PROGRAMS: tuple[Program, ...] = (
         extra=True,
         numerics=_FLOAT32,
     ),
-    Program("h1_cp_kv_separate", _CP, partial(_build, make=ContextParallel), _TWO, numerics=()),
-    Program("h1_cp_kv_stacked", _CP, partial(_build, make=ContextParallel, stacked=True), _ONE, numerics=()),
-    Program("h1_cp_kv_separate_B1", _CP, partial(_build, make=ContextParallel, batch=1), _TWO, numerics=()),
-    Program("h2_cp_gqa", _CP, partial(_build, make=ContextParallel, kv_heads=2), _TWO, extra=True, numerics=()),
+    Program("h1_cp_kv_separate", _CP, partial(_build, make=ContextParallel), _TWO, numerics=_BOTH),
+    Program("h1_cp_kv_stacked", _CP, partial(_build, make=ContextParallel, stacked=True), _ONE, numerics=_BOTH),
+    Program("h1_cp_kv_separate_B1", _CP, partial(_build, make=ContextParallel, batch=1), _TWO, numerics=_BOTH),
+    Program("h2_cp_gqa", _CP, partial(_build, make=ContextParallel, kv_heads=2), _TWO, extra=True, numerics=_FLOAT32),
     Program(
         "h3_cp_zigzag", _CP, partial(_build, make=ContextParallelZigZag, kv_heads=HEADS), _TWO, extra=True, numerics=()
     ),

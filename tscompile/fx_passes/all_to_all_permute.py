@@ -111,7 +111,7 @@ class Site:
         new: list[tuple[fx.Node, fx.Node]] = []
         for reading in self.readings.values:
             number = self.home(reading)
-            value = _value(builder, outs[number], orders[number], reading)
+            value = value_of(builder, outs[number], orders[number], reading)
             if value.meta["val"].device.type == "cpu" and _flex_reads(reading.node):
                 # Inductor's FlexAttention for CPU takes the sizes of a view's storage for those of the view (torch 2.13).
                 value = builder.call(aten.clone.default, value)
@@ -152,7 +152,12 @@ def find_site(context: Context, anchor: Collective) -> Site | Keep | None:
         return Keep(
             "symbolic-size", f"nothing says that {list(shape)} has blocks of one size for {anchor.group_size} ranks"
         )
-    exchanges = tuple(Exchange(collective) for collective in related(context, anchor))
+    return site_of(context, related(context, anchor))
+
+
+def site_of(context: Context, collectives: Sequence[Collective]) -> Site | Keep | None:
+    """These exchanges as one op; None if nothing reads one of them. Their blocks are known to be equal."""
+    exchanges = tuple(Exchange(collective) for collective in collectives)
     readings = find_readings(exchanges)
     sources = [find_source(exchange, context.prover) for exchange in exchanges]  # may refine the grids
     known = tuple(source for source in sources if source is not None)
@@ -161,12 +166,17 @@ def find_site(context: Context, anchor: Collective) -> Site | Keep | None:
     parts = [part for joined in readings.joined for part in joined.parts]
     if {r.exchange for r in (*readings.values, *parts)} != set(exchanges):
         return None
+    return Site(exchanges, known, readings, choose_homes(readings))
+
+
+def choose_homes(readings: Readings) -> tuple[Reading, ...]:
+    """Of the readings that have the same elements, the one that the op lays out its output for."""
     homes: dict[tuple[object, ...], Reading] = {}
     for reading in readings.values:
         best = homes.get(_key(reading))
         if best is None or _preference(reading) > _preference(best):
             homes[_key(reading)] = reading
-    return Site(exchanges, known, readings, tuple(homes.values()))
+    return tuple(homes.values())
 
 
 def _preference(reading: Reading) -> tuple[bool, bool]:
@@ -217,7 +227,7 @@ def _rewrite(context: Context, site: Site, plan: Plan) -> fx.Node:
     return node
 
 
-def _value(builder: Builder, out: fx.Node, order: tuple[int, ...], reading: Reading) -> fx.Node:
+def value_of(builder: Builder, out: fx.Node, order: tuple[int, ...], reading: Reading) -> fx.Node:
     """What `reading` reads, from the output `out` whose factors lie in `order`."""
     shape: Sequence[Size] = reading.node.meta["val"].shape
     place = reading.placement

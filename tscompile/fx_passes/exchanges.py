@@ -11,7 +11,7 @@ Whose graph it is does not matter: only the exchange's own rule says what depend
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -37,6 +37,8 @@ def moves_bits(node: fx.Node) -> bool:
 class Exchange:
     """One all_to_all, with the grid of its `[R, n]` elements: factor 0 is the rank, the others cut a block.
 
+    An all_gather is one that sends every rank the same block, so what is said of what is received holds for it, too.
+
     Attributes:
         chain: what moves the received elements on, in an order that is the same on every rank.
     """
@@ -44,9 +46,9 @@ class Exchange:
     def __init__(self, collective: Collective) -> None:
         self.collective = collective
         self.ranks = collective.group_size
-        total = product(collective.input.meta["val"].shape)
-        self.block: Size = quotient(total, self.ranks)
-        self.cuts = Cuts([1, self.block, total])
+        sent = product(collective.input.meta["val"].shape)
+        self.block: Size = sent if collective.kind == "all_gather" else quotient(sent, self.ranks)
+        self.cuts = Cuts([1, self.block, product([self.ranks, self.block])])
         self.chain: dict[fx.Node, None] = {}
         stack = [collective.node]
         while stack:
@@ -145,14 +147,18 @@ class Readings:
     joined: list[Joined] = field(default_factory=list)
 
 
-def find_readings(exchanges: Sequence[Exchange]) -> Readings:
-    """Prove what is read; what is no strided view is left to the program, and read from what it is made of."""
+def find_readings(exchanges: Sequence[Exchange], besides: Collection[fx.Node] = ()) -> Readings:
+    """Prove what is read; what is no strided view is left to the program, and read from what it is made of.
+
+    Args:
+        besides: readers that do not count.
+    """
     by_node = {e.collective.node: e for e in exchanges}
     known = {e.collective.node: e.received() for e in exchanges}
     members = dict.fromkeys([n for e in exchanges for n in (e.collective.node, *e.chain)])
     prover = Prover(known)
     found = Readings()
-    wanted = [node for node in members if any(user not in members for user in node.users)]
+    wanted = [node for node in members if any(u not in members and u not in besides for u in node.users)]
     done: set[fx.Node] = set()
     while wanted:
         node = wanted.pop(0)
@@ -219,6 +225,24 @@ class Source:
         if order != list(range(len(order))):
             node = builder.call(aten.permute.default, node, order)
         return builder.reshape(node, [product(d.size for d in dim) for dim in self.view.dims], [root])
+
+    def lies_together(self, order: Sequence[int]) -> bool:
+        """True if what goes to one rank lies in one piece, in this order of the block's dims; by size hints."""
+        sizes = [hint(size) for size in self.grid.sizes]
+        whole = self.grid.place(identity(self.view.root))
+        assert whole is not None, "the grid was cut from this tensor"
+        strides = dict.fromkeys(range(len(sizes)), 0)
+        for factors, stride in zip(whole.dims, self.view.root.meta["val"].stride(), strict=True):
+            step = hint(stride)
+            for factor in reversed([f for f in factors if isinstance(f, int)]):
+                strides[factor] = step
+                step *= sizes[factor]
+        expected = 1
+        for factor in reversed([f for dim in order for f in self.placement.dims[dim] if isinstance(f, int)]):
+            if sizes[factor] != 1 and strides[factor] != expected:
+                return False
+            expected *= sizes[factor]
+        return True
 
 
 def find_source(exchange: Exchange, prover: Prover) -> Source | None:

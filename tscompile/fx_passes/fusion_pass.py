@@ -28,7 +28,7 @@ from .describe import dtype_name, shape_text, source_line
 from .lanes import chain_tokens
 from .layout import Prover
 from .matmuls import TAKEN
-from .pattern import Context, Match, patterns_for
+from .pattern import Context, Match, Pattern, patterns_for
 from .rewrite import Builder, UnresolvedSizeError
 from .sizes import hint, product
 
@@ -159,22 +159,22 @@ class _Fusion:
         if collective.group_size < 2:
             self._row(label, None, (collective,), Keep("one-rank", "the group has one rank: there is nothing to hide"))
             return
-        kept: list[tuple[str, Keep]] = []
-        first = ""  # why patterns that come first, and would have fused more, did not
+        kept: list[tuple[Pattern, Keep]] = []
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
             if isinstance(found, Match):
                 found = self._match(f"{len(self.rows)}:{found.kind}", found)
                 if found is None:
-                    self.rows[-1].reason += first
+                    more = [(p.kind, keep.reason) for p, keep in kept if p.priority < 0]
+                    self.rows[-1].reason += "".join(
+                        f"; {kind}: {reason}" for kind, reason in more
+                    )  # why not more of it
                     return
             if isinstance(found, Keep):
-                kept.append((pattern.kind, found))
-                if pattern.priority < 0:
-                    first += f"; {pattern.kind}: {found.reason}"
+                kept.append((pattern, found))
         if kept:
-            kind, keep = kept[0]
-            self._row(f"{len(self.rows)}:{kind}", kind, (collective,), keep)
+            pattern, keep = kept[0]
+            self._row(f"{len(self.rows)}:{pattern.kind}", pattern.kind, (collective,), keep)
         else:
             self._row(label, None, (collective,), _unmatched(collective))
 

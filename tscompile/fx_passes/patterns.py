@@ -3,6 +3,7 @@
 from . import (
     all_gather_matmul,
     all_to_all_attention,
+    all_to_all_matmul,
     all_to_all_permute,
     collective_then_matmul,
     gathered_attention,
@@ -11,11 +12,13 @@ from . import (
     matmul_all_to_all,
     matmul_reduce_scatter,
     mesh_matmul,
+    scattered_attention,
 )
 
 __all__ = [
     "all_gather_matmul",
     "all_to_all_attention",
+    "all_to_all_matmul",
     "all_to_all_permute",
     "collective_then_matmul",
     "gathered_attention",
@@ -24,4 +27,5 @@ __all__ = [
     "matmul_all_to_all",
     "matmul_reduce_scatter",
     "mesh_matmul",
+    "scattered_attention",
 ]

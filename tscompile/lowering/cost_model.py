@@ -17,6 +17,7 @@ from ..templates.nvlink import sums, widths
 from ..templates.nvlink.gather_rows import one_kernel
 from ..templates.nvlink.kernels.config import ITEM_BYTES, SMS
 from ..templates.nvlink.mesh_tiles import Operand, mesh_us
+from ..templates.nvlink.panels import copies_of
 from ..templates.nvlink.projected import project
 from ..templates.nvlink.refusal import block_sizes, serves_use, shard_of, sides_of
 
@@ -53,6 +54,15 @@ SHM = {
 # to 12 MiB: the fourth fastest of 25 rounds; the original ops are underestimated on purpose]
 GLOO_EXCHANGE = Link(500.0, 1600.0)
 SHM_EXCHANGE = Link(250.0, 500.0)
+# Keys and values of an attention, in one gather or two, and the scatter of their gradients. [measured 2026-11-28, the same machine, 4
+# to 16 heads of 64 or 128, 64 to 2048 keys a rank, what the fourth fastest of 15 rounds took more than the attention alone; the
+# original ops, with the copies that put ranks side by side, are underestimated on purpose]
+GLOO_GATHERED = Link(500.0, 1300.0)
+SHM_GATHERED = Link(150.0, 120.0)
+# What a chunk of keys costs beside its share of the attention: one more call, and adding up partial results. [measured alone, float32
+# and bfloat16, 0.1 to 4 MiB]
+CHUNK_US = 60.0
+MERGE_US_PER_MIB = 120.0
 # What a group of heads costs an all_to_all_attention: copies, signals, one more call of the attention. [measured likewise, 4 groups]
 HEAD_GROUP_US = 250.0
 GFLOPS = 100.0  # float32 matmul, one thread
@@ -61,8 +71,8 @@ GATHERED_US_PER_MIB = 100.0  # writing the gathered tensor out as well
 
 @dataclass(frozen=True)
 class Prediction:
-    """partial_us: with less of it fused, where that is an alternative: mesh_matmul: one gather, the other one as it was;
-    matmul_all_to_all: the exchange alone, behind the matmuls."""
+    """partial_us: with less of it fused, where that is an alternative. mesh_matmul: one gather fused and the other one as it was;
+    all_to_all_matmul, matmul_all_to_all: the exchanges as all_to_all_permute, behind the matmuls or before them."""
 
     fused_us: float
     original_us: float
@@ -96,6 +106,8 @@ def predict(problem: FusionProblem, uses: Sequence[GatherUse] = (), plan: Plan |
         return _predict_projected_gpu(problem, plan)
     if problem.kind == "all_to_all_permute":
         return _predict_exchanges_gpu(problem)
+    if problem.kind == "all_to_all_matmul":
+        return _predict_panels_gpu(problem, uses)
     return _predict_mesh_gpu(problem, uses) if problem.kind == "mesh_matmul" else _predict_gpu(problem, uses)
 
 
@@ -134,6 +146,24 @@ def _predict_exchanges(problem: FusionProblem, fused: Link, original: Link) -> P
     return Prediction(fused.us(sent), (problem.exchanges - 1) * original.latency_us + original.us(sent))
 
 
+def _predict_panels(problem: FusionProblem, matmul_us: float) -> Prediction:
+    """Panels are multiplied where they lie, so what is received is not written unless the program reads it, or types are short."""
+    moved = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
+    fused = moved.fused_us
+    if not problem.return_gathered and problem.dtype not in ("bfloat16", "float16"):
+        fused -= problem.comm_bytes / _MIB * GATHERED_US_PER_MIB
+    return Prediction(matmul_us + fused, matmul_us + moved.original_us, matmul_us + moved.fused_us)
+
+
+def _predict_chunks(problem: FusionProblem, attention_us: float) -> Prediction:
+    """An attention by chunks of keys against the one that waits for all of them."""
+    moved = _predict_exchanges(problem, SHM_GATHERED, GLOO_GATHERED)
+    chunk_us = CHUNK_US + problem.merged_bytes / _MIB * MERGE_US_PER_MIB
+    copied = problem.comm_bytes / _MIB * GATHERED_US_PER_MIB if problem.return_gathered else 0.0
+    fused = moved.fused_us + problem.group_size * chunk_us + copied
+    return Prediction(attention_us + fused, attention_us + moved.original_us)
+
+
 def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
     if problem.kind == "mesh_matmul":
@@ -145,6 +175,10 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
             return Prediction(fused, matmul_us + moved.original_us, fused)
         groups = head_groups(problem.heads) if problem.kind == "all_to_all_attention" else 0
         return Prediction(moved.fused_us + groups * HEAD_GROUP_US, moved.original_us)
+    if problem.kind == "all_to_all_matmul":
+        return _predict_panels(problem, matmul_us)
+    if problem.kind in ("all_gather_attention", "attention_reduce_scatter"):
+        return _predict_chunks(problem, matmul_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:
@@ -169,6 +203,8 @@ NCCL = {
 NCCL_EXCHANGE = (Link(40.0, 2.75), Link(10.0, 4.6))
 PERMUTE = Link(4.0, 1.65)
 PUSH_EXCHANGE = (Link(35.0, 2.87), Link(22.6, 3.43))
+# Copying own panels into the slot, each by a copy of the main stream. Not measured.
+OWN_PANEL = Link(3.0, 0.6)
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 MUST_GAIN_US = 4.0  # ops of a few tens of us are not known better
 
@@ -205,9 +241,9 @@ def _blocks_gemm(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> _Gemm:
     return _Gemm(tiling.tiles, widths.tile_us(tiling.width, k))
 
 
-def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: float) -> float:
+def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: float, copies: int = 1) -> float:
     """Of all matmuls of a gather. The first kernel hides the transport: that of the uses that read rows, else of one that has the ranks
-    in its result, else of one that sums over them. The other matmuls come after it."""
+    in its result, else of one that sums over them. The other matmuls come after it. copies: that a peer sends, of blocks."""
     reads: Sequence[GatherUse | None] = uses or [None] * len(problem.gemms)
     ranks = problem.group_size
     rows: list[Gemm] = []
@@ -229,7 +265,7 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
         tail = -(-first.tiles // ranks // SMS) * first.wave_us
     else:  # every tile needs it: the last part of the first wave, and all other waves
         tail = (first.waves - 1 + 1 / ranks) * first.wave_us
-    longest = max(first.us, widths.push_us(received, ranks) + tail)
+    longest = max(first.us, widths.copied_us(received, copies * (ranks - 1)) + tail)
     return longest + widths.COPIED_TAIL_US + sum(gemm.us for gemm in rest)
 
 
@@ -249,6 +285,18 @@ def _predict_projected_gpu(problem: FusionProblem, plan: Plan) -> Prediction:
     matmuls = sum(_cublas_us(gemm) for gemm in problem.gemms)
     moved = _predict_exchanges_gpu(problem)
     return Prediction(found.us, matmuls + ORIGINAL_US + moved.original_us, matmuls + moved.fused_us)
+
+
+def _predict_panels_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
+    moved = _predict_exchanges_gpu(problem)
+    matmuls = ORIGINAL_US + sum(_cublas_us(gemm) for gemm in problem.gemms)
+    received = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
+    copies = copies_of(problem.panels_of)
+    before = PERMUTE.us(problem.copied_bytes / _MIB) if problem.copied_bytes else 0.0
+    if problem.exchanges > 1:  # the own panels are put beside one another
+        before += copies * OWN_PANEL.latency_us + OWN_PANEL.us_per_mib * problem.comm_bytes / problem.group_size / _MIB
+    fused = before + _gather_us(problem, uses, received, copies)
+    return Prediction(fused, moved.original_us + matmuls, moved.fused_us + matmuls)
 
 
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:

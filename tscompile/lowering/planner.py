@@ -18,9 +18,13 @@ from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 # Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
-UNPROVEN = {("mesh_matmul", "nvlink"), ("matmul_all_to_all", "nvlink")}
-# Of kinds that give way to another one: what is fused then.
-_INSTEAD = {"mesh_matmul": "one gather", "matmul_all_to_all": "the exchange alone"}
+UNPROVEN = {("mesh_matmul", "nvlink"), ("all_to_all_matmul", "nvlink"), ("matmul_all_to_all", "nvlink")}
+# How a site runs of which not everything is fused.
+_LESS = {
+    "mesh_matmul": "with one gather fused",
+    "all_to_all_matmul": "with the exchange and its permutes fused",
+    "matmul_all_to_all": "with the exchange and its permutes fused",
+}
 
 
 def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
@@ -48,17 +52,16 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     need = max(problem.comm_bytes, problem.second_comm_bytes)
     if problem.second_group_size and executor == "nvlink" and need > (options.heap_bytes or need * SLOTS) // SLOTS:
         return Keep("no-room", f"it takes {need} bytes four times, more than tilescale.heap_bytes allows")
-    instead = _INSTEAD.get(plan.kind)
     if options.fuse == "auto" and (plan.kind, executor) in UNPROVEN:
         return Keep(
             "unproven",
-            f"it has not run on several GPUs yet, so {instead} is fused instead; tilescale.fuse=always uses it",
+            f"its kernel has not run on several GPUs yet, so it runs {_LESS[plan.kind]}; tilescale.fuse=always uses it",
         )
     prediction = cost_model.predict(problem, plan.uses, plan)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         other = f"{prediction.original_us:.0f} us as it is"
         if prediction.partial_us < prediction.original_us:
-            other = f"{prediction.partial_us:.0f} us with {instead} fused"
+            other = f"{prediction.partial_us:.0f} us {_LESS[plan.kind]}"
         return Keep("no-gain", f"predicted {prediction.fused_us:.0f} us fused against {other}")
     return Fuse(executor, prediction.fused_us, prediction.original_us, cost_model.schedule(problem))
 

@@ -3,13 +3,16 @@
 from . import (
     all_gather_gemm,
     all_to_all,
+    all_to_all_gemm,
     attention,
+    gathered_attention,
     gemm_all_gather,
     gemm_all_reduce,
     gemm_all_to_all,
     gemm_reduce_scatter,
     mesh_gemm,
     nvlink,
+    scattered_attention,
 )
 from .template import Template, find_template, register_template, registered
 
@@ -17,8 +20,10 @@ __all__ = [
     "Template",
     "all_gather_gemm",
     "all_to_all",
+    "all_to_all_gemm",
     "attention",
     "find_template",
+    "gathered_attention",
     "gemm_all_gather",
     "gemm_all_reduce",
     "gemm_all_to_all",
@@ -27,4 +32,5 @@ __all__ = [
     "nvlink",
     "register_template",
     "registered",
+    "scattered_attention",
 ]

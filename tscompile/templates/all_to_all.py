@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 
@@ -92,6 +93,78 @@ def arranged(part: Delivery, blocks: Tensor) -> Tensor:
     return blocks.permute([left.index(dim) for dim in part.order])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where every rank puts an exchange's input into its arena, and the flag that says that it is there."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    flag: int
+
+
+def places_of(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Place]:
+    """Exchanges of these shapes, one behind the other."""
+    ends = accumulate(aligned(prod(shape) * dtype.itemsize) for shape in shapes)
+    return [
+        Place(start, tuple(shape), dtype, min(number, FLAGS_PER_PEER - 1))
+        for number, (start, shape) in enumerate(zip((0, *ends), shapes, strict=False))
+    ]
+
+
+def arena_bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
+    """What they need of an arena."""
+    return sum(aligned(prod(shape) * dtype.itemsize) for shape in shapes)
+
+
+class Posts:
+    """The exchanges of a call on their way: `post` each of them, in any order, then take what has `arrived`.
+
+    The last flag is for all exchanges that have none of their own.
+    """
+
+    def __init__(self, channel: Channel, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+        self._channel = channel
+        self.places = places_of(shapes, dtype)
+        self._missing = Counter(place.flag for place in self.places)
+        channel.payload = sum(prod(shape) for shape in shapes) * dtype.itemsize
+
+    def post(self, number: int, x: Tensor) -> None:
+        """Copy what the peers get of `x`, `[R, ...]`, into the own arena, and signal."""
+        place, channel = self.places[number], self._channel
+        arena = channel.view(channel.rank, place.offset, place.shape, place.dtype)
+        for peer in channel.peers():
+            arena[peer].copy_(x[peer])
+        self._missing[place.flag] -= 1
+        if not self._missing[place.flag]:
+            channel.signal_all(place.flag)
+
+    def delivered(self, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The plan's outputs, once all are posted; own blocks come from `inputs`."""
+        channel = self._channel
+        outputs = Outputs(plan.deliveries, plan.joins, [place.shape for place in self.places], inputs[0])
+        for number, x in enumerate(inputs):
+            outputs.deliver(number, channel.rank, x.narrow(0, channel.rank, 1))
+        for number, place in enumerate(self.places):
+            for peer in channel.peers():
+                outputs.deliver(number, peer, arrived(channel, place, peer).unsqueeze(0))
+        return outputs.tensors
+
+
+def post(channel: Channel, inputs: Sequence[Tensor]) -> Posts:
+    """Post all of `inputs`."""
+    posts = Posts(channel, [x.shape for x in inputs], inputs[0].dtype)
+    for number, x in enumerate(inputs):
+        posts.post(number, x)
+    return posts
+
+
+def arrived(channel: Channel, place: Place, peer: int) -> Tensor:
+    """What `peer` sends this rank of an exchange, `[...]` in its arena, once it is there."""
+    channel.wait(peer, place.flag)
+    return channel.view(peer, place.offset, place.shape, place.dtype)[channel.rank]
+
+
 @register_template("all_to_all_permute")
 class ShmAllToAll:
     """inputs `[R, f1, ..., fk]`, dim 0 the destination, in any strides."""
@@ -100,58 +173,7 @@ class ShmAllToAll:
         return shm_refusal(problem)
 
     def scratch_bytes(self, plan: Plan, size: int, inputs: Sequence[Tensor]) -> int:
-        return sum(aligned(int(x.numel()) * x.element_size()) for x in inputs)
+        return arena_bytes([x.shape for x in inputs], inputs[0].dtype)
 
     def run(self, channel: Channel, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
-        sending = ShmSending(channel, [x.shape for x in inputs], inputs[0].dtype)
-        for number, x in enumerate(inputs):
-            sending.send(number, x)
-        return sending.receive(plan, inputs)
-
-
-class ShmSending:
-    """The exchanges of a call in shared memory: each is sent when what it sends is there, then all are received.
-
-    Args:
-        channel: the call's.
-        shapes: `[R, f1, ..., fk]` of each exchange; they lie one behind the other in each rank's arena.
-        dtype: of all.
-    """
-
-    def __init__(self, channel: Channel, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
-        self._channel, self._dtype = channel, dtype
-        self._shapes = [tuple(shape) for shape in shapes]
-        sizes = [prod(shape) * dtype.itemsize for shape in shapes]
-        self._places = [0, *accumulate(aligned(size) for size in sizes)]
-        self._missing = Counter(_flag(number) for number in range(len(shapes)))
-        channel.payload = sum(sizes)
-
-    def _arena(self, owner: int, number: int) -> Tensor:
-        return self._channel.view(owner, self._places[number], self._shapes[number], self._dtype)
-
-    def send(self, number: int, x: Tensor) -> None:
-        """Write the blocks of exchange `number`, and tell the peers if its flag waits for no other one."""
-        arena = self._arena(self._channel.rank, number)
-        for peer in self._channel.peers():
-            arena[peer].copy_(x[peer])
-        flag = _flag(number)
-        self._missing[flag] -= 1
-        if not self._missing[flag]:
-            self._channel.signal_all(flag)
-
-    def receive(self, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The plan's outputs, once everything is sent; the own blocks are read from `inputs`."""
-        channel = self._channel
-        outputs = Outputs(plan.deliveries, plan.joins, self._shapes, inputs[0])
-        for number, x in enumerate(inputs):
-            outputs.deliver(number, channel.rank, x.narrow(0, channel.rank, 1))
-        for number in range(len(inputs)):
-            for peer in channel.peers():
-                channel.wait(peer, _flag(number))
-                outputs.deliver(number, peer, self._arena(peer, number).narrow(0, channel.rank, 1))
-        return outputs.tensors
-
-
-def _flag(exchange: int) -> int:
-    """The flag that says that an exchange is there; the last one is for all that have none of their own."""
-    return min(exchange, FLAGS_PER_PEER - 1)
+        return post(channel, inputs).delivered(plan, inputs)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..nvshmem.heap import Channel, aligned
+from ..nvshmem.heap import Channel
 from ..problem import Departure, FusionProblem, Plan
-from .all_to_all import ShmSending
+from .all_to_all import Posts, arena_bytes
 from .arithmetic import multiply
 from .attention import departing, sent_shape
 from .template import register_template, shm_refusal, torch_dtype
@@ -57,8 +56,7 @@ class ShmGemmAllToAll:
         biases: Sequence[Tensor | None],
         sizes: Sequence[int],
     ) -> int:
-        shapes = shapes_sent(plan.departures, sizes)
-        return sum(aligned(torch.Size(shape).numel() * torch_dtype(plan.dtype).itemsize) for shape in shapes)
+        return arena_bytes(shapes_sent(plan.departures, sizes), torch_dtype(plan.dtype))
 
     def run(
         self,
@@ -69,12 +67,12 @@ class ShmGemmAllToAll:
         biases: Sequence[Tensor | None],
         sizes: Sequence[int],
     ) -> list[Tensor]:
-        sending = ShmSending(channel, shapes_sent(plan.departures, sizes), torch_dtype(plan.dtype))
+        posts = Posts(channel, shapes_sent(plan.departures, sizes), torch_dtype(plan.dtype))
         results = [a.new_empty((a.shape[0], b.shape[1])) for a, b in zip(lhs, rhs, strict=True)]
         sent = views_sent(plan.departures, sizes, results)
         for index, result in enumerate(results):
             multiply(result, lhs[index], rhs[index], biases[index])
             for number, departure in enumerate(plan.departures):
                 if departure.result == index:
-                    sending.send(number, sent[number])
-        return sending.receive(plan, sent)
+                    posts.post(number, sent[number])
+        return posts.delivered(plan, sent)

@@ -53,17 +53,13 @@ def sent(found: Projection, buffer: Tensor, owner: int) -> Tensor:
     """A rank's part of the slot of `owner`, as words, from the copies alone."""
     source = words_of(buffer)
     part = torch.full((found.batches.count * found.batches.words, ITEMS), float("nan"), dtype=buffer.dtype)
-    for leg, first, copies in zip(found.legs, found.batches.firsts, found.copies, strict=True):
-        for copy in copies:
-            start, place, pitch, target, width = (
-                value // WORD_BYTES for value in (copy.source, copy.target, copy.pitch, copy.target_pitch, copy.width)
-            )
-            start += leg.source.start + owner * leg.source.rank_stride
-            place += first * found.batches.words
-            for row in range(copy.rows):
-                there = part[place + row * target : place + row * target + width]
-                assert there.isnan().all(), "each word is sent once"
-                there.copy_(source[start + row * pitch : start + row * pitch + width])
+    for parcel in (parcel for parcels in found.parcels for parcel in parcels):
+        start, place = (parcel.source + owner * parcel.step) // WORD_BYTES, parcel.target // WORD_BYTES
+        pitch, target, width = (value // WORD_BYTES for value in (parcel.pitch, parcel.target_pitch, parcel.width))
+        for row in range(parcel.rows):
+            there = part[place + row * target : place + row * target + width]
+            assert there.isnan().all(), "each word is sent once"
+            there.copy_(source[start + row * pitch : start + row * pitch + width])
     return part
 
 
@@ -154,7 +150,7 @@ def test_queries_travel_while_keys_and_values_are_projected(tokens: int, ranks: 
     found = project(plan, ranks, [gemm], sizes)
     assert found is not None and 2 <= len(found.chunks) <= 3
     assert found.chunks[-1].legs == (2,), "what is exposed in the end is as short as can be"
-    assert all([copy.width for copy in leg] == [32 * 128 * 2 // ranks] for leg in found.copies), (
+    assert all([parcel.width for parcel in leg] == [32 * 128 * 2 // ranks] for leg in found.parcels), (
         "rows of a rank's heads"
     )
     one = widths.cublas_us(gemm.m, gemm.n, gemm.k)

@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...nvshmem import stream
 from ...nvshmem.stream import Step, Values, steps_of
 from .channel import DONE, FORK, JOIN, MAIN, SIDE, DeviceChannel
-from .mesh_tiles import Rectangle
+from .panels import Parcel
 
-SOURCE, EPOCH = 0, 1  # words of a call
-
-
-@dataclass(frozen=True)
-class Send:
-    """Copies of the copy stream, and the flag that is set behind them."""
-
-    copies: Sequence[Step]
-    flag: Step
-
-    @property
-    def steps(self) -> list[Step]:
-        return [*self.copies, self.flag]
+EPOCH, SOURCE = 0, 1  # words of a call; further sources follow
 
 
-def copy_step(number: int, target: int, copy: Rectangle) -> Step:
-    """Step of stream `number` that does `copy`, from the caller's memory to what lies at address `target`."""
-    return Step(
-        kind=stream.COPY if copy.rows == 1 else stream.COPY_ROWS,
+class Sent(Step):
+    """A copy of a tensor that comes with the call: its `src` counts from the address in word SOURCE + `source`."""
+
+    def __init__(self, *, source: int = 0, **fields: int) -> None:
+        super().__init__(**fields)
+        self.source = source
+
+
+def parcel_step(channel: DeviceChannel, parcel: Parcel, owner: int, number: int) -> Sent:
+    """Step of stream `number` that copies what goes to `owner` to its place in the slot of that rank."""
+    return Sent(
+        kind=stream.COPY if parcel.rows == 1 else stream.COPY_ROWS,
         stream=number,
-        dst=target + copy.target,
-        src=copy.source,
-        bytes=copy.width,
-        rows=copy.rows,
-        dst_pitch=copy.target_pitch,
-        src_pitch=copy.pitch,
+        dst=channel.data(owner, parcel.target),
+        src=parcel.source + owner * parcel.step,
+        bytes=parcel.width,
+        rows=parcel.rows,
+        dst_pitch=parcel.target_pitch,
+        src_pitch=parcel.pitch,
+        source=parcel.tensor,
     )
 
 
@@ -46,13 +42,15 @@ class Call:
     Args:
         channel: the first of these calls.
         main: steps of the main stream.
-        side: of the copy stream; they start when the main stream gets there, and it waits for them in the end.
+        side: steps of the copy stream, copies and the flags behind them; they start when the main stream gets there, and it waits for
+            them in the end.
         values: those that LAUNCH steps point at.
-        early: before `side`, in parts that the caller issues one by one: each starts where the main stream is then.
+        early: more steps of the copy stream, in parts that the caller issues one by one before all others: each starts where the main
+            stream is then.
 
     Attributes:
-        words: set before the steps are issued: [SOURCE], the address that the copies' offsets into the caller's memory count from, and
-            [EPOCH], which the flags of the copy stream take (in a captured call they read it when the graph runs).
+        words: set before the steps are issued: [EPOCH], which the flags of the copy stream take (in a captured call they read it when
+            the graph runs), and from [SOURCE] on the addresses of the tensors that are sent.
         early: steps of the early parts. steps: all others. before, after: those before and behind the main stream's, for a call
             whose kernel is among another group's steps.
     """
@@ -61,9 +59,9 @@ class Call:
         self,
         channel: DeviceChannel,
         main: Sequence[Step],
-        side: Sequence[Send],
+        side: Sequence[Step],
         values: list[Values],
-        early: Sequence[Sequence[Send]] = (),
+        early: Sequence[Sequence[Step]] = (),
     ) -> None:
         self.values = values
         opening, closing = [], []
@@ -77,28 +75,24 @@ class Call:
             ]
         if not channel.captured:  # the watchdog's event belongs to no graph
             closing.append(Step(kind=stream.RECORD, stream=MAIN, event=DONE))
+        sending = [step for part in (*early, side) for step in part]
+        sent = [step for step in (*sending, *main) if isinstance(step, Sent)]
+        self.words = (ctypes.c_uint64 * (SOURCE + 1 + max((step.source for step in sent), default=0)))()
+        for copy in sent:
+            copy.word = ctypes.addressof(self.words) + 8 * (SOURCE + copy.source)
+        for step in sending:
+            if step.kind == stream.WRITE:
+                step.word = ctypes.addressof(self.words) + 8 * EPOCH
         # Sends before kernels that wait: with one hardware queue for all streams, they run in the order of their issue.
-        self.words = (ctypes.c_uint64 * 2)()
-        source, epoch = (ctypes.addressof(self.words) + 8 * word for word in (SOURCE, EPOCH))
-        sends = [send for part in (*early, side) for send in part]
-        copies = [step for send in sends for step in send.copies]
-        for step in [*copies, *(step for step in main if step.kind != stream.LAUNCH)]:
-            step.word = source
-        for send in () if channel.captured else sends:
-            send.flag.word = epoch
-        parts = [_forked(sends) for sends in (*early, side)]
+        parts = [[*_forked(part), *part] for part in (*early, side)]
         parts[0] = [*opening, *parts[0]]
         self.early = [steps_of(*part) for part in parts[:-1]]
         self.steps = steps_of(*parts[-1], *main, *closing)
         self.before, self.after = steps_of(*parts[-1]), steps_of(*closing)
 
 
-def _forked(sends: Sequence[Send]) -> list[Step]:
-    """Steps that start `sends` where the main stream is."""
-    if not sends:
+def _forked(part: Sequence[Step]) -> list[Step]:
+    """Steps behind which the copy stream is where the main stream is, if there is anything to copy."""
+    if not part:
         return []
-    return [
-        Step(kind=stream.RECORD, stream=MAIN, event=FORK),
-        Step(kind=stream.AWAIT, stream=SIDE, event=FORK),
-        *(step for send in sends for step in send.steps),
-    ]
+    return [Step(kind=stream.RECORD, stream=MAIN, event=FORK), Step(kind=stream.AWAIT, stream=SIDE, event=FORK)]

@@ -7,18 +7,20 @@ exchange kernel collects: it takes the own blocks from where the matmuls put the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...nvshmem.stream import Step
 from ...problem import FusionProblem, Gemm, Plan
 from ..all_to_all import output_shapes
 from ..fresh import maker
 from ..gemm_all_to_all import shapes_sent
 from ..template import register_template, torch_dtype
 from .all_to_all import strides_of
-from .call import EPOCH, SOURCE, Call, Send, copy_step
+from .call import EPOCH, SOURCE, Call, parcel_step
 from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
 from .exchange import ExchangeLaunch
 from .kernels.config import SMS, WORD_BYTES
@@ -111,23 +113,19 @@ class _Recipe:
             channel.link.pinned.append(self)
         return Call(channel, [self._launch.step(values, MAIN)], [], [values], early)
 
-    def _sends(self, channel: DeviceChannel, chunk: Chunk) -> list[Send]:
+    def _sends(self, channel: DeviceChannel, chunk: Chunk) -> list[Step]:
         """Leg by leg to all peers, the next rank first, so that every rank sends to another one; exchange.h says where to."""
-        legs, batches, size = self._projection.legs, self._projection.batches, channel.size
-        sends = []
+        found, size = self._projection, channel.size
+        part = found.batches.count * found.batches.words * WORD_BYTES  # of a slot, for each rank that sends
+        steps: list[Step] = []
         for number in chunk.legs:
             for distance in range(1, size):
-                peer = (channel.rank + distance) % size
-                place = size - 1 - distance  # of this rank among those that the peer receives from
-                target = (place * batches.count + batches.firsts[number]) * batches.words * WORD_BYTES
-                source = legs[number].source
-                start = (source.start + peer * source.rank_stride) * WORD_BYTES
-                copies = [
-                    copy_step(SIDE, channel.data(peer, target), copy.behind(start))
-                    for copy in self._projection.copies[number]
-                ]
-                sends.append(Send(copies, channel.signal_step(peer, place * len(legs) + number)))
-        return sends
+                peer, place = (channel.rank + distance) % size, size - 1 - distance
+                for parcel in found.parcels[number]:
+                    placed = replace(parcel, target=place * part + parcel.target)
+                    steps.append(parcel_step(channel, placed, peer, SIDE))
+                steps.append(channel.signal_step(peer, place * len(found.legs) + number))
+        return steps
 
     def run(
         self,

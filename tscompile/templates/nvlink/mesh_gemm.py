@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import TscompileError
+from ...nvshmem import stream
+from ...nvshmem.stream import Step
 from ...problem import FusionProblem, Plan
 from ..fresh import maker
 from ..template import register_template, torch_dtype
-from .call import EPOCH, SOURCE, Call, Send, copy_step
+from .call import EPOCH, SOURCE, Call, Sent
 from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.config import MeshConfig, depth
@@ -238,12 +240,23 @@ class _Recipe:
         return outputs
 
 
-def _sends(channel: DeviceChannel, copies: Sequence[Rectangle]) -> list[Send]:
-    """What the copy stream sends: chunk by chunk to all peers, the previous rank's first, so that every rank sends to another one."""
-    sends = []
+def _sends(channel: DeviceChannel, copies: Sequence[Rectangle]) -> list[Step]:
+    """Steps of the copy stream: chunk by chunk to all peers, the previous rank's first, so that every rank sends to another one."""
+    steps = []
     for chunk, copy in enumerate(copies):
         for distance in range(1, channel.size):
             peer = (channel.rank - distance) % channel.size
-            flag = channel.signal_step(peer, chunk * _FLAG_STRIDE + channel.rank)
-            sends.append(Send([copy_step(SIDE, channel.data(peer), copy)], flag))
-    return sends
+            steps += [
+                Sent(
+                    kind=stream.COPY if copy.rows == 1 else stream.COPY_ROWS,
+                    stream=SIDE,
+                    dst=channel.data(peer, copy.target),
+                    src=copy.source,
+                    bytes=copy.width,
+                    rows=copy.rows,
+                    dst_pitch=copy.target_pitch,
+                    src_pitch=copy.pitch,
+                ),
+                channel.signal_step(peer, chunk * _FLAG_STRIDE + channel.rank),
+            ]
+    return steps

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from ...problem import GatherUse
@@ -102,10 +102,6 @@ class Rectangle:
     width: int
     pitch: int
     target_pitch: int
-
-    def behind(self, start: int) -> Rectangle:
-        """The same of a shard that lies `start` bytes further on."""
-        return replace(self, source=self.source + start)
 
 
 def chunk_copies(operand: Operand, rank: int) -> list[Rectangle]:

@@ -20,7 +20,7 @@ from ..template import torch_dtype
 from . import widths
 from .kernels.config import WORD_BYTES
 from .legs import Batches, Layout, Leg, batches_of, worded
-from .mesh_tiles import Rectangle
+from .panels import Parcel
 
 MOST_CHUNKS = 3  # that one matmul is cut into
 _MOST_COPIES = 4  # of a leg, to each peer
@@ -57,7 +57,7 @@ class Projection:
     """How a call computes and sends.
 
     legs: in words; their sources lie in the buffer.
-    copies: of each leg, those that send its grid: from the source of the rank at 0 to the leg's part of a slot.
+    parcels: of each leg, what sends its grid, from the buffer to the leg's part of a slot: [batches.count, batches.words].
     items: of the buffer.
     us: predicted until all is computed and received.
     """
@@ -65,7 +65,7 @@ class Projection:
     legs: tuple[Leg, ...]
     batches: Batches
     chunks: tuple[Chunk, ...]
-    copies: tuple[tuple[Rectangle, ...], ...]
+    parcels: tuple[tuple[Parcel, ...], ...]
     items: int
     us: float
 
@@ -81,22 +81,23 @@ def project(plan: Plan, ranks: int, gemms: Sequence[Gemm], sizes: Sequence[int])
         return None
     legs = [_ordered(leg, inputs[leg.source.tensor].storage_offset() // items) for leg in found]
     owners = [plan.departures[leg.source.tensor].result for leg in found]
-    copies = [rectangles(leg) for leg in legs]
-    if any(not 1 <= len(leg) <= _MOST_COPIES or leg[0].pitch > _MOST_PITCH for leg in copies):
+    parcels = [_parcels(leg, 0) for leg in legs]
+    if any(len(sent) > _MOST_COPIES or sent[0].pitch > _MOST_PITCH for sent in parcels):
         return None
     cuts = []
     for number, gemm in enumerate(gemms):
         own = [(i, _columns(leg, ranks, gemm.n // items)) for i, leg in enumerate(legs) if owners[i] == number]
         cuts.append(_cuts(number, gemm, items, own))
     candidates = [[chunk for cut in chosen for chunk in cut] for chosen in every(*cuts)]
-    times = [_overlapped_us(gemms, chunks, legs, copies, ranks) for chunks in candidates]
+    times = [_overlapped_us(gemms, chunks, legs, parcels, ranks) for chunks in candidates]
     us = min(times)
     chunks, end = _placed(candidates[times.index(us)], _ALIGNMENT // dtype.itemsize)
     for chunk in chunks:
         for i in chunk.legs:
             legs[i] = _into(legs[i], chunk, gemms[chunk.matmul].n // items, items)
     batches = batches_of([leg.words for leg in legs], ranks)
-    return Projection(tuple(legs), batches, chunks, tuple(rectangles(leg) for leg in legs), end, us)
+    sent = tuple(_parcels(leg, first * batches.words) for leg, first in zip(legs, batches.firsts, strict=True))
+    return Projection(tuple(legs), batches, chunks, sent, end, us)
 
 
 def _ordered(leg: Leg, start: int) -> Leg:
@@ -150,7 +151,7 @@ def _overlapped_us(
     gemms: Sequence[Gemm],
     chunks: Sequence[Chunk],
     legs: Sequence[Leg],
-    copies: Sequence[Sequence[Rectangle]],
+    parcels: Sequence[Sequence[Parcel]],
     ranks: int,
 ) -> float:
     """Until all is computed, sent and collected: chunks are computed one after the other, and so are they sent."""
@@ -159,9 +160,9 @@ def _overlapped_us(
         computed += widths.cublas_us(chunk.rows, chunk.columns, gemms[chunk.matmul].k)
         mib, count = 0.0, 0
         for number in chunk.legs:
-            slower = max(1.0, _FAST_ROW_BYTES / min(copy.width for copy in copies[number]))
+            slower = max(1.0, _FAST_ROW_BYTES / parcels[number][0].width)
             mib += legs[number].words * WORD_BYTES * slower * (ranks - 1) / (1 << 20)
-            count += len(copies[number]) * (ranks - 1)
+            count += len(parcels[number]) * (ranks - 1)
         sent = max(computed, sent) + widths.copied_us(mib, count)
     held = sum(leg.words for leg in legs) * WORD_BYTES * ranks
     return max(computed, sent) + _COLLECT_US + 2 * held / _COLLECTED_BYTES_PER_US
@@ -192,8 +193,8 @@ def _into(leg: Leg, chunk: Chunk, width: int, items: int) -> Leg:
     )
 
 
-def rectangles(leg: Leg) -> tuple[Rectangle, ...]:
-    """Copies of a leg's grid to where its words lie one behind the other; as few as can be."""
+def _parcels(leg: Leg, first: int) -> tuple[Parcel, ...]:
+    """What sends a leg's grid to where its words lie one behind the other, from word `first` on; as few copies as can be."""
     dims: list[tuple[int, int]] = []  # size and stride
     for size, stride in zip(leg.sizes, leg.source.strides, strict=True):
         if dims and dims[-1][1] == stride * size:
@@ -204,14 +205,14 @@ def rectangles(leg: Leg) -> tuple[Rectangle, ...]:
     target = [width * prod(size for size, _ in outer[d + 1 :]) for d in range(len(outer))]
     if not outer:
         outer, target = [(1, width)], [width]
-    rows = max(range(len(outer)), key=lambda d: outer[d][0])
-    others = [d for d in range(len(outer)) if d != rows]
+    longest = max(range(len(outer)), key=lambda d: outer[d][0])
+    others = [d for d in range(len(outer)) if d != longest]
+    rows, pitch = outer[longest]
     found = []
     for index in every(*(range(outer[d][0]) for d in others)):
-        source = sum(i * outer[d][1] for i, d in zip(index, others, strict=True))
-        place = sum(i * target[d] for i, d in zip(index, others, strict=True))
-        count, pitch = outer[rows]
-        lies = (source, place, count, width, pitch, target[rows])
-        source, place, _, *in_bytes = (value * WORD_BYTES for value in lies)
-        found.append(Rectangle(source, place, count, *in_bytes))
+        source = leg.source.start + sum(i * outer[d][1] for i, d in zip(index, others, strict=True))
+        place = first + sum(i * target[d] for i, d in zip(index, others, strict=True))
+        lies = (source, leg.source.rank_stride, width, pitch, place, target[longest])
+        start, step, *line = (value * WORD_BYTES for value in lies)
+        found.append(Parcel(0, start, step, rows, *line))
     return tuple(found)

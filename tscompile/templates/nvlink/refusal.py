@@ -115,6 +115,16 @@ def gather_refusal(problem: FusionProblem, plan: Plan) -> str | None:
     return "no matmul has operands and a result whose rows are multiples of 16 bytes"
 
 
+def panels_refusal(problem: FusionProblem, plan: Plan) -> str | None:
+    """Why the kernel of blocks cannot serve matmuls of what was exchanged."""
+    general = nvlink_refusal(problem)
+    if general is not None:
+        return general
+    if len({columns for _, columns in problem.panels_of}) > 1:
+        return "the exchanges that make up the operand have panels of different widths"
+    return gather_refusal(problem, plan)
+
+
 def sum_refusal(problem: FusionProblem, plan: Plan) -> str | None:
     """Why the reducing kernel cannot serve a problem."""
     general = nvlink_refusal(problem)
