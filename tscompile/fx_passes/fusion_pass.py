@@ -166,7 +166,7 @@ class _Fusion:
             if isinstance(found, Match):
                 refused = self._match(f"{len(self.rows)}:{found.kind}", found)
                 if refused is None:
-                    more = [(p.kind, keep.reason) for p, keep in kept if pattern.priority >= 0 > p.priority]
+                    more = [(p.kind, keep.reason) for p, keep in kept if p.priority < 0]
                     self.rows[-1].reason += "".join(f"; {kind}: {why}" for kind, why in more)  # why not more of it
                     return
                 given_way = given_way or (found, refused)
