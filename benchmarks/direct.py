@@ -20,10 +20,11 @@ from tscompile.fx_passes import patterns  # noqa: F401  (importing it registers 
 from tscompile.lowering import planner, runtime
 from tscompile.observe import ledger
 from tscompile.options import Options
-from tscompile.problem import FusionProblem, GatherUse, Gemm, Keep, Plan, Row
+from tscompile.problem import Delivery, FusionProblem, GatherUse, Gemm, Keep, Plan, Row
 
 COLLECTIVES = {
     "all_gather_matmul": "_c10d_functional.all_gather_into_tensor",
+    "all_to_all_permute": "_c10d_functional.all_to_all_single",
     "mesh_matmul": "_c10d_functional.all_gather_into_tensor",
     "matmul_reduce_scatter": "_c10d_functional.reduce_scatter_tensor",
     "matmul_all_reduce": "_c10d_functional.all_reduce",
@@ -265,4 +266,24 @@ def reduce_linear(
     plan = Plan(kind, "", "", dtype, coefficients=(1.0,), term_group=(0,), reduce_op=reduce_op)  # type: ignore[arg-type]
     (m, k), n = x.shape, rhs.shape[1]
     problem = _problem(kind, x, [Gemm(m, n, k)], m * n, group, reduce_op=reduce_op)
+    return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
+
+
+def exchange(
+    inputs: Sequence[Tensor],
+    deliveries: Sequence[Delivery],
+    joins: Sequence[int],
+    *,
+    group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
+) -> BoundOp:
+    """all_to_all_permute of inputs `[R, f1, ..., fk]` in any strides; the results of a call are its outputs."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    x = inputs[0]
+    dtype = str(x.dtype).removeprefix("torch.")
+    plan = Plan("all_to_all_permute", "", "", dtype, deliveries=tuple(deliveries), joins=tuple(joins))
+    elements = sum(each.numel() for each in inputs)
+    problem = _problem(plan.kind, x, [], elements, group, exchanges=len(inputs))
+    args = (list(inputs),)
     return BoundOp(prepare(plan, problem, args, group, timeout_s), args)

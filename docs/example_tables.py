@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from markdown_table import table
@@ -60,3 +61,57 @@ def experts(result: Mapping[str, Any]) -> str:
         "speed-up over the first",
     ]
     return machine(result["environment"]) + said + table([*header, "of the peak"], rows)
+
+
+def exchanges(result: Mapping[str, Any]) -> str:
+    """all_to_all_permute against NCCL and permutes."""
+    rows = []
+    for case in result["cases"]:
+        found = case["graph"]
+        us, gained = found["us"], found["speedup"]
+        once = f"{us['nccl']:.0f}" if "nccl" in us else "-"
+        best = gained.get("nccl", gained["nccl, twice"])
+        rows.append(
+            [
+                case["what"],
+                f"{case['tokens'] >> 10}K",
+                f"{us['ours']:.0f} ({found['gbytes_per_s']:.0f})",
+                once,
+                f"{us['nccl, twice']:.0f}",
+                interval(best),
+            ]
+        )
+    said = (
+        "One sequence, 32 heads of 128; replays of CUDA graphs, medians of interleaved rounds, slowest rank; in brackets GB/s that "
+        "leave a rank.\n\n"
+    )
+    header = [
+        "",
+        "tokens",
+        "ours, us",
+        "NCCL and a permute each, us",
+        "and two permutes each, us",
+        "speed-up over the faster one",
+    ]
+    return machine(result["environment"]) + said + table(header, rows)
+
+
+def ulysses(result: Mapping[str, Any]) -> str:
+    """A block with exchanges around its attention."""
+    rows = []
+    for case in result["cases"]:
+        rounds = case["rounds"]["eager"]
+        times = {mode: median(times[mode] for times in rounds) for mode in rounds[0]}
+        rows.append(
+            [
+                case["name"],
+                *(f"{1e3 * times[mode]:.2f}" for mode in ("inductor", "tilescale", "roof")),
+                f"{median(t['inductor'] / t['tilescale'] for t in rounds):.2f}x",
+                f"{median(t['inductor'] / t['roof'] for t in rounds):.2f}x",
+                f"{median(t['roof'] / t['tilescale'] for t in rounds):.2f}",
+            ]
+        )
+    what = f"{case['attention']} attention, causal, {case['heads']} heads of {case['dim']}"
+    said = f"{what}; milliseconds, eager calls, slowest rank.\n\n"
+    header = ["", "Inductor", "tilescale", "roof", "speed-up", "at the roof", "of the roof"]
+    return machine(result["environment"]) + said + table(header, rows)

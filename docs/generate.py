@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import example_tables
 from markdown_table import table
 
 from tscompile.options import KINDS, OptionRow, Options
-from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
+from tscompile.problem import Delivery, FusionProblem, GatherUse, Gemm, Plan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
@@ -77,6 +78,8 @@ def support() -> str:
             values |= {"second_group_size": 2, "second_comm_bytes": 64 << 20}
         problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(gemm,), gemm_dtypes=(dtype,), **values)
         plan = Plan(kind, "", executor, dtype, uses=uses if kind == "mesh_matmul" else uses[:1])
+        if kind.startswith("all_to_all"):
+            plan = replace(plan, deliveries=(Delivery(0, (1, 0, 2)),), joins=(1,))
         template = find_template(kind, executor)
         return "fused" if template is not None and template.supports(problem, plan) is None else "original ops"
 
@@ -155,6 +158,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-gpu": gpu_summary,
     "measured-gpu-ops": lambda: gpu_in_full("ops"),
     "measured-collectives": lambda: examples_on_gpus("tilescale", example_tables.collectives),
+    "measured-exchanges": lambda: examples_on_gpus("exchange", example_tables.exchanges),
+    "measured-ulysses": lambda: examples_on_gpus("ulysses", example_tables.ulysses),
     "measured-experts": lambda: examples_on_gpus("deepep", example_tables.experts),
     "measured-gpu-models": lambda: gpu_in_full("model"),
 }

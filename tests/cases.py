@@ -220,6 +220,44 @@ def exchange(size: int, seed: int, dtype: str, *, sizes: tuple[int, ...] = (2, 3
     return Case(plan, [(sent[r],) for r in range(size)], [_wide(out) for out in outputs], outputs)
 
 
+def panels(
+    size: int,
+    seed: int,
+    dtype: str,
+    shapes: tuple[tuple[int, int], ...] = ((1, 6),),
+    *,
+    rows: int = 7,
+    free: tuple[int, ...] = (5,),
+    returned: bool = False,
+    bias: bool = False,
+    strided: bool = False,
+) -> Case:
+    """all_to_all_matmul: (O, Q) of each exchange, `rows` of the left operand, columns of each right operand."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = getattr(torch, dtype)
+    sent = [
+        [_random(generator, size, rows, outer, inner, dtype=kind, strided=strided) for outer, inner in shapes]
+        for _ in range(size)
+    ]
+    left = [  # columns: (exchange, O, source, Q)
+        torch.cat([torch.stack([x[e][r] for x in sent], 2).flatten(1) for e in range(len(shapes))], 1)
+        for r in range(size)
+    ]
+    others = [[_random(generator, left[0].shape[1], n, dtype=kind, strided=strided) for n in free] for _ in range(size)]
+    biases = [[_random(generator, n, dtype=kind) if bias else None for n in free] for _ in range(size)]
+    use = GatherUse("lhs", False, "cols", dtype)
+    plan = Plan("all_to_all_matmul", f"panels{seed}", "shm", dtype, uses=(use,) * len(free), return_gathered=returned)
+
+    def results(r: int, convert: Any) -> list[Tensor]:
+        terms = zip(others[r], biases[r], strict=True)
+        out = [_matmul(convert(left[r]), convert(b), None if c is None else convert(c)) for b, c in terms]
+        return [*out, left[r]] if returned else out
+
+    args = [(sent[r], others[r], biases[r]) for r in range(size)]
+    truth = [_wide(results(r, _wide)) for r in range(size)]
+    return Case(plan, args, truth, [results(r, lambda t: t) for r in range(size)])
+
+
 def all_gather_result(
     size: int,
     seed: int,
@@ -337,6 +375,12 @@ def all_cases(size: int, seed: int = 0) -> list[Case]:
         cases.append(exchange(size, seed + 20 + number, "float32", sizes=sizes, count=1 + number))
         cases.append(exchange(size, seed + 20 + number, "bfloat16", sizes=sizes, count=1 + number))
     cases.append(exchange(size, seed + 30, "float16", count=11))  # more exchanges than flags
+    joined = ((1, 6), (3, 5), (1, 6))
+    for number, dtype in enumerate(("float32", "bfloat16", "float64")):
+        cases.append(panels(size, seed + 40 + number, dtype, returned=number == 1))
+        cases.append(panels(size, seed + 50 + number, dtype, ((2, 70),), free=(5, 9), bias=True, returned=number == 0))
+        cases.append(panels(size, seed + 60 + number, dtype, joined, bias=number == 0, strided=True, returned=True))
+    cases.append(panels(size, seed + 70, "float32", ((1, 3),) * 11))  # more exchanges than flags
     cases.append(all_gather(size, seed + 1, "bfloat16", GATHER_USES[:1], use_dtype="float32"))
     cases.append(all_gather(size, seed + 2, "float32", [("lhs", True, "rows")], use_dtype="bfloat16", inner=80))
     cases.append(

@@ -21,8 +21,8 @@ from tests.compat import all_gather
 GATHER, SCATTER, REDUCE = "all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce"
 
 _reduce_scatter = getattr(funcol, "reduce_scatter_single", funcol.reduce_scatter_tensor)
-_gather_autograd = getattr(funcol, "all_gather_single_autograd", funcol.all_gather_tensor_autograd)
-_scatter_autograd = getattr(funcol, "reduce_scatter_single_autograd", funcol.reduce_scatter_tensor_autograd)
+gather_autograd = getattr(funcol, "all_gather_single_autograd", funcol.all_gather_tensor_autograd)
+scatter_autograd = getattr(funcol, "reduce_scatter_single_autograd", funcol.reduce_scatter_tensor_autograd)
 
 
 @dataclass(frozen=True)
@@ -239,9 +239,9 @@ def _(d: Draw) -> Any:
     """Gather, two weights, gate, scatter: its backward gathers for a weight gradient and scatters a sum of two."""
 
     def run(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gathered = _gather_autograd(x, 0, d.group)
+        gathered = gather_autograd(x, 0, d.group)
         hidden = F.silu(F.linear(gathered, gate)) * F.linear(gathered, up)
-        scattered: Tensor = _scatter_autograd(F.linear(hidden, down), "sum", 0, d.group)
+        scattered: Tensor = scatter_autograd(F.linear(hidden, down), "sum", 0, d.group)
         return scattered
 
     s = d.sizes

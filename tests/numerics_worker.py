@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,8 +19,13 @@ from tests.programs import PROGRAMS, Built, Program, Setting, scalar_loss
 from tscompile.backend import tilescale
 from tscompile.fx_passes.fusion_pass import collect_rows
 from tscompile.problem import Row
+from tscompile.testing import short_name
 
 Tensors = dict[str, torch.Tensor]
+FACTOR = 2.0
+# Eager can be exact by luck (a sum of two products that needs no rounding, say). Nothing can be asked to be better than
+# one correct rounding to its dtype, whose relative error is up to half of eps.
+FLOOR_EPS = 0.5
 
 
 @dataclass
@@ -29,12 +36,37 @@ class Outcome:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     decisions: list[str] = field(default_factory=list)
     fused: int = 0
+    collectives: Counter[tuple[str, str]] = field(default_factory=Counter)  # (decision, collective) -> number
     equal: bool = True  # every tensor, to the bit, to what eager computes
     seconds: float = 0.0
     failure: str = ""
 
+    @property
+    def adds_panels(self) -> bool:
+        """A sum in float32 was taken in another order than eager's: all_to_all_matmul adds panels as they arrive."""
+        return any(line.startswith("fused") and "all_to_all_matmul" in line for line in self.decisions)
 
-def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any], device: str = "cpu") -> list[Outcome]:
+    def wrong(self, dtype: torch.dtype) -> dict[str, str]:
+        """Tensors whose error is more than twice that of eager."""
+        return {
+            name: f"error {compiled:.3g}, eager {eager:.3g}"
+            for name, (compiled, eager) in self.errors.items()
+            if not _is_close(compiled, eager, dtype)
+        }
+
+
+def _is_close(compiled: float, eager: float, dtype: torch.dtype) -> bool:
+    """Written so that NaN is not."""
+    return compiled <= max(FACTOR * eager, FLOOR_EPS * torch.finfo(dtype).eps)
+
+
+def run_programs(
+    names: list[str],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    device: str = "cpu",
+    programs: Mapping[str, Program] = PROGRAMS,
+) -> list[Outcome]:
     """Run programs one after the other; a program that raises is reported and does not stop the others."""
     outcomes = []
     for name in names:
@@ -42,12 +74,23 @@ def run_programs(names: list[str], dtype: torch.dtype, options: dict[str, Any], 
         print(f"program {name}", flush=True)  # the last line before a hang names the program
         outcome = Outcome(name)
         try:
-            _run(PROGRAMS[name], Setting(dist.get_world_size(), dist.get_rank(), dtype, device), options, outcome)
+            _run(programs[name], Setting(dist.get_world_size(), dist.get_rank(), dtype, device), options, outcome)
         except Exception:
             outcome.failure = traceback.format_exc()
         outcome.seconds = time.monotonic() - start
         outcomes.append(outcome)
     return outcomes
+
+
+def run_cases(cases: list[tuple[torch.dtype, str]], options: dict[str, Any]) -> list[Outcome]:
+    """Run (dtype, program) one after the other."""
+    return [outcome for dtype, name in cases for outcome in run_programs([name], dtype, options)]
+
+
+def run_cached(folder: str, names: list[str], dtype: torch.dtype, options: dict[str, Any]) -> list[Outcome]:
+    """`run_programs` with the compiler's caches in a folder."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    return run_programs(names, dtype, options)
 
 
 def _run(program: Program, setting: Setting, options: dict[str, Any], outcome: Outcome) -> None:
@@ -77,6 +120,7 @@ def _run(program: Program, setting: Setting, options: dict[str, Any], outcome: O
     sites = {row.site for row in planned}
     rows = [row for row in tscompile.reports().rows if row.site in sites or row.site not in before]
     outcome.decisions = [f"{row.decision} {row.phase} {row.pattern} {row.code}" for row in rows]
+    outcome.collectives = Counter((row.decision, short_name(op)) for row in rows for op in row.collectives)
     outcome.fused = sum(row.decision == "fused" and row.measured_us is not None for row in rows)
 
 

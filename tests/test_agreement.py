@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import signal
 import time
@@ -16,6 +15,7 @@ from torch import Tensor
 
 import tscompile
 from tests.compat import TORCH, all_gather, permuted_group
+from tests.worlds import segments_left
 from tscompile.backend import tilescale
 from tscompile.errors import PeerError
 from tscompile.fx_passes.fusion_pass import collect_rows
@@ -237,15 +237,16 @@ def dies_in_training(how: str) -> str:
 
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_a_dead_rank_is_named_soon_and_leaves_no_memory_behind(how: str) -> None:
-    before = set(glob.glob("/dev/shm/tscompile-*"))
     with pytest.raises(RankFailure) as caught:  # rank 1 is dead, so the world as a whole has failed
         run_ranks(3, report_death, how, timeout_s=90)
     text = str(caught.value)
     told = [line for line in text.splitlines() if line.startswith("TOLD rank 1 site")]
     assert len(told) == 2, text
     assert all("all_gather_matmul" in line for line in told)
-    assert set(glob.glob("/dev/shm/tscompile-*")) <= before
+    pids = {int(line.removeprefix("PID ")) for line in text.splitlines() if line.startswith("PID ")}
+    assert len(pids) == 3 and not segments_left(pids)
 
 
 def report_death(how: str) -> None:
+    print("PID", os.getpid(), flush=True)
     print("TOLD", dies_in_training(how), flush=True)

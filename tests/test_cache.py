@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ def program(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return fc.reduce_scatter_tensor(h @ v, "sum", 0, dist.group.WORLD)
 
 
-def train_once(options: dict[str, str]) -> dict[str, Any]:
-    """One step on this rank; what the caches did, the largest error, and the report."""
+def train_once(folder: str, options: dict[str, str]) -> dict[str, Any]:
+    """One step on this rank with the compiler's caches in a folder; what the caches did, the largest error, and the report."""
     from torch._dynamo.utils import counters
 
     import tscompile
     from tscompile.backend import tilescale
     from tscompile.fx_passes.fusion_pass import pass_seconds
 
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     torch.manual_seed(dist.get_rank())
     inputs = [torch.randn(s, requires_grad=True) for s in ((8, 16), (16, 12), (12, 16))]
     expected = torch.autograd.grad(program(*inputs).square().sum(), inputs)
@@ -43,10 +45,9 @@ def train_once(options: dict[str, str]) -> dict[str, Any]:
 
 
 def test_a_second_process_hits_both_caches_and_is_still_right(tmp_path: Path) -> None:
-    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    first = run_ranks(2, train_once, FUSE, timeout_s=280, env=env)
+    first = run_ranks(2, train_once, str(tmp_path), FUSE, timeout_s=280)
     assert all(r["pass_ran"] for r in first) or first[0]["pass_ran"]  # rank 1 may load what rank 0 compiled
-    second = run_ranks(2, train_once, FUSE, timeout_s=280, env=env)
+    second = run_ranks(2, train_once, str(tmp_path), FUSE, timeout_s=280)
     for before, after in zip(first, second, strict=True):
         assert not after["pass_ran"]
         assert after["caches"]["aot_autograd"].get("autograd_cache_hit", 0) == 1, after["caches"]
@@ -54,7 +55,7 @@ def test_a_second_process_hits_both_caches_and_is_still_right(tmp_path: Path) ->
         assert after["rows"] == before["rows"]
         assert [decision for *_, decision in after["rows"]] == ["fused"] * 4
     # Another option is another plan: it must not be served from the cache.
-    third = run_ranks(2, train_once, KEEP, timeout_s=280, env=env)
+    third = run_ranks(2, train_once, str(tmp_path), KEEP, timeout_s=280)
     assert any(r["pass_ran"] for r in third)
     assert all(r["error"] < 1e-5 for r in third)
     assert {decision for r in third for *_, decision in r["rows"]} == {"kept"}

@@ -23,6 +23,21 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    for file, name in set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())):
+        tree = ast.parse((ROOT / file).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+
+
+def test_every_row_about_sequence_parallelism_names_a_test() -> None:
+    page = (ROOT / "docs/sequence-parallelism.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    claims = [row for row in rows if not re.match(r"\| (program|attention) \|", row)]
+    assert len(claims) > 15 and len(rows) - len(claims) == 3
+    assert [row for row in claims if "`tests/" not in row.rpartition(" | ")[2]] == []
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/options.md"])
 def test_every_option_is_documented(page: str) -> None:
     text = (ROOT / page).read_text()

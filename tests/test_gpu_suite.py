@@ -72,9 +72,9 @@ def test_benchmark_of_meshes(tmp_path: Path) -> None:
 
 def test_benchmark_of_models(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
-    torchrun("benchmarks.model_llama", "--tiny", "--device=cpu", "--dtype=float32", f"--out={path}")
+    torchrun("benchmarks.model_llama", "--tiny", "--quick", "--device=cpu", "--dtype=float32", f"--out={path}")
     result = json.loads(path.read_text())
-    assert result["kind"] == "gpu-model" and len(result["cases"]) == 2
+    assert result["kind"] == "gpu-model" and len(result["cases"]) == 1
     for case in result["cases"]:
         assert not case["failures"], case["failures"]
         assert set(case["rounds"]["eager"][0]) == {"inductor", "tilescale", "roof"}
@@ -96,6 +96,6 @@ def test_benchmark_of_the_examples(tmp_path: Path) -> None:
 
 def test_gpu_tests_on_cpu_ranks() -> None:
     """All files but the programs, which tests/test_fused_programs.py runs; of the failures one."""
-    chosen = "test_ops or test_stress or test_groups or test_backends or silent-matmul_reduce_scatter"
+    chosen = "test_ops or test_stress or test_groups or test_backends or test_attention_variants or silent-matmul_reduce_scatter"
     output = torchrun("pytest", "tests/gpu", "-q", "--device=cpu", "-k", chosen, "-p", "no:cacheprovider")
     assert "passed" in output and "failed" not in output

@@ -91,6 +91,16 @@ def test_text_is_ascii_and_names_are_bounded() -> None:
     assert ".." + "s" * 36 + ".7  " in text
 
 
+def test_what_is_in_no_graph_comes_after_the_table() -> None:
+    text = "graph break on communication at model.py:12: " + "word " * 30
+    report = Report([row()], outside=[text])
+    summary, *lines = str(report).splitlines()[4:]
+    assert summary == report.summary()
+    assert " ".join(" ".join(lines).split()) == f"not in a graph: {text.strip()}"
+    assert len(lines) > 1 and all(len(line) <= 128 for line in lines)
+    assert report.to_json()["outside"] == [text]
+
+
 def test_no_rows() -> None:
     assert str(Report([])) == "no collectives in the graphs of this report"
     assert repr(Report([row()])) == "Report(1 of 1 collective fused, 0 kept, 0 unmatched)"
@@ -129,6 +139,8 @@ def test_reports_reads_the_ledger() -> None:
         assert [r.site for r in reports().rows] == ["g0.forward.0", "g0.forward.2"]
         assert reports().counts() == {"fused": 1, "kept": 0, "unmatched": 2}
         assert reports().rows[0].measured_us == 12.0
+        ledger.outside(["FSDP2 gathers in hooks", "FSDP2 gathers in hooks"])
+        assert reports().outside == ["FSDP2 gathers in hooks"]
     finally:
         ledger.clear()
         ledger.add(before)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tscompile import testing
+from tscompile.rank_server import RankServer, ServerError, Start
 from tscompile.testing import RankFailure, collective_counts, fake_world, run_ranks, short_name
 
 
@@ -27,6 +32,67 @@ def _raise_on_rank_1() -> None:
 def _hang() -> None:
     print("about to sleep", flush=True)
     time.sleep(60)
+
+
+def _setting() -> tuple[str | None, int]:
+    return os.environ.get("TSCOMPILE_TEST_SETTING"), os.getppid()
+
+
+def _tell_and_sleep(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_variables_of_a_call_count_from_the_first_import_on() -> None:
+    """So its ranks come from a server of their own; all others share one."""
+    (plain,), (again,) = (run_ranks(1, _setting, backend=None) for _ in range(2))
+    assert plain == again and plain[0] is None
+    ((value, server),) = run_ranks(1, _setting, backend=None, env={"TSCOMPILE_TEST_SETTING": "1"})
+    assert value == "1" and server != plain[1]
+    assert run_ranks(1, _setting, backend=None) == [plain]
+
+
+def test_another_environment_or_process_is_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server:
+        def __init__(self, env: dict[str, str]) -> None:
+            self.env, self.alive, self.closed = env, lambda: True, False
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(testing, "RankServer", Server)
+    monkeypatch.setattr(testing, "_server", None)
+    first = testing._server_of({"A": "1", "PYTEST_CURRENT_TEST": "a"})
+    assert testing._server_of({"A": "1", "PYTEST_CURRENT_TEST": "b"}) is first and not first.closed
+    second = testing._server_of({"A": "2"})
+    assert second is not first and first.closed and second.env == {"A": "2"}
+    second.alive = lambda: False
+    assert testing._server_of({"A": "2"}) is not second and second.closed
+
+
+def test_ranks_end_with_the_program_that_started_them(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    code = f"from tscompile.testing import run_ranks; run_ranks(1, '{__name__}:_tell_and_sleep', {str(path)!r}, backend=None)"
+    root = Path(__file__).parents[1]
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    deadline = time.monotonic() + 120
+    try:
+        while not (path.exists() and path.read_text()):
+            assert program.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        program.kill()
+        program.wait()
+    while Path(f"/proc/{path.read_text()}").exists():
+        assert time.monotonic() < deadline, "the rank has outlived its program"
+        time.sleep(0.05)
+
+
+def test_a_server_that_cannot_start_says_why() -> None:
+    server = RankServer({**os.environ, "TORCH_LOGS": "no such artifact"})
+    with pytest.raises(ServerError, match=r"(?s)has ended.*no such artifact"):
+        server.start(Start("os:_exit", (), {}, [], "/", os.devnull))
+    server.close()
 
 
 def test_results_come_back_in_rank_order() -> None:

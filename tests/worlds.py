@@ -10,12 +10,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tscompile.nvshmem.shm import PREFIX, SHM_DIR
+
+_pids: set[int] = set()  # of all ranks that this process has started
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "tscompile.lowering.runtime"])
@@ -50,6 +54,12 @@ def _rank_main(
         os._exit(code)
 
 
+def segments_left(pids: Collection[int] = _pids) -> list[str]:
+    """What processes, those of all worlds so far, have left in shared memory. What belongs to tests beside this one does not count."""
+    names = [path.name for path in SHM_DIR.glob(f"{PREFIX}*-*-*-*")]
+    return [name for name in names if int(name.removeprefix(PREFIX).split("-")[1]) in pids]
+
+
 def run_world(
     size: int,
     function: Callable[..., Any],
@@ -71,6 +81,7 @@ def run_world(
         ]
         for process in ranks:
             process.start()
+            _pids.add(process.pid or 0)
         deadline = time.monotonic() + timeout_s
         living = [rank for rank in range(size) if rank not in dying]
         for rank in living:

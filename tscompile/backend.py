@@ -46,7 +46,7 @@ def tilescale(
 
     ours, inductor = Options.parse(options or {})
     patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **inductor}
-    hidden.tell(gm)
+    observe.ledger.outside(hidden.tell(gm))
     if _communicates():
         patches.update(pass_patches(ours, patches))
     from .fx_passes.fusion_pass import PASS_IS_TOLD_PHASE, telling_phase

@@ -36,11 +36,12 @@ def explain(fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | Non
 
     ours, _ = Options.parse(options or {})
     rows: list[Row] = []
+    outside: dict[str, None] = {}  # in order
 
     def plan(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        hidden.tell(gm)
+        outside.update(dict.fromkeys(hidden.tell(gm)))
         reason = getattr(gm, "compile_subgraph_reason", None)
         goes_on = bool(getattr(reason, "graph_break", False))
         patches = {**backend.pass_patches(ours, {}), **NO_CACHE}
@@ -57,7 +58,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | Non
         pass
     finally:
         torch._dynamo.reset()
-    return Report(rows)
+    return Report(rows, outside=outside)
 
 
 def _stop(*_: Any) -> Any:

@@ -40,6 +40,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._rows: dict[str, Row] = {}
         self._memory: dict[tuple[tuple[int, ...], str], GroupMemory] = {}
+        self._outside: dict[str, None] = {}  # in order
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows; a site that is already known keeps its row (the same artifact may start more than once)."""
@@ -75,6 +76,15 @@ class Ledger:
         with self._lock:
             return list(self._memory.values())
 
+    def outside(self, texts: Iterable[str]) -> None:
+        """Communication that is in no graph: what it is, why, and what to do about it."""
+        with self._lock:
+            self._outside.update(dict.fromkeys(texts))
+
+    def seen_outside(self) -> list[str]:
+        with self._lock:
+            return list(self._outside)
+
     def measured(self, site: str, us: float) -> None:
         """Wall time of one launch of a fused site on this rank; the report shows the last one."""
         row = self._rows.get(site)  # no lock: dict reads are atomic, and this runs at every launch
@@ -85,6 +95,7 @@ class Ledger:
         with self._lock:
             self._rows.clear()
             self._memory.clear()
+            self._outside.clear()
 
 
 ledger = Ledger()

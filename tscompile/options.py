@@ -28,6 +28,7 @@ KINDS = (
     "matmul_all_reduce",
     "matmul_all_gather",
     "mesh_matmul",
+    "all_to_all_matmul",
     "all_to_all_permute",
     "all_to_all_attention",
     "all_reduce_matmul",

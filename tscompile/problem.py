@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 Phase = Literal["forward", "backward", "inference"]
 Axis = Literal["rows", "cols"]
+Share = Literal["heads", "packed", "rows", "whole"]
 
 PLAN_VERSION = 2
 
@@ -71,12 +72,41 @@ class Operand:
     index: number of the op's output that holds it as received, or of the `local` tensor that it is if it crosses no ranks.
     counts: of what is received: how many dims of that output make up each of the operand's dims, in the order of memory.
     order: those dims as the attention has them, `[B, heads, ...]`.
+    share: what a group of heads reads of it. "heads": these heads, a view. "packed", "rows": these heads without gaps, contiguous or
+        in the memory order of `[B, S, heads, D]`, since the kernel takes it to lie so. "whole": all of it, since it has no heads.
     """
 
     index: int
     received: bool
     counts: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
+    share: Share = "heads"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of an attention's op.
+
+    name: what the op's schema calls it.
+    source: "operand": `value` is the number of an operand. "size": (number of an operand, dim): that size. "constant": `value` itself.
+    """
+
+    name: str
+    source: Literal["operand", "size", "constant"]
+    value: Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result of an attention that the program reads beside what is sent.
+
+    number: which one of the op's.
+    layout: its dims as they lie in memory, outermost first; empty if it has no heads and no contents that matter (the state of
+        random numbers that nothing draws): then it is what the first group's call returned.
+    """
+
+    number: int
+    layout: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,17 +129,17 @@ class Departure:
 class Attention:
     """An attention between exchanges, computed by groups of heads; what its exchanges deliver stands in the plan and in `deliveries`.
 
-    op: name of the op in torch.ops.aten; its tensor operands have the heads in dim 1, and so have its results.
-    layouts: the dims of each result as they lie in memory, outermost first.
+    op: name of the op in torch.ops.aten, of its default overload. Operands and results with heads have them in dim 1.
+    arguments: all that the op is called with.
+    results: what of it the op returns.
     heads: for each exchange before it, the dim of its input that is the heads.
     deliveries, joins: of the exchanges after it, as in the plan.
     """
 
     op: str
+    arguments: tuple[Argument, ...]
     operands: tuple[Operand, ...]
-    causal: bool
-    scale: float | None
-    layouts: tuple[tuple[int, ...], ...]
+    results: tuple[Result, ...]
     heads: tuple[int, ...]
     departures: tuple[Departure, ...]
     deliveries: tuple[Delivery, ...]
@@ -171,14 +201,16 @@ class Plan:
 
     site: stable name of the site in its graph, equal on all ranks; it is what an error message names.
     executor: name of the template that runs it ("shm" on CPU ranks of one host).
-    uses: all_gather_matmul: one entry per matmul. mesh_matmul: how its matmul reads the left operand, then the right one.
+    uses: all_gather_matmul, all_to_all_matmul: one entry per matmul. mesh_matmul: how its matmul reads the left operand, then the right
+        one.
     rank_axis: matmul_reduce_scatter, matmul_all_gather: where the rank dimension lies in the matmul's result `[M, N]`.
     coefficients: matmul_reduce_scatter, matmul_all_reduce: factor of each term.
     collectives: number of original collectives that the op stands for (all_reduces merged by linearity); term i belongs to
         collective `term_group[i]`. The reference issues them one by one, as the program did.
     reduce_op: "sum" or "avg".
     dtype: dtype of the tensor that crosses ranks.
-    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's.
+    return_gathered: all_gather_matmul: the gathered tensor `[P, R*Q]` is an output too; mesh_matmul: so is the left operand's;
+        all_to_all_matmul: so is what was received, `[M, K]`.
     return_second: mesh_matmul: so is the right operand's.
     second_size: mesh_matmul: ranks of the right operand's group.
     schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them; all_to_all_attention: the
@@ -215,6 +247,14 @@ class Plan:
         """False if the op only moves elements, so that its results are equal to the bit."""
         return self.kind != "all_to_all_permute"
 
+    @property
+    def unspecified(self) -> frozenset[int]:
+        """Outputs whose contents do not matter: torch leaves the state of random numbers uninitialised where nothing is drawn."""
+        if self.chunks is not None:
+            return frozenset(place for place, number in enumerate(self.chunks.results) if number > 1)
+        results = self.attention.results if self.attention is not None else ()
+        return frozenset(len(self.joins) + place for place, result in enumerate(results) if not result.layout)
+
     def dumps(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
@@ -234,7 +274,13 @@ class Plan:
         raw["deliveries"] = _all(Delivery, raw["deliveries"])
         raw["joins"] = tuple(raw["joins"])
         if raw["attention"] is not None:
-            parts = {"operands": Operand, "departures": Departure, "deliveries": Delivery}
+            parts: dict[str, Callable[..., Any]] = {
+                "arguments": Argument,
+                "operands": Operand,
+                "results": Result,
+                "departures": Departure,
+                "deliveries": Delivery,
+            }
             found = {name: _tuples(value) for name, value in raw["attention"].items()}
             found |= {name: _all(part, raw["attention"][name]) for name, part in parts.items()}
             raw["attention"] = Attention(**found)
@@ -271,6 +317,8 @@ class FusionProblem:
         fields that every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim. static:
         mesh_matmul: no size is symbolic.
     exchanges: number of collectives that it replaces, where they need not be one.
+    panels_of: all_to_all_matmul: of each exchange, how many panels of the left operand a rank sends another, and columns of one.
+    copied_bytes: all_to_all_matmul: of what is sent, what must be copied first, since a rank's part does not lie in one piece.
     heads: all_to_all_attention: heads of this rank that all of its exchanges have, 0 if that is no constant.
     merged_bytes: all_gather_attention, attention_reduce_scatter: float32 partial results of one chunk of keys, which are added up.
     """
@@ -293,6 +341,8 @@ class FusionProblem:
     static: bool = True
     panels: bool = False
     exchanges: int = 1
+    panels_of: tuple[tuple[int, int], ...] = ()
+    copied_bytes: int = 0
     heads: int = 0
     merged_bytes: int = 0
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none

@@ -49,9 +49,10 @@ class Report:
     `str(report)` is a table in plain ASCII; `print()` adds colour on a terminal; `to_json()` is for programs.
     """
 
-    def __init__(self, rows: Iterable[Row], memory: Iterable[GroupMemory] = ()) -> None:
+    def __init__(self, rows: Iterable[Row], memory: Iterable[GroupMemory] = (), outside: Iterable[str] = ()) -> None:
         self.rows: list[Row] = list(rows)
         self.memory: list[GroupMemory] = list(memory)
+        self.outside: list[str] = list(outside)  # communication that is in no graph, and so in no row
 
     def counts(self) -> dict[str, int]:
         """Original collectives by decision: `{"fused": .., "kept": .., "unmatched": ..}`."""
@@ -75,6 +76,7 @@ class Report:
             "schema": SCHEMA,
             "rows": [_row_json(row) for row in self.rows],
             "memory": [asdict(memory) for memory in self.memory],
+            "outside": self.outside,
         }
 
     def print(self, file: TextIO | None = None) -> None:
@@ -112,6 +114,10 @@ class Report:
                     yield " " * indent + text, row
             yield "", None
         yield self.summary(), None
+        for outside in self.outside:
+            told = f"not in a graph: {_ascii(outside)}"
+            for text in textwrap.wrap(told, width, subsequent_indent="    ", break_on_hyphens=False):
+                yield text, None
         for memory in self.memory:
             ranks = ", ".join(str(rank) for rank in memory.ranks)
             reason = f" ({memory.reason})" if memory.reason else ""
@@ -123,7 +129,7 @@ class Report:
 
 def reports() -> Report:
     """The report on every graph that this process has started to run, in the order of first launch."""
-    return Report(ledger.rows(), ledger.memory())
+    return Report(ledger.rows(), ledger.memory(), ledger.seen_outside())
 
 
 def _line(cells: list[str], sizes: list[int]) -> str:

@@ -10,21 +10,22 @@ import importlib
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .rank_server import Rank, RankServer, Start
 
 _COLLECTIVE_NAMESPACES = frozenset(
     {"_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor"}
@@ -101,10 +102,25 @@ class RankFailure(AssertionError):
 @dataclass
 class _Worker:
     rank: int
-    process: subprocess.Popen[bytes]
+    process: Rank
     log: Path
     result: Path
-    stream: IO[bytes]
+
+
+_server: RankServer | None = None  # of calls without an environment of their own
+
+
+def _server_of(env: dict[str, str]) -> RankServer:
+    """The server that is kept, a new one if it has ended or the environment has changed since."""
+    global _server
+    # pytest writes the name of the test that runs into the environment; no module reads it while it is imported.
+    wanted = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
+    if _server is not None and (_server.env != wanted or not _server.alive()):
+        _server.close()
+        _server = None
+    if _server is None:
+        _server = RankServer(wanted)
+    return _server
 
 
 def run_ranks(
@@ -121,6 +137,9 @@ def run_ranks(
     environment is the one that torchrun sets; with a `backend` the default process group exists before `target` starts
     and is destroyed after it. If a rank fails, or not all are done after `timeout_s`, every rank and its children are
     killed and RankFailure shows their output, tracebacks included.
+
+    Ranks are forked from a process that has imported torch, its compiler and tscompile, and is started by the first call.
+    With `env`, variables that the ranks have besides, that process is a new one, so they count from the first import on.
     """
     name = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
     from torch._C._distributed_c10d import TCPStore
@@ -130,22 +149,26 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="tscompile-ranks-") as folder:
         root = Path(folder)
         (root / "call").write_bytes(pickle.dumps((name, args, backend, timeout_s)))
+        server = RankServer(dict(os.environ) | env) if env else _server_of(dict(os.environ))
         workers: list[_Worker] = []
         try:
             # extend, not a list: if a later rank cannot start, the earlier ones are known and killed
-            workers.extend(_start(rank, ranks, root, store.port, env or {}) for rank in range(ranks))
+            workers.extend(_start(server, rank, ranks, root, store.port, env or {}) for rank in range(ranks))
             done = _await(workers, timeout_s)
         finally:
             for worker in workers:
-                _kill(worker)
+                worker.process.kill()
+            if env:
+                server.close()
         if not done or any(worker.process.returncode for worker in workers):
             why = "a rank failed" if done else f"not done after {timeout_s:.0f} s"
             raise RankFailure(f"{name} on {ranks} ranks: {why}\n" + "\n".join(_story(w) for w in workers))
         return [pickle.loads(worker.result.read_bytes()) for worker in workers]
 
 
-def _start(rank: int, ranks: int, root: Path, port: int, extra: dict[str, str]) -> _Worker:
+def _start(server: RankServer, rank: int, ranks: int, root: Path, port: int, extra: dict[str, str]) -> _Worker:
     log, result = root / f"log.{rank}", root / f"result.{rank}"
+    log.touch()
     env = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -161,19 +184,12 @@ def _start(rank: int, ranks: int, root: Path, port: int, extra: dict[str, str]) 
         "TORCHELASTIC_RUN_ID": root.name,
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        # pytest puts test folders on sys.path; workers must be able to import what the parent can.
+        # pytest puts test folders on sys.path; workers, and what they start, must be able to import what the parent can.
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    stream = log.open("wb")
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import _work; _work()", str(root / "call"), str(result)],
-        env=env | extra,
-        stdout=stream,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # so that a kill reaches the worker's children too
-    )
-    return _Worker(rank, process, log, result, stream)
+    call = (str(root / "call"), str(result))
+    start = Start(f"{__name__}:_work", call, env | extra, list(sys.path), os.getcwd(), str(log))
+    return _Worker(rank, server.start(start), log, result)
 
 
 def _await(workers: list[_Worker], timeout_s: float) -> bool:
@@ -189,13 +205,6 @@ def _await(workers: list[_Worker], timeout_s: float) -> bool:
     return True
 
 
-def _kill(worker: _Worker) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(worker.process.pid, signal.SIGKILL)  # the session outlives a worker that left children behind
-    worker.process.wait()
-    worker.stream.close()
-
-
 def _story(worker: _Worker) -> str:
     text = worker.log.read_text(errors="replace")
     code = worker.process.returncode
@@ -203,10 +212,9 @@ def _story(worker: _Worker) -> str:
     return f"--- rank {worker.rank}: {state} ---\n{text[-_OUTPUT_CHARS:]}"
 
 
-def _work() -> None:
-    """Entry point of a worker process: argv holds the pickled call and the path of the result."""
-    call, result = Path(sys.argv[1]), Path(sys.argv[2])
-    name, args, backend, timeout_s = pickle.loads(call.read_bytes())
+def _work(call: str, result: str) -> None:
+    """What a rank does: run the pickled call, leave its result, end."""
+    name, args, backend, timeout_s = pickle.loads(Path(call).read_bytes())
     status = 0
     try:
         module, _, attribute = name.partition(":")
@@ -216,7 +224,7 @@ def _work() -> None:
         if backend is not None:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         value = function(*args)  # type: ignore[operator]
-        result.write_bytes(pickle.dumps(value))
+        Path(result).write_bytes(pickle.dumps(value))
         if backend is not None:
             dist.destroy_process_group()
     except BaseException:

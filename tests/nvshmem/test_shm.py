@@ -131,19 +131,17 @@ def test_a_wait_names_the_peer_that_is_late_and_the_one_at_another_site() -> Non
         here.wait(1)
 
 
-def test_segments_of_dead_processes_are_removed() -> None:
+def test_segments_of_dead_processes_are_removed(tmp_path: Path) -> None:
     code = "from tscompile.nvshmem.shm import Segment; import os; print(Segment.create(4096).name); os._exit(0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    name = done.stdout.strip()
-    assert (shm.SHM_DIR / name).exists()
     alive = shm.Segment.create(4096)
-    foreign = shm.SHM_DIR / f"{shm.PREFIX}something else"
-    foreign.touch()
-    assert name in shm.remove_stale()
-    assert not (shm.SHM_DIR / name).exists()
-    assert (shm.SHM_DIR / alive.name).exists()
-    assert foreign.exists()
-    foreign.unlink()
+    dead, foreign = done.stdout.strip(), f"{shm.PREFIX}something else"
+    for name in (dead, alive.name, foreign):
+        (tmp_path / name).touch()
+    assert shm.remove_stale(tmp_path) == [dead]
+    assert {path.name for path in tmp_path.iterdir()} == {alive.name, foreign}
+    shm.remove_stale()  # unless another process has done so
+    assert not (shm.SHM_DIR / dead).exists() and (shm.SHM_DIR / alive.name).exists()
     alive.unlink()
 
 

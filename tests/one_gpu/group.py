@@ -22,7 +22,7 @@ from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import gather_blocks, gather_rows, gemm_reduce, jit, mesh_gemm, widths
+from tscompile.templates.nvlink import exchange, gather_blocks, gather_rows, gemm_reduce, jit, mesh_gemm, widths
 from tscompile.templates.nvlink.channel import DeviceLink, Site
 from tscompile.templates.nvlink.launch import Kernel
 from tscompile.templates.nvlink.sums import SumPlan, pull_plan, push_plans
@@ -61,7 +61,7 @@ class Group:
         def kernel(name: str, *args: Any) -> Kernel:
             return _kernel(CTAS // (world or size), name, *args)
 
-        for module in (gather_rows, gather_blocks, gemm_reduce, mesh_gemm):
+        for module in (exchange, gather_rows, gather_blocks, gemm_reduce, mesh_gemm):
             patch.setattr(module, "kernel", kernel)
         nbytes = CONTROL_BYTES + SLOTS * SLOT_BYTES
         regions = [torch.zeros(nbytes, dtype=torch.uint8, device=self.device) for _ in range(size)]

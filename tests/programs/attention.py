@@ -159,7 +159,7 @@ SPELLINGS = {
 }
 
 
-class _Projected(nn.Module):
+class Projected(nn.Module):
     """One projection for q, k and v, attention in between, one for the output."""
 
     def __init__(self, setting: Setting, kv_heads: int) -> None:
@@ -176,7 +176,7 @@ class _Projected(nn.Module):
         return q, k, v
 
 
-class Ulysses(_Projected):
+class Ulysses(Projected):
     def __init__(self, setting: Setting, spelling: str, causal: bool = True, kv_heads: int = HEADS) -> None:
         super().__init__(setting, kv_heads)
         self.exchange = SPELLINGS[spelling]
@@ -192,13 +192,14 @@ class Ulysses(_Projected):
         return F.linear(self.exchange.sequence(out.transpose(1, 2)).flatten(2), self.wo)
 
 
-class UlyssesFused(_Projected):
+class UlyssesFused(Projected):
     """One exchange for q, k and v together: `stacked` after the projection, or as the projection lays them out."""
 
-    def __init__(self, setting: Setting, spelling: str, stacked: bool = False) -> None:
+    def __init__(self, setting: Setting, spelling: str, stacked: bool = False, causal: bool = False) -> None:
         super().__init__(setting, HEADS)
         self.exchange = SPELLINGS[spelling]
         self.stacked = stacked
+        self.causal = causal
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, _ = x.shape
@@ -209,17 +210,19 @@ class UlyssesFused(_Projected):
             qkv = F.linear(x, self.wqkv).view(b, s, 3, HEADS, HEAD_DIM)
         by_rank = qkv.view(b, s, 3, p, HEADS // p, HEAD_DIM).transpose(2, 3).reshape(b, s, 3 * HEADS, HEAD_DIM)
         q, k, v = self.exchange.heads(by_rank).view(b, p * s, 3, HEADS // p, HEAD_DIM).unbind(2)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return F.linear(self.exchange.sequence(out.transpose(1, 2)).flatten(2), self.wo)
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, use_reentrant: bool) -> None:
         super().__init__()
         self.inner = inner
+        self.use_reentrant = use_reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(self.inner, x, use_reentrant=self.use_reentrant)  # type: ignore[no-any-return]
 
 
 def _gather(x: Tensor, dim: int) -> Tensor:
@@ -229,7 +232,7 @@ def _gather(x: Tensor, dim: int) -> Tensor:
     return torch.cat(funcol.all_gather_tensor_autograd(x, 0, _world()).chunk(dist.get_world_size()), dim)
 
 
-class ContextParallel(_Projected):
+class ContextParallel(Projected):
     """Every rank keeps its queries and gathers all keys and values along the sequence."""
 
     def __init__(self, setting: Setting, stacked: bool = False, kv_heads: int = HEADS) -> None:
@@ -247,7 +250,7 @@ class ContextParallel(_Projected):
         return F.linear(out.transpose(1, 2).reshape(b, s, DIM), self.wo)
 
 
-class ContextParallelZigZag(_Projected):
+class ContextParallelZigZag(Projected):
     """Causal and balanced: of 2P pieces of the sequence rank r holds pieces r and 2P - 1 - r.
 
     The gathered pieces are put in order, and the mask is that of this rank's rows.
@@ -278,8 +281,8 @@ def _build(
     return Built(make(setting, **how), (x,))
 
 
-def _checkpointed(setting: Setting, **how: Any) -> Built:
-    return Built(Checkpointed(Ulysses(setting, **how)), (setting.input("x", BATCH, LENGTH, DIM),))
+def _checkpointed(setting: Setting, use_reentrant: bool = False, **how: Any) -> Built:
+    return Built(Checkpointed(Ulysses(setting, **how), use_reentrant), (setting.input("x", BATCH, LENGTH, DIM),))
 
 
 def _dynamic(setting: Setting, make: Callable[..., nn.Module], **how: Any) -> Built:
@@ -340,9 +343,35 @@ PROGRAMS: tuple[Program, ...] = (
         numerics=_FLOAT32,
     ),
     Program(
+        "d5_ulysses_fusedqkv_causal_nograd",
+        _ULYSSES,
+        partial(_build, make=UlyssesFused, spelling="yunchang", causal=True, grad=False),
+        {"inference": _exchanges(1)},
+        context="no_grad",
+        extra=True,
+        numerics=_FLOAT32,
+    ),
+    Program(
+        "d7_ulysses_deepspeed_full_gqa_inference",
+        _ULYSSES,
+        partial(_build, make=Ulysses, spelling="deepspeed", causal=False, kv_heads=4, grad=False),
+        {"inference": _exchanges(3)},
+        context="inference_mode",
+        extra=True,
+        numerics=_FLOAT32,
+    ),
+    Program(
         "d9_ulysses_checkpoint",
         _ULYSSES,
         partial(_checkpointed, spelling="yunchang"),
+        _RECOMPUTED,
+        extra=True,
+        numerics=_FLOAT32,
+    ),
+    Program(
+        "d9_ulysses_checkpoint_reentrant",
+        _ULYSSES,
+        partial(_checkpointed, spelling="yunchang", use_reentrant=True),
         _RECOMPUTED,
         extra=True,
         numerics=_FLOAT32,

@@ -24,7 +24,7 @@ from .collectives import Collective
 from .describe import dtype_name, shape_text
 from .gathers import Gathered, Home, LiveOuts, Reader, analyse_gather, choose_home, replace_size_readers
 from .layout import natural_order
-from .matmuls import TAKEN
+from .matmuls import replace_matmul
 from .pattern import Context, Match, register_pattern
 from .rewrite import UnresolvedSizeError, erase_unused
 from .sizes import hint, product
@@ -176,14 +176,7 @@ def _rewrite(
             live.rebuild(builder, _output(context, node, len(readers), gather.node), gather.input) if live.nodes else []
         )
         for i, reader in enumerate(readers):
-            out = _output(context, node, i, reader.matmul.node)
-            out.meta[TAKEN] = plan.site
-            if reader.matmul.batched:
-                out = builder.call(aten.unsqueeze.default, out, 0)
-                out.meta[TAKEN] = plan.site
-            if reader.matmul.plus is not None:
-                out = builder.call(aten.add.Tensor, out, reader.matmul.plus, like=reader.matmul.node)
-            reader.matmul.node.replace_all_uses_with(out)
+            replace_matmul(builder, reader.matmul, _output(context, node, i, reader.matmul.node), plan.site)
         live.replace(rebuilt)
     erase_unused(context.graph, [*(r.matmul.node for r in readers), *reversed(found.chain), gather.result, gather.node])
     return node

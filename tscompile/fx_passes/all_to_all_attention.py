@@ -17,12 +17,13 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..lowering import ops
-from ..problem import Attention, Departure, Keep, Operand, Plan
+from ..problem import Attention, Departure, Keep, Operand, Plan, Result, Share
 from ..templates.all_to_all import Outputs, output_shapes
 from ..templates.attention import (
     Results,
@@ -31,17 +32,18 @@ from ..templates.attention import (
     departing,
     grids,
     head_groups,
+    heads_of,
     operands_of,
     sent_shapes,
 )
 from .all_to_all_permute import Site, exchange_problem, find_site
-from .attention import Form, attention_form
+from .attention import Form, attention_form, result_of
 from .collectives import Collective
 from .describe import dtype_name, shape_text
 from .exchanges import Reading, Source, alike, memory_dims
-from .layout import identity, walk_moved
+from .layout import identity, is_movement, walk_moved
 from .pattern import Context, Match, register_pattern
-from .rewrite import erase_unused
+from .rewrite import Builder, erase_unused, replace_uses
 from .sizes import plain
 
 KIND = "all_to_all_attention"
@@ -56,7 +58,7 @@ def reference(
     received = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
     for number, x in enumerate(inputs):
         received.deliver(number, 0, ops.all_to_all(x, group_name))
-    results = attend(attention, operands_of(attention, received.tensors, local))
+    results = attend(attention, heads_of(attention, operands_of(attention, received.tensors, local), 0, 1))
     whole = Results(attention)
     whole.keep(results, 0, 1)
     shapes = grids(attention, sizes)
@@ -73,10 +75,14 @@ def fake(
     attention, like = attention_of(plan), inputs[0]
     received = [like.new_empty(s) for s in output_shapes(plan.deliveries, plan.joins, [x.shape for x in inputs])]
     results = attend(attention, operands_of(attention, received, local))
-    whole = [r.new_empty([r.shape[d] for d in layout]) for r, layout in zip(results, attention.layouts, strict=True)]
+    whole = [_fake_result(results[known.number], known.layout) for known in attention.results]
     after = sent_shapes(attention, sizes)
     outputs = [like.new_empty(s) for s in output_shapes(attention.deliveries, attention.joins, after)]
     return [*received, *whole, *outputs]
+
+
+def _fake_result(result: Tensor, layout: Sequence[int]) -> Tensor:
+    return result.new_empty([result.shape[dim] for dim in layout]) if layout else result
 
 
 ops.define_op(KIND, "Tensor[] inputs, Tensor[] local, SymInt[] sizes", fake=fake, reference=reference)
@@ -133,7 +139,8 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
     after = _after(context, form.node, before.collectives[0])
     if after is None:
         return None
-    counts = [plain(node.meta["val"].shape[1]) for node in form.operands]
+    with_heads = [node for node, share in zip(form.operands, form.shares, strict=True) if share != "whole"]
+    counts = [plain(node.meta["val"].shape[1]) for node in with_heads]
     heads = gcd(*(count for count in counts if isinstance(count, int)))
     if not all(isinstance(count, int) for count in counts) or head_groups(heads) < 2:
         return Keep("no-kernel", "a rank has one head, or an unknown number of them: there are no groups of heads")
@@ -142,20 +149,20 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
     operands: list[Operand] = []
     local: list[fx.Node] = []
     dims: dict[int, int] = {}
-    for node in form.operands:
-        number = homes.get(node)
+    for node, share in zip(form.operands, form.shares, strict=True):
+        number = homes.get(node) if share != "whole" else None
         if number is None:
             if node in late:
                 return None
-            operands.append(Operand(len(local), False))
+            operands.append(Operand(len(local), False, share=share))
             local.append(node)
             continue
         home = before.homes[number]
         dim = _head_dim(home)
         if dim is None or dims.setdefault(before.number(home), dim) != dim:
             return Keep("no-kernel", "the heads of the attention are no dim of the exchange before it")
-        operands.append(_operand(home, number))
-    departures = [_departure(source) for source in after.sources]
+        operands.append(_operand(home, number, share))
+    departures = [_departure(form.node, source) for source in after.sources]
     deliveries, joins = after.deliveries()
     fixed = [(d.exchange, dim) for d in before.deliveries()[0] for dim, _ in d.fixed]
     if set(dims) != set(range(len(before.exchanges))) or any(item in dims.items() for item in fixed):
@@ -168,13 +175,14 @@ def _site(context: Context, before: Site, form: Form) -> AttentionSite | Keep | 
         if any(d.exchange == number and dim in dict(d.fixed) for d in deliveries):
             return None
         found.append(departure)
-    layouts = tuple(tuple(memory_dims(value)) for value in form.node.meta["val"])
+    results = _results(form.node, after)
+    if isinstance(results, Keep):
+        return results
     attention = Attention(
         form.op,
+        form.arguments,
         tuple(operands),
-        form.causal,
-        form.scale,
-        layouts,
+        results,
         tuple(dims[number] for number in range(len(before.exchanges))),
         tuple(found),
         deliveries,
@@ -203,16 +211,41 @@ def _head_dim(home: Reading) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def _operand(home: Reading, number: int) -> Operand:
+def _operand(home: Reading, number: int, share: Share) -> Operand:
     memory = home.memory_dims()
     counts = tuple(len(home.placement.dims[dim]) for dim in memory)
-    return Operand(number, True, counts, tuple(memory.index(dim) for dim in range(len(memory))))
+    return Operand(number, True, counts, tuple(memory.index(dim) for dim in range(len(memory))), share)
 
 
-def _departure(source: Source) -> Departure | None:
+def _results(node: fx.Node, after: Site) -> tuple[Result, ...] | Keep:
+    """What the program reads of an attention beside what the exchanges `after` it send."""
+    sent = {collective.node for collective in after.collectives}
+    found: dict[int, Result] = {}
+    for part in node.users:
+        if part.target is not operator.getitem:
+            return Keep("no-kernel", "the results of the attention are not read one by one")
+        number = _number(part)
+        what = result_of(node, number)
+        if what == "plain" or not part.users or not _read(part, sent):
+            continue
+        if what is None:
+            return Keep("no-kernel", f"nothing says how result {number} of the attention is put together of its heads")
+        value = node.meta["val"][number]
+        found[number] = Result(number, tuple(memory_dims(value)) if what == "heads" else ())
+    return tuple(found[number] for number in sorted(found))
+
+
+def _read(node: fx.Node, sent: set[fx.Node]) -> bool:
+    """True unless all that becomes of `node`, through movement, is sent."""
+    others = [user for user in node.users if user not in sent]
+    return not node.users or any(not is_movement(user) or _read(user, sent) for user in others)
+
+
+def _departure(attention: fx.Node, source: Source) -> Departure | None:
     root, place = source.view.root, source.placement
     whole = source.grid.place(identity(root))
-    if whole is None or len(whole.dims[1]) != 1 or len(place.dims[0]) != 1:
+    number = _number(root)
+    if result_of(attention, number) != "heads" or whole is None or len(whole.dims[1]) != 1 or len(place.dims[0]) != 1:
         return None
     heads = whole.dims[1][0]
     if not isinstance(heads, int) or heads not in place.factors or place.dims[0] == (heads,):
@@ -220,7 +253,7 @@ def _departure(source: Source) -> Departure | None:
     fixed = dict(place.fixed)
     left = [factor for factor in range(len(source.grid.sizes)) if factor not in fixed]
     order = tuple(left.index(factor) for factor in place.factors)
-    return Departure(int(root.args[1]), len(source.grid.sizes), place.fixed, order, heads)  # type: ignore[arg-type]
+    return Departure(number, len(source.grid.sizes), place.fixed, order, heads)
 
 
 def _rewrite(context: Context, site: AttentionSite, plan: Plan) -> fx.Node:
@@ -232,22 +265,33 @@ def _rewrite(context: Context, site: AttentionSite, plan: Plan) -> fx.Node:
         tail = (context.token, plan.dumps(), first.group)
         node = builder.call(ops.op(KIND), inputs, list(site.local), sizes, *tail, like=site.node)
         outs = [builder.call(operator.getitem, node, i, like=site.node) for i in range(len(node.meta["val"]) - 1)]
-        count, results = len(plan.joins), len(site.attention.layouts)
-        received, computed, sent = outs[:count], outs[count : count + results], outs[count + results :]
+        count, returned = len(plan.joins), site.attention.results
+        received, computed, sent = outs[:count], outs[count : count + len(returned)], outs[count + len(returned) :]
         new = before.values(builder, received, inputs)
         last = after.values(builder, sent, inputs)
-        parts = {int(u.args[1]): u for u in site.node.users if u.target is operator.getitem}  # type: ignore[arg-type]
-        own: list[tuple[fx.Node, fx.Node]] = []
-        for number, part in parts.items():
-            layout = site.attention.layouts[number]
-            back = [layout.index(dim) for dim in range(len(layout))]
-            value = computed[number]
-            if back != list(range(len(back))):
-                value = builder.call(aten.permute.default, value, back)
-            own.append((part, value))
+        parts = list(site.node.users)
+        values: dict[int, Any] = {
+            result.number: _laid_out(builder, out, result) for result, out in zip(returned, computed, strict=True)
+        }
+        for part in parts:
+            if part.users and result_of(site.node, _number(part)) == "plain":
+                size = site.node.meta["val"][_number(part)]
+                values[_number(part)] = size if size is None else builder.size(size, inputs)
     before.replace(new)
-    for part, value in own:
-        part.replace_all_uses_with(value)
+    for part in parts:
+        if _number(part) in values:
+            replace_uses(part, values[_number(part)])
     after.replace(last)
-    erase_unused(context.graph, [*before.nodes(), site.node, *parts.values(), *after.nodes()])
+    erase_unused(context.graph, [*before.nodes(), site.node, *parts, *after.nodes()])
     return node
+
+
+def _laid_out(builder: Builder, out: fx.Node, result: Result) -> fx.Node:
+    """A result as the program had it, of the output that holds its dims in the order of memory."""
+    back = [result.layout.index(dim) for dim in range(len(result.layout))]
+    return out if back == sorted(back) else builder.call(aten.permute.default, out, back)
+
+
+def _number(part: fx.Node) -> int:
+    """Which one of an op's results this getitem reads."""
+    return int(part.args[1])  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from ..lowering import ops
 from ..problem import Delivery, FusionProblem, Keep, Plan
 from ..templates.all_to_all import Outputs, output_shapes
-from .attention import is_attention
+from .attention import attention_form, is_attention
 from .collectives import Collective
 from .describe import dtype_name, shape_text
 from .exchanges import Exchange, Joined, Reading, Readings, Source, equal_blocks, find_readings, find_source, related
@@ -111,7 +111,11 @@ class Site:
         new: list[tuple[fx.Node, fx.Node]] = []
         for reading in self.readings.values:
             number = self.home(reading)
-            new.append((reading.node, _value(builder, outs[number], orders[number], reading)))
+            value = value_of(builder, outs[number], orders[number], reading)
+            if value.meta["val"].device.type == "cpu" and _flex_reads(reading.node):
+                # Inductor's FlexAttention for CPU takes the sizes of a view's storage for those of the view (torch 2.13).
+                value = builder.call(aten.clone.default, value)
+            new.append((reading.node, value))
         for joined, out in zip(self.readings.joined, outs[len(self.homes) :], strict=True):
             new.append((joined.node, builder.reshape(out, joined.node.meta["val"].shape, sources)))
         return new
@@ -130,6 +134,11 @@ class Site:
         return [*chains, *(n for c in self.collectives for n in (c.result, c.node))]
 
 
+def _flex_reads(node: fx.Node) -> bool:
+    forms = [attention_form(user) for user in node.users]
+    return any(form is not None and form.name == "FlexAttention" for form in forms)
+
+
 def _key(reading: Reading) -> tuple[object, ...]:
     return reading.exchange, reading.placement.fixed
 
@@ -143,7 +152,12 @@ def find_site(context: Context, anchor: Collective) -> Site | Keep | None:
         return Keep(
             "symbolic-size", f"nothing says that {list(shape)} has blocks of one size for {anchor.group_size} ranks"
         )
-    exchanges = tuple(Exchange(collective) for collective in related(context, anchor))
+    return site_of(context, related(context, anchor))
+
+
+def site_of(context: Context, collectives: Sequence[Collective]) -> Site | Keep | None:
+    """These exchanges as one op; None if nothing reads one of them. Their blocks are known to be equal."""
+    exchanges = tuple(Exchange(collective) for collective in collectives)
     readings = find_readings(exchanges)
     sources = [find_source(exchange, context.prover) for exchange in exchanges]  # may refine the grids
     known = tuple(source for source in sources if source is not None)
@@ -213,7 +227,7 @@ def _rewrite(context: Context, site: Site, plan: Plan) -> fx.Node:
     return node
 
 
-def _value(builder: Builder, out: fx.Node, order: tuple[int, ...], reading: Reading) -> fx.Node:
+def value_of(builder: Builder, out: fx.Node, order: tuple[int, ...], reading: Reading) -> fx.Node:
     """What `reading` reads, from the output `out` whose factors lie in `order`."""
     shape: Sequence[Size] = reading.node.meta["val"].shape
     place = reading.placement

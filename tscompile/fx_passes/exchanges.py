@@ -226,6 +226,24 @@ class Source:
             node = builder.call(aten.permute.default, node, order)
         return builder.reshape(node, [product(d.size for d in dim) for dim in self.view.dims], [root])
 
+    def lies_together(self, order: Sequence[int]) -> bool:
+        """True if what goes to one rank lies in one piece, in this order of the block's dims; by size hints."""
+        sizes = [hint(size) for size in self.grid.sizes]
+        whole = self.grid.place(identity(self.view.root))
+        assert whole is not None, "the grid was cut from this tensor"
+        strides = dict.fromkeys(range(len(sizes)), 0)
+        for factors, stride in zip(whole.dims, self.view.root.meta["val"].stride(), strict=True):
+            step = hint(stride)
+            for factor in reversed([f for f in factors if isinstance(f, int)]):
+                strides[factor] = step
+                step *= sizes[factor]
+        expected = 1
+        for factor in reversed([f for dim in order for f in self.placement.dims[dim] if isinstance(f, int)]):
+            if sizes[factor] != 1 and strides[factor] != expected:
+                return False
+            expected *= sizes[factor]
+        return True
+
 
 def find_source(exchange: Exchange, prover: Prover) -> Source | None:
     """The producer's tensor behind an exchange; the exchange's input as it is where movement before it is no strided view.

@@ -28,7 +28,7 @@ from .describe import dtype_name, shape_text, source_line
 from .lanes import chain_tokens
 from .layout import Prover
 from .matmuls import TAKEN
-from .pattern import Context, Match, patterns_for
+from .pattern import Context, Match, Pattern, patterns_for
 from .rewrite import Builder, UnresolvedSizeError
 from .sizes import hint, product
 
@@ -159,30 +159,27 @@ class _Fusion:
         if collective.group_size < 2:
             self._row(label, None, (collective,), Keep("one-rank", "the group has one rank: there is nothing to hide"))
             return
-        kept: tuple[str, Keep] | None = None
-        kept_at = 0
-        given_way: tuple[Match, Keep] | None = None
+        kept: list[tuple[Pattern, Keep]] = []
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
             if isinstance(found, Match):
-                refused = self._match(f"{len(self.rows)}:{found.kind}", found)
-                if refused is None:
-                    if kept is not None and pattern.priority >= 0 > kept_at:
-                        self.rows[-1].reason += f"; {kept[0]}: {kept[1].reason}"  # why not more of it
+                found = self._match(f"{len(self.rows)}:{found.kind}", found)
+                if found is None:
+                    more = [(p.kind, keep.reason) for p, keep in kept if pattern.priority >= 0 > p.priority]
+                    self.rows[-1].reason += "".join(
+                        f"; {kind}: {reason}" for kind, reason in more
+                    )  # why not more of it
                     return
-                given_way = given_way or (found, refused)
-            if isinstance(found, Keep) and kept is None:
-                kept, kept_at = (pattern.kind, found), pattern.priority
-        if given_way is not None:
-            match, decision = given_way
-            self._decided(f"{len(self.rows)}:{match.kind}", match, decision)
-        elif kept is not None:
-            self._row(f"{len(self.rows)}:{kept[0]}", kept[0], (collective,), kept[1])
+            if isinstance(found, Keep):
+                kept.append((pattern, found))
+        if kept:
+            pattern, keep = kept[0]
+            self._row(f"{len(self.rows)}:{pattern.kind}", pattern.kind, (collective,), keep)
         else:
             self._row(label, None, (collective,), _unmatched(collective))
 
     def _match(self, label: str, match: Match) -> Keep | None:
-        """Decide on a match, and write its row; why it is kept, and no row, if another pattern may fuse what this one does not."""
+        """Decide on a match, and write its row; no row, but why not, if another pattern may fuse what this one does not."""
         decision = planner.plan(match.problem, match.plan, self.options)
         if isinstance(decision, Fuse) and self.options.dry_run:
             decision = Keep("dry-run", "dry run: this site would be fused")
@@ -199,13 +196,10 @@ class _Fusion:
                 self.context.edited()
         if match.gives_way and isinstance(decision, Keep) and decision.code != "dry-run":
             return decision
-        self._decided(label, match, decision, source)
-        return None
-
-    def _decided(self, label: str, match: Match, decision: Fuse | Keep, source: str = "") -> None:
         self._row(label, match.kind, match.collectives, decision, match, source)
         for collective in match.collectives:  # each stands in one row
             del self.context.collectives[collective.node]
+        return None
 
     def _row(
         self,

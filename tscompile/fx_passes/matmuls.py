@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..problem import Gemm, Keep
+from .rewrite import Builder
 from .sizes import hint, known_eq
 
 aten = torch.ops.aten
@@ -84,3 +85,14 @@ def _as_addmm(node: fx.Node, added: fx.Node, lhs: fx.Node, rhs: fx.Node) -> Matm
 def operand_sides(matmul: Matmul, operand: fx.Node) -> list[str]:
     """Which sides of the matmul read `operand`: [], ["lhs"], ["rhs"] or both."""
     return [side for side, node in (("lhs", matmul.lhs), ("rhs", matmul.rhs)) if node is operand]
+
+
+def replace_matmul(builder: Builder, matmul: Matmul, out: fx.Node, site: str) -> None:
+    """`out`, the result `[m, n]` of `lhs @ rhs + bias` as a fused op computes it, takes the place of the matmul."""
+    out.meta[TAKEN] = site
+    if matmul.batched:
+        out = builder.call(aten.unsqueeze.default, out, 0)
+        out.meta[TAKEN] = site
+    if matmul.plus is not None:
+        out = builder.call(aten.add.Tensor, out, matmul.plus, like=matmul.node)
+    matmul.node.replace_all_uses_with(out)

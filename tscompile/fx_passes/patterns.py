@@ -3,6 +3,7 @@
 from . import (
     all_gather_matmul,
     all_to_all_attention,
+    all_to_all_matmul,
     all_to_all_permute,
     collective_then_matmul,
     gathered_attention,
@@ -16,6 +17,7 @@ from . import (
 __all__ = [
     "all_gather_matmul",
     "all_to_all_attention",
+    "all_to_all_matmul",
     "all_to_all_permute",
     "collective_then_matmul",
     "gathered_attention",

@@ -136,6 +136,13 @@ def descendants(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
+def replace_uses(node: fx.Node, value: Any) -> None:
+    """Put `value`, a node or a constant, in the place of `node` wherever that is an argument."""
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
+
+
 def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     """Erase those of `nodes` that nothing uses any more, and what only they used; waits and collectives included.
 

@@ -17,6 +17,7 @@ from ..templates.nvlink import sums, widths
 from ..templates.nvlink.gather_rows import one_kernel
 from ..templates.nvlink.kernels.config import ITEM_BYTES, SMS, TILE_M
 from ..templates.nvlink.mesh_tiles import Operand, mesh_us
+from ..templates.nvlink.panels import copies_of
 from ..templates.nvlink.refusal import block_sizes, serves_use, shard_of, sides_of
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
@@ -69,7 +70,8 @@ GATHERED_US_PER_MIB = 100.0  # writing the gathered tensor out as well
 
 @dataclass(frozen=True)
 class Prediction:
-    """partial_us: mesh_matmul: with one gather fused and the other one as it was, where that is an alternative."""
+    """partial_us: with less of it fused, where that is an alternative. mesh_matmul: one gather fused and the other one as it was;
+    all_to_all_matmul: the exchanges as all_to_all_permute."""
 
     fused_us: float
     original_us: float
@@ -78,9 +80,9 @@ class Prediction:
 
 def pays(problem: FusionProblem, predicted: Prediction) -> bool:
     """True if the fused op is predicted to gain more than a prediction may be wrong by."""
+    if predicted.fused_us >= predicted.partial_us:
+        return False
     if problem.device == "cuda":
-        if predicted.fused_us >= predicted.partial_us:
-            return False
         return predicted.fused_us < min(MUST_GAIN_GPU * predicted.original_us, predicted.original_us - MUST_GAIN_US)
     if problem.kind == "all_to_all_attention":  # if it is not chosen, its exchanges are, as two ops
         separate = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE).fused_us + SHM_EXCHANGE.latency_us
@@ -97,6 +99,10 @@ def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Predictio
     """
     if problem.device != "cuda":
         return _predict_cpu(problem)
+    if problem.kind == "all_to_all_permute":
+        return _predict_exchanges_gpu(problem)
+    if problem.kind == "all_to_all_matmul":
+        return _predict_panels_gpu(problem, uses)
     return _predict_mesh_gpu(problem, uses) if problem.kind == "mesh_matmul" else _predict_gpu(problem, uses)
 
 
@@ -135,6 +141,15 @@ def _predict_exchanges(problem: FusionProblem, fused: Link, original: Link) -> P
     return Prediction(fused.us(sent), (problem.exchanges - 1) * original.latency_us + original.us(sent))
 
 
+def _predict_panels(problem: FusionProblem, matmul_us: float) -> Prediction:
+    """Panels are multiplied where they lie, so what is received is not written unless the program reads it, or types are short."""
+    moved = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
+    fused = moved.fused_us
+    if not problem.return_gathered and problem.dtype not in ("bfloat16", "float16"):
+        fused -= problem.comm_bytes / _MIB * GATHERED_US_PER_MIB
+    return Prediction(matmul_us + fused, matmul_us + moved.original_us, matmul_us + moved.fused_us)
+
+
 def _predict_chunks(problem: FusionProblem, attention_us: float) -> Prediction:
     """An attention by chunks of keys against the one that waits for all of them."""
     moved = _predict_exchanges(problem, SHM_GATHERED, GLOO_GATHERED)
@@ -152,6 +167,8 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
         moved = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
         groups = head_groups(problem.heads) if problem.kind == "all_to_all_attention" else 0
         return Prediction(moved.fused_us + groups * HEAD_GROUP_US, moved.original_us)
+    if problem.kind == "all_to_all_matmul":
+        return _predict_panels(problem, matmul_us)
     if problem.kind in _AS_GEMM:
         return _predict_chunks(problem, matmul_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
@@ -173,11 +190,14 @@ NCCL = {
     "matmul_all_reduce": (Link(27.0, 4.9), Link(11.0, 12.0)),
     "matmul_all_gather": (Link(43.0, 2.6), Link(12.0, 8.0)),
 }
-# One all_to_all of NCCL by what a rank sends to others, and one permuting copy by what it holds [measured 2026-11-20, 4x H200].
-NCCL_EXCHANGE = Link(30.0, 3.5)
-PERMUTE = Link(6.0, 1.65)
-# What one op would take that stores straight into the peers' layout: the rate of copy engines, and the start of a kernel. Not measured.
-PUSH_EXCHANGE = Link(15.0, 2.9)
+# One all_to_all of NCCL by what a rank sends to others, one permuting copy by what it holds, and the op that does all of this for
+# several exchanges at once, by what a rank sends in all; of two links the lesser time. [measured 2026-11-28, 2x H200, 4 to 384 MiB
+# sent: benchmarks/results/gpu-exchange-2xh200-2026-11-28.json; ours within 4 %]
+NCCL_EXCHANGE = (Link(40.0, 2.75), Link(10.0, 4.6))
+PERMUTE = Link(4.0, 1.65)
+PUSH_EXCHANGE = (Link(35.0, 2.87), Link(22.6, 3.43))
+# Copying own panels into the slot, each by a copy of the main stream. Not measured.
+OWN_PANEL = Link(3.0, 0.6)
 # Attention by chunks of keys. Not measured: the rate of attention, the launches of a chunk, and four passes over a partial result.
 ATTENTION_TFLOPS = 550.0
 CHUNK_LAUNCHES_US = 25.0
@@ -219,9 +239,9 @@ def _blocks_gemm(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> _Gemm:
     return _Gemm(tiling.tiles, widths.tile_us(tiling.width, k))
 
 
-def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: float) -> float:
+def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: float, copies: int = 1) -> float:
     """Of all matmuls of a gather. The first kernel hides the transport: that of the uses that read rows, else of one that has the ranks
-    in its result, else of one that sums over them. The other matmuls come after it."""
+    in its result, else of one that sums over them. The other matmuls come after it. copies: that a peer sends, of blocks."""
     reads: Sequence[GatherUse | None] = uses or [None] * len(problem.gemms)
     ranks = problem.group_size
     rows: list[Gemm] = []
@@ -243,18 +263,29 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
         tail = -(-first.tiles // ranks // SMS) * first.wave_us
     else:  # every tile needs it: the last part of the first wave, and all other waves
         tail = (first.waves - 1 + 1 / ranks) * first.wave_us
-    longest = max(first.us, widths.push_us(received, ranks) + tail)
+    longest = max(first.us, widths.copied_us(received, copies * (ranks - 1)) + tail)
     return longest + widths.COPIED_TAIL_US + sum(gemm.us for gemm in rest)
 
 
-def foresee(problem: FusionProblem) -> Prediction | None:
-    """Both times of a site for which there is no kernel on GPUs yet, for its report; None if nothing is known about it."""
-    if problem.device != "cuda" or problem.kind != "all_to_all_permute":
-        return None
-    held = problem.comm_bytes / _MIB
-    moved = _predict_exchanges(problem, PUSH_EXCHANGE, NCCL_EXCHANGE)
-    permutes = (problem.exchanges - 1) * PERMUTE.latency_us + PERMUTE.us(held)
-    return Prediction(moved.fused_us, moved.original_us + permutes)
+def _predict_exchanges_gpu(problem: FusionProblem) -> Prediction:
+    """The original program permutes what it sends, or what it receives, once for each exchange; some do both."""
+    held, count = problem.comm_bytes / _MIB, problem.exchanges
+    sent = held * (problem.group_size - 1) / problem.group_size
+    moved = count * min(link.us(sent / count) for link in NCCL_EXCHANGE)
+    permuted = (count - 1) * PERMUTE.latency_us + PERMUTE.us(held)
+    return Prediction(min(link.us(sent) for link in PUSH_EXCHANGE), moved + permuted)
+
+
+def _predict_panels_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
+    moved = _predict_exchanges_gpu(problem)
+    matmuls = ORIGINAL_US + sum(_cublas_us(gemm) for gemm in problem.gemms)
+    received = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
+    copies = copies_of(problem.panels_of)
+    before = PERMUTE.us(problem.copied_bytes / _MIB) if problem.copied_bytes else 0.0
+    if problem.exchanges > 1:  # the own panels are put beside one another
+        before += copies * OWN_PANEL.latency_us + OWN_PANEL.us_per_mib * problem.comm_bytes / problem.group_size / _MIB
+    fused = before + _gather_us(problem, uses, received, copies)
+    return Prediction(fused, moved.original_us + matmuls, moved.fused_us + matmuls)
 
 
 def _predict_chunks_gpu(problem: FusionProblem) -> Prediction:
@@ -267,7 +298,8 @@ def _predict_chunks_gpu(problem: FusionProblem) -> Prediction:
         for _ in range(problem.exchanges)
     )
     steps = ranks * (CHUNK_LAUNCHES_US + problem.merged_bytes / _MIB * MERGE_GPU_US_PER_MIB)
-    fused = attention / ranks + max(attention * (ranks - 1) / ranks, PUSH_EXCHANGE.us(sent)) + steps
+    transport = min(link.us(sent) for link in PUSH_EXCHANGE)
+    fused = attention / ranks + max(attention * (ranks - 1) / ranks, transport) + steps
     return Prediction(fused, attention + ORIGINAL_US + collectives + PERMUTE.us(problem.comm_bytes / _MIB))
 
 

@@ -18,7 +18,12 @@ from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 # Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
-UNPROVEN = {("mesh_matmul", "nvlink"), ("all_gather_attention", "nvlink"), ("attention_reduce_scatter", "nvlink")}
+UNPROVEN = {
+    (kind, "nvlink")
+    for kind in ("mesh_matmul", "all_to_all_matmul", "all_gather_attention", "attention_reduce_scatter")
+}
+# How a site runs of which not everything is fused.
+_LESS = {"mesh_matmul": "with one gather fused", "all_to_all_matmul": "with the exchange and its permutes fused"}
 
 
 def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
@@ -36,11 +41,7 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
         problem = replace(problem, capability=_capability())
     template = find_template(problem.kind, executor) if executor else None
     if executor is None or template is None:
-        reason = f"no kernel for {problem.kind} on {problem.device} tensors in this version"
-        foreseen = cost_model.foresee(problem)
-        if foreseen is not None:
-            reason += f" (one would take about {foreseen.fused_us:.0f} us, the original ops {foreseen.original_us:.0f})"
-        return Keep("no-executor", reason)
+        return Keep("no-executor", f"no kernel for {problem.kind} on {problem.device} tensors in this version")
     if problem.comm_bytes == 0:
         return Keep("empty", "a tensor without elements is exchanged")
     refusal = template.supports(problem, plan)
@@ -51,13 +52,15 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     if problem.second_group_size and executor == "nvlink" and need > (options.heap_bytes or need * SLOTS) // SLOTS:
         return Keep("no-room", f"it takes {need} bytes four times, more than tilescale.heap_bytes allows")
     if options.fuse == "auto" and (plan.kind, executor) in UNPROVEN:
-        instead = ", so one gather is fused instead" if problem.second_group_size else ""
-        return Keep("unproven", f"its kernel has not run on several GPUs yet{instead}; tilescale.fuse=always uses it")
+        less = _LESS.get(plan.kind, "as it is")
+        return Keep(
+            "unproven", f"its kernel has not run on several GPUs yet, so it runs {less}; tilescale.fuse=always uses it"
+        )
     prediction = cost_model.predict(problem, plan.uses)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         other = f"{prediction.original_us:.0f} us as it is"
         if prediction.partial_us < prediction.original_us:
-            other = f"{prediction.partial_us:.0f} us with one gather fused"
+            other = f"{prediction.partial_us:.0f} us {_LESS[plan.kind]}"
         return Keep("no-gain", f"predicted {prediction.fused_us:.0f} us fused against {other}")
     return Fuse(executor, prediction.fused_us, prediction.original_us, cost_model.schedule(problem))
 

@@ -3,6 +3,7 @@
 from . import (
     all_gather_gemm,
     all_to_all,
+    all_to_all_gemm,
     attention,
     gathered_attention,
     gemm_all_gather,
@@ -18,6 +19,7 @@ __all__ = [
     "Template",
     "all_gather_gemm",
     "all_to_all",
+    "all_to_all_gemm",
     "attention",
     "find_template",
     "gathered_attention",

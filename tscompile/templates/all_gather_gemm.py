@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..nvshmem.heap import Channel
 from ..problem import FusionProblem, GatherUse, Plan
-from .arithmetic import MIN_PIECE, is_low_precision, multiply
+from .arithmetic import MIN_PIECE, RunningSum, is_low_precision, multiply
 from .template import register_template, shm_refusal, torch_dtype
 
 
@@ -56,7 +56,7 @@ class ChunkedUse:
         self.out = other.new_empty((m, n), dtype=self.dtype)
         # 16-bit sums over ranks wait for the whole operand: one matmul, rounded once.
         self.waits_for_all = use.contracts_ranks and is_low_precision(self.dtype)
-        self._first = True
+        self._sum = RunningSum(self.out, bias)
 
     def add_chunk(self, rank: int, chunk: Tensor) -> None:
         """Multiply the chunk [P, Q] of `rank`."""
@@ -112,11 +112,7 @@ class ChunkedUse:
 
     def _add(self, operand: Tensor, other: Tensor) -> None:
         a, b = (operand, other) if self.is_lhs else (other, operand)
-        if self._first:
-            multiply(self.out, a, b, self.bias)
-            self._first = False
-        else:
-            self.out.addmm_(a, b)
+        self._sum.add(a, b)
 
 
 @register_template("all_gather_matmul")

@@ -8,6 +8,7 @@ asks for happens in these two copies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -52,8 +53,8 @@ class Outputs:
         self, parts: Sequence[Delivery], joins: Sequence[int], sent: Sequence[Sequence[int]], like: Tensor
     ) -> None:
         self.tensors = [like.new_empty(shape) for shape in output_shapes(parts, joins, sent)]
-        self._targets: list[tuple[Delivery, Tensor]] = []
-        for group, out in zip(_groups(parts, joins), self.tensors, strict=True):
+        self._targets: list[tuple[Delivery, int, Tensor]] = []
+        for index, (group, out) in enumerate(zip(_groups(parts, joins), self.tensors, strict=True)):
             start = 0
             for part in group:
                 size = [sent[part.exchange][dim] for dim in part.order]
@@ -62,11 +63,15 @@ class Outputs:
                     width = prod(size[part.outer :])
                     target = out.narrow(1, start, width).view(size)
                     start += width
-                self._targets.append((part, target))
+                self._targets.append((part, index, target))
+
+    def places(self) -> Sequence[tuple[Delivery, int, Tensor]]:
+        """Of each delivery: itself, the number of the output that it is in, and the view of it that has the dims of its `order`."""
+        return self._targets
 
     def deliver(self, exchange: int, source: int, blocks: Tensor, only: Part | None = None) -> None:
         """Write what ranks `source`, `source + 1`, ... sent, `[ranks, f1, ..., fk]`, of one exchange, or `only` a part of it."""
-        for part, target in self._targets:
+        for part, _, target in self._targets:
             if part.exchange == exchange:
                 count = blocks.shape[0]
                 place = target.narrow(part.order.index(0), source, count)
@@ -86,6 +91,44 @@ def arranged(part: Delivery, blocks: Tensor) -> Tensor:
     return blocks.permute([left.index(dim) for dim in part.order])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where every rank puts an exchange's input into its arena, and the flag that says that it is there."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    flag: int
+
+
+def arena_bytes(inputs: Sequence[Tensor]) -> int:
+    """What `post` needs of an arena."""
+    return sum(aligned(int(x.numel()) * x.element_size()) for x in inputs)
+
+
+def post(channel: Channel, inputs: Sequence[Tensor]) -> list[Place]:
+    """Copy what the peers get of `inputs`, `[R, ...]` each, into the own arena, exchange by exchange, and signal."""
+    channel.payload = sum(x.numel() * x.element_size() for x in inputs)
+    places: list[Place] = []
+    offset = 0
+    for number, x in enumerate(inputs):
+        place = Place(offset, tuple(x.shape), x.dtype, _flag(number))
+        arena = channel.view(channel.rank, offset, place.shape, x.dtype)
+        for peer in channel.peers():
+            arena[peer].copy_(x[peer])
+        if place.flag == number or number == len(inputs) - 1:
+            channel.signal_all(place.flag)
+        offset += aligned(x.numel() * x.element_size())
+        places.append(place)
+    return places
+
+
+def arrived(channel: Channel, place: Place, peer: int) -> Tensor:
+    """What `peer` sends this rank of an exchange, `[...]` in its arena, once it is there."""
+    channel.wait(peer, place.flag)
+    return channel.view(peer, place.offset, place.shape, place.dtype)[channel.rank]
+
+
 @register_template("all_to_all_permute")
 class ShmAllToAll:
     """inputs `[R, f1, ..., fk]`, dim 0 the destination, in any strides."""
@@ -94,28 +137,16 @@ class ShmAllToAll:
         return shm_refusal(problem)
 
     def scratch_bytes(self, plan: Plan, size: int, inputs: Sequence[Tensor]) -> int:
-        return sum(aligned(int(x.numel()) * x.element_size()) for x in inputs)
+        return arena_bytes(inputs)
 
     def run(self, channel: Channel, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
-        channel.payload = sum(x.numel() * x.element_size() for x in inputs)
-        places: list[tuple[int, torch.Size, torch.dtype]] = []
-        offset = 0
-        for number, x in enumerate(inputs):
-            places.append((offset, x.shape, x.dtype))
-            arena = channel.view(channel.rank, offset, tuple(x.shape), x.dtype)
-            for peer in channel.peers():
-                arena[peer].copy_(x[peer])
-            if _flag(number) == number or number == len(inputs) - 1:
-                channel.signal_all(_flag(number))
-            offset += aligned(x.numel() * x.element_size())
+        places = post(channel, inputs)
         outputs = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
         for number, x in enumerate(inputs):
             outputs.deliver(number, channel.rank, x.narrow(0, channel.rank, 1))
-        for number, (start, shape, dtype) in enumerate(places):
+        for number, place in enumerate(places):
             for peer in channel.peers():
-                channel.wait(peer, _flag(number))
-                arena = channel.view(peer, start, tuple(shape), dtype)
-                outputs.deliver(number, peer, arena.narrow(0, channel.rank, 1))
+                outputs.deliver(number, peer, arrived(channel, place, peer).unsqueeze(0))
         return outputs.tensors
 
 

@@ -28,6 +28,20 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> N
         torch.addmm(bias.to(out.dtype), a, b, out=out)
 
 
+class RunningSum:
+    """out [m, n] = bias + the sum of the products that are added, one after the other."""
+
+    def __init__(self, out: Tensor, bias: Tensor | None) -> None:
+        self._out, self._bias, self._first = out, bias, True
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self._first:
+            multiply(self._out, a, b, self._bias)
+            self._first = False
+        else:
+            self._out.addmm_(a, b)
+
+
 def sum_terms(
     out: Tensor,
     lhs: Sequence[Tensor],

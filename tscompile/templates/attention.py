@@ -4,6 +4,11 @@ A rank writes the blocks for its peers into its arena, head group by head group,
 for the peers' parts of it, computes the attention of these heads, writes the parts of the result that others want into its arena
 and signals. The results of the peers are collected at the end, again group by group. Heads are independent of one another, so the
 attention of a group is the plain op on a slice of its operands.
+
+Slices have the strides of the whole. Most kernels take any, with exceptions that read wrong elements and say nothing: the backward
+of flash attention takes the logsumexp to be contiguous, and that of memory-efficient attention takes rows of the output to be as far
+apart as in a tensor without gaps (flash_api.cpp and kernel_backward.h of torch). cuDNN is told the strides of the logsumexp, and does
+not take every layout of it. Such operands are copied for each group (`Operand.share`).
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..nvshmem.heap import FLAGS_PER_PEER, Channel, aligned
-from ..problem import Attention, Departure, FusionProblem, Plan
+from ..problem import Argument, Attention, Departure, FusionProblem, Plan, Share
 from .all_to_all import Outputs, Part
 from .template import register_template, shm_refusal
 
@@ -48,11 +53,35 @@ def operands_of(attention: Attention, received: Sequence[Tensor], local: Sequenc
     return found
 
 
-def attend(attention: Attention, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The original op."""
+def heads_of(attention: Attention, operands: Sequence[Tensor], group: int, groups: int) -> list[Tensor]:
+    """What the attention of one of `groups` equal groups of heads reads of each operand; views where its kernel takes any strides."""
+    return [_share(x, known.share, group, groups) for x, known in zip(operands, attention.operands, strict=True)]
+
+
+def _share(x: Tensor, share: Share, group: int, groups: int) -> Tensor:
+    if share == "whole":
+        return x
+    heads = x.shape[1] // groups
+    found = x.narrow(1, group * heads, heads)
+    if share == "rows":
+        return found.transpose(1, 2).contiguous().transpose(1, 2)
+    return found.contiguous() if share == "packed" else found
+
+
+def attend(attention: Attention, operands: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The original op, for all heads or for those of a group: its results, tensors `[B, heads, ...]` first."""
     op: Any = getattr(torch.ops.aten, attention.op).default
-    results: tuple[Tensor, ...] = op(*operands, 0.0, attention.causal, scale=attention.scale)
+    results: tuple[Any, ...] = op(**{known.name: _value(known, operands) for known in attention.arguments})
     return results
+
+
+def _value(argument: Argument, operands: Sequence[Tensor]) -> Any:
+    if argument.source == "operand":
+        return operands[argument.value]
+    if argument.source == "size":
+        number, dim = argument.value
+        return operands[number].shape[dim]
+    return argument.value
 
 
 def grids(attention: Attention, sizes: Sequence[int]) -> list[list[int]]:
@@ -96,22 +125,30 @@ def heads_sent(departure: Departure) -> int:
 
 
 class Results:
-    """The attention's results, whole, in the memory order that the plan says."""
+    """What is returned of an attention, put together of its groups of heads, in the memory order that the plan says."""
 
     def __init__(self, attention: Attention) -> None:
-        self._layouts = attention.layouts
+        self._results = attention.results
         self.tensors: list[Tensor] = []
 
-    def keep(self, results: Sequence[Tensor], group: int, groups: int) -> None:
-        """Those of one group of heads."""
+    def keep(self, results: Sequence[Any], group: int, groups: int) -> None:
+        """Those of one group of heads; what has no heads is the first call's."""
         if not self.tensors:
-            for result, layout in zip(results, self._layouts, strict=True):
-                shape = list(result.shape)
-                shape[1] *= groups
-                self.tensors.append(result.new_empty([shape[dim] for dim in layout]))
-        for whole, result, layout in zip(self.tensors, results, self._layouts, strict=True):
-            heads = result.shape[1]
-            whole.narrow(layout.index(1), group * heads, heads).copy_(result.permute(layout))
+            self.tensors = [_whole(results[known.number], known.layout, groups) for known in self._results]
+        for whole, known in zip(self.tensors, self._results, strict=True):
+            if known.layout:
+                result = results[known.number]
+                heads = result.shape[1]
+                whole.narrow(known.layout.index(1), group * heads, heads).copy_(result.permute(known.layout))
+
+
+def _whole(result: Tensor, layout: tuple[int, ...], groups: int) -> Tensor:
+    """Memory for a result with all of its heads; the result itself if it has none."""
+    if not layout:
+        return result
+    shape = list(result.shape)
+    shape[1] *= groups
+    return result.new_empty([shape[dim] for dim in layout])
 
 
 class _Arenas:
@@ -197,7 +234,7 @@ class ShmAttention:
                 for number, x in enumerate(inputs):
                     block = x.narrow(0, rank, 1) if rank == channel.rank else arenas.block(rank, number)
                     received.deliver(number, rank, block, arenas.part(number, group))
-            results = attend(attention, [_heads_of(operand, group, groups) for operand in operands])
+            results = attend(attention, heads_of(attention, operands, group, groups))
             for number, (departure, grid) in enumerate(
                 zip(attention.departures, grids(attention, sizes), strict=True), len(inputs)
             ):
@@ -213,8 +250,3 @@ class ShmAttention:
                     there = number + len(inputs)
                     outputs.deliver(number, rank, arenas.block(rank, there), arenas.part(there, group))
         return [*received.tensors, *whole.tensors, *outputs.tensors]
-
-
-def _heads_of(operand: Tensor, group: int, groups: int) -> Tensor:
-    heads = operand.shape[1] // groups
-    return operand.narrow(1, group * heads, heads)

@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from tscompile.language import context
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
-from tscompile.nvshmem.stream import Step
-from tscompile.templates.nvlink.call import EPOCH, SOURCE, Call
+from tscompile.templates.nvlink.call import EPOCH, SOURCE, Call, Sent
 from tscompile.templates.nvlink.channel import ACK, DATA_FLAGS, DONE, FLAGS, MAIN, SIDE, Record, Site
 from tscompile.templates.nvlink.lasting import lasting, lasting_tables
 
@@ -113,14 +112,14 @@ def kinds(gpu: Gpu, call: Call) -> list[tuple[int, int]]:
 def test_steps_around_a_call(gpu: Gpu) -> None:
     eager = gpu.link.open(SITE)
     copy, launch = (
-        Step(kind=stream.COPY, stream=SIDE),
+        Sent(kind=stream.COPY, stream=SIDE),
         gpu.link.closer.step(gpu.link.closer.values(eager.values()), MAIN),
     )
     fork, join = [(stream.RECORD, MAIN), (stream.AWAIT, SIDE)], [(stream.RECORD, SIDE), (stream.AWAIT, MAIN)]
     alone = Call(eager, [launch], [], [])
     assert kinds(gpu, alone) == [(stream.LAUNCH, MAIN), (stream.RECORD, MAIN)]
     side = [copy, eager.signal_step(3, 2), copy, eager.signal_step(0, 2)]
-    both = Call(eager, [Step(kind=stream.COPY, stream=MAIN), launch], side, [])
+    both = Call(eager, [Sent(kind=stream.COPY, stream=MAIN), launch], side, [])
     sends = [(stream.COPY, SIDE), (stream.WRITE, SIDE)] * 2
     main = [(stream.COPY, MAIN), (stream.LAUNCH, MAIN)]
     assert kinds(gpu, both) == [*fork, *sends, *main, *join, (stream.RECORD, MAIN)]
@@ -135,7 +134,7 @@ def test_steps_around_a_call(gpu: Gpu) -> None:
 def test_a_captured_call_opens_first_and_leaves_the_watchdogs_event(gpu: Gpu) -> None:
     gpu.torch.capturing = True
     captured = gpu.link.open(Site(6))
-    copy = Step(kind=stream.COPY, stream=SIDE)
+    copy = Sent(kind=stream.COPY, stream=SIDE)
     call = Call(captured, [], [copy, captured.signal_step(3, 2)], [])
     call.words[SOURCE], call.words[EPOCH] = 70, 80
     gpu.link.issue(call.steps)

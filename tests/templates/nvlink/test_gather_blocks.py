@@ -139,8 +139,8 @@ def at(address: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=dtype).view(shape)
 
 
-def emulate(gpu: Gpu, launched: Launched) -> None:
-    """The kernel, with everything arrived."""
+def emulate(gpu: Gpu, launched: Launched, walks: int = 0) -> None:
+    """The kernel, with everything arrived. walks: over all blocks, that the table has; as many as ranks, if 0."""
     if launched.name != "gather_blocks":
         return
     config, _ = launched.args
@@ -149,14 +149,15 @@ def emulate(gpu: Gpu, launched: Launched) -> None:
     gathered, local = config.k_first
     slots = {gpu.memory.bases[gpu.memory.rank] + gpu.link.slot_offset(slot): slot for slot in range(4)}
     A = gpu.link.slot_view(slots[v["A"]], blocked(gathered, config.contracts, v["blocks"], *sizes), torch.bfloat16)
-    X = at(v["X"], *blocked(gathered, config.contracts, v["own_blocks"], *sizes))
+    own = A if v["X"] in slots else None  # the own blocks are in the slot
+    X = own if own is not None else at(v["X"], *blocked(gathered, config.contracts, v["own_blocks"], *sizes))
     B = at(v["B"], *blocked(local, True, v["k_blocks"], v["k_inner"], v["free"]))
     for operand in (A, X, B):  # TMA steps by multiples of 16 bytes
         assert operand.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in operand.stride()[:2])
     span = v["width"] if config.contracts else v["blocks"] * v["inner"]
     shape = (span, v["free"]) if config.gathered_left else (v["free"], span)
     ranks = v["blocks"] // v["own_blocks"]
-    rows = v["tiles"] + (ranks * v["blocks"] if config.contracts else 0)
+    rows = v["tiles"] + ((walks or ranks) * v["blocks"] if config.contracts else 0)
     table = [tuple(row) for row in at(v["table"], rows, 8, dtype=torch.int32).tolist()]
     form = Form(config.gathered_left, config.contracts, config.k_first, config.tile_m, config.tile_n, config.tile_k)
     played = BlockGatherer(form, X.float(), A.float(), B.float(), table, torch.full(shape, torch.nan))

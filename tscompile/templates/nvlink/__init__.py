@@ -1,5 +1,21 @@
 """Fused ops over NVLink (executor "nvlink"). TileLang is imported where a kernel is compiled, not here."""
 
-from . import all_gather_gemm, gathered_attention, gemm_reduce, mesh_gemm, scattered_attention
+from . import (
+    all_gather_gemm,
+    all_to_all,
+    all_to_all_gemm,
+    gathered_attention,
+    gemm_reduce,
+    mesh_gemm,
+    scattered_attention,
+)
 
-__all__ = ["all_gather_gemm", "gathered_attention", "gemm_reduce", "mesh_gemm", "scattered_attention"]
+__all__ = [
+    "all_gather_gemm",
+    "all_to_all",
+    "all_to_all_gemm",
+    "gathered_attention",
+    "gemm_reduce",
+    "mesh_gemm",
+    "scattered_attention",
+]

@@ -9,7 +9,15 @@ from ...nvshmem import stream
 from ...nvshmem.stream import Step, Values, steps_of
 from .channel import DONE, FORK, JOIN, MAIN, SIDE, DeviceChannel
 
-SOURCE, EPOCH = 0, 1  # words of a call
+EPOCH, SOURCE = 0, 1  # words of a call; further sources follow
+
+
+class Sent(Step):
+    """A copy of a tensor that comes with the call: its `src` counts from the address in word SOURCE + `source`."""
+
+    def __init__(self, *, source: int = 0, **fields: int) -> None:
+        super().__init__(**fields)
+        self.source = source
 
 
 class Call:
@@ -18,13 +26,13 @@ class Call:
     Args:
         channel: the first of these calls.
         main: steps of the main stream.
-        side: steps of the copy stream, copies and flags in turn; they start when the main stream gets there, and it waits for them
-            in the end.
+        side: steps of the copy stream, copies and the flags behind them; they start when the main stream gets there, and it waits for
+            them in the end.
         values: those that LAUNCH steps point at.
 
     Attributes:
-        words: set before the steps are issued: [SOURCE], the address that the copies' offsets into the caller's memory count from, and
-            [EPOCH], which the flags of the copy stream take (in a captured call they read it when the graph runs).
+        words: set before the steps are issued: [EPOCH], which the flags of the copy stream take (in a captured call they read it when
+            the graph runs), and from [SOURCE] on the addresses of the tensors that are sent.
         steps: all of them. before, after: those before and behind the main stream's, for a call whose kernel is among another
             group's steps.
     """
@@ -48,12 +56,13 @@ class Call:
             ]
         if not channel.captured:  # the watchdog's event belongs to no graph
             closing.append(Step(kind=stream.RECORD, stream=MAIN, event=DONE))
+        sent = [step for step in (*side, *main) if isinstance(step, Sent)]
+        self.words = (ctypes.c_uint64 * (SOURCE + 1 + max((step.source for step in sent), default=0)))()
+        for copy in sent:
+            copy.word = ctypes.addressof(self.words) + 8 * (SOURCE + copy.source)
+        for step in side:
+            if step.kind == stream.WRITE:
+                step.word = ctypes.addressof(self.words) + 8 * EPOCH
         # Sends before kernels that wait: with one hardware queue for all streams, they run in the order of their issue.
-        self.words = (ctypes.c_uint64 * 2)()
-        source, epoch = (ctypes.addressof(self.words) + 8 * word for word in (SOURCE, EPOCH))
-        for step in [*side[::2], *(step for step in main if step.kind != stream.LAUNCH)]:
-            step.word = source
-        for step in () if channel.captured else side[1::2]:
-            step.word = epoch
         self.steps = steps_of(*opening, *side, *main, *closing)
         self.before, self.after = steps_of(*opening, *side), steps_of(*closing)

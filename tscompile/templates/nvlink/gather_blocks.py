@@ -6,7 +6,7 @@ rank dimension lies in the rows of G2, [width, blocks, inner] if in its columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,8 +20,10 @@ from .kernels.config import BlocksConfig, depth
 from .lasting import lasting_tables
 from .operands import aligned_sizes, lies
 from .refusal import block_sizes, serves_blocks
-from .tiles import block_tiles, contraction_tiles
+from .tiles import Row, block_tiles, contraction_tiles
 from .widths import blocks_tiling
+
+Table = Callable[[int, int, int, int], list[Row]]  # of pieces, rows, columns, columns of a tile
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ class _Served:
 
 
 def _served(
-    plan: Plan, ranks: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+    plan: Plan, ranks: int, shard: Sequence[int], others: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[list[_Served], list[int]]:
     """The uses of a plan that the kernel serves, in the order of their launches, and the indices of the others."""
     found, rest = [], []
     for index, (use, other, bias) in enumerate(zip(plan.uses, others, biases, strict=True)):
-        sizes = blocks_of(use, plan.dtype, ranks, shard.shape, other)
+        sizes = blocks_of(use, plan.dtype, ranks, shard, other)
         if sizes is None:
             rest.append(index)
         else:
@@ -108,7 +110,7 @@ def _served(
 
 
 def block_kernels(
-    plan: Plan, ranks: int, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+    plan: Plan, ranks: int, shard: Sequence[int], others: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[tuple[str, BlocksConfig, bool]]:
     """The kernels of `block_launches`, as jit.py names them."""
     found, _ = _served(plan, ranks, shard, others, biases)
@@ -119,9 +121,15 @@ def block_kernels(
 
 
 def block_launches(
-    link: DeviceLink, plan: Plan, shard: Tensor, others: Sequence[Tensor], biases: Sequence[Tensor | None]
+    link: DeviceLink,
+    plan: Plan,
+    shard: Sequence[int],
+    others: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    table: Table | None = None,
 ) -> tuple[list[BlocksLaunch], list[int]]:
-    """Launches for the uses of a plan that the kernel serves, and the indices of the others."""
+    """Launches for the uses of a plan of shards [P, Q] that the kernel serves, and the indices of the others. table: another one than a
+    gather's."""
     found, rest = _served(plan, link.size, shard, others, biases)
     launches = [
         BlocksLaunch(
@@ -132,6 +140,7 @@ def block_launches(
             others[served.index],
             collects=plan.return_gathered and number == 0,
             last=number == len(found) - 1 and not rest,
+            table=table,
         )
         for number, served in enumerate(found)
     ]
@@ -144,20 +153,30 @@ class BlocksLaunch:
     spans = False  # tiles and steps are of one rank, so the own shard is read where it lies
 
     def __init__(
-        self, link: DeviceLink, served: _Served, dtype: str, shard: Tensor, other: Tensor, *, collects: bool, last: bool
+        self,
+        link: DeviceLink,
+        served: _Served,
+        dtype: str,
+        shard: Sequence[int],
+        other: Tensor,
+        *,
+        collects: bool,
+        last: bool,
+        table: Table | None,
     ) -> None:
         sizes, config = served.sizes, served.config(dtype, link.size)
         left, contracts, tile_n = config.gathered_left, config.contracts, config.tile_n
         count = sizes.pieces * link.size
         self.rows, columns = served.shape(link.size)
         place = (link.rank, link.size, sizes.pieces)
-        if contracts:
-            table = contraction_tiles(*place, self.rows, columns, tile_n)
-            tiles = len(table) - link.size * count
+        if table is not None:
+            rows = table(sizes.pieces, self.rows, columns, tile_n)
+        elif contracts:
+            rows = contraction_tiles(*place, self.rows, columns, tile_n)
         else:
-            table = block_tiles(*place, sizes.inner, sizes.free, left, tile_n)
-            tiles = len(table)
-        (self._table,) = lasting_tables([table], link.device)
+            rows = block_tiles(*place, sizes.inner, sizes.free, left, tile_n)
+        tiles = sum(row[2] > 0 for row in rows)  # the others are walks
+        (self._table,) = lasting_tables([rows], link.device)
         local_sizes = (count, sizes.inner) if contracts else (1, sizes.width)
         self._fixed = {
             "table": self._table.data_ptr(),
@@ -169,8 +188,8 @@ class BlocksLaunch:
             "k_blocks": local_sizes[0],
             "k_inner": local_sizes[1],
             "free": sizes.free,
-            "pieces": shard.shape[0],
-            "shard_bytes": shard.shape[1] * torch_dtype(dtype).itemsize,
+            "pieces": shard[0],
+            "shard_bytes": shard[1] * torch_dtype(dtype).itemsize,
         }
         if not last:
             self._fixed["ack"] = -1

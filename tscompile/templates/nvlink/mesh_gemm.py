@@ -19,7 +19,7 @@ from ...nvshmem.stream import Step
 from ...problem import FusionProblem, Plan
 from ..fresh import maker
 from ..template import register_template, torch_dtype
-from .call import EPOCH, SOURCE, Call
+from .call import EPOCH, SOURCE, Call, Sent
 from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
 from .jit import kernel
 from .kernels.config import MeshConfig, depth
@@ -247,7 +247,7 @@ def _sends(channel: DeviceChannel, copies: Sequence[Rectangle]) -> list[Step]:
         for distance in range(1, channel.size):
             peer = (channel.rank - distance) % channel.size
             steps += [
-                Step(
+                Sent(
                     kind=stream.COPY if copy.rows == 1 else stream.COPY_ROWS,
                     stream=SIDE,
                     dst=channel.data(peer, copy.target),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...problem import FusionProblem, GatherUse, Gemm, Plan
 from ..template import torch_dtype
-from .kernels.config import DTYPE_CODES, MAX_OPERANDS
+from .kernels.config import DTYPE_CODES, MAX_LEGS, MAX_OPERANDS, MAX_TARGETS
 from .operands import aligned_sizes
 from .sums import problem_plan
 
@@ -15,8 +15,9 @@ MAX_RANKS = 8
 CAPABILITY = (9, 0)
 
 
-def nvlink_refusal(problem: FusionProblem) -> str | None:
-    """Why a problem cannot run over NVLink, None if it can. Whether the GPUs reach each other is voted on at run time."""
+def group_refusal(problem: FusionProblem) -> str | None:
+    """Why the ranks of a problem have no kernels over NVLink, None if they have. Whether the GPUs reach each other is voted on at run
+    time."""
     if problem.device != "cuda":
         return f"NVLink serves CUDA tensors, these are on {problem.device}"
     if not 2 <= problem.group_size <= MAX_RANKS:
@@ -25,6 +26,14 @@ def nvlink_refusal(problem: FusionProblem) -> str | None:
         return "the kernels are for compute capability 9.0 (H100, H200), this GPU has {}.{}".format(*problem.capability)
     if not problem.intra_host:
         return "the ranks are on several hosts: NVLink reaches one"
+    return None
+
+
+def nvlink_refusal(problem: FusionProblem) -> str | None:
+    """Why a matmul with a collective cannot run over NVLink, None if it can."""
+    general = group_refusal(problem)
+    if general is not None:
+        return general
     if problem.dtype not in DTYPE_CODES:
         return f"dtype {problem.dtype} is not one of {', '.join(DTYPE_CODES)}"
     if problem.reduce_op not in ("sum", "avg"):
@@ -106,6 +115,16 @@ def gather_refusal(problem: FusionProblem, plan: Plan) -> str | None:
     return "no matmul has operands and a result whose rows are multiples of 16 bytes"
 
 
+def panels_refusal(problem: FusionProblem, plan: Plan) -> str | None:
+    """Why the kernel of blocks cannot serve matmuls of what was exchanged."""
+    general = nvlink_refusal(problem)
+    if general is not None:
+        return general
+    if len({columns for _, columns in problem.panels_of}) > 1:
+        return "the exchanges that make up the operand have panels of different widths"
+    return gather_refusal(problem, plan)
+
+
 def sum_refusal(problem: FusionProblem, plan: Plan) -> str | None:
     """Why the reducing kernel cannot serve a problem."""
     general = nvlink_refusal(problem)
@@ -136,4 +155,19 @@ def terms_refusal(gemms: tuple[Gemm, ...], plan: Plan) -> str | None:
         return "a coefficient is zero"
     if not aligned_sizes(*(gemm.k for gemm in gemms), *(gemm.n for gemm in gemms)):
         return "a matrix has rows that are no multiple of 16 bytes"
+    return None
+
+
+def exchange_refusal(problem: FusionProblem, plan: Plan) -> str | None:
+    """Why the exchange kernel cannot serve a problem."""
+    general = group_refusal(problem)
+    if general is not None:
+        return general
+    inputs = 1 + max(delivery.exchange for delivery in plan.deliveries)
+    if inputs > MAX_LEGS or len(plan.deliveries) > MAX_TARGETS:
+        return f"{inputs} exchanges go to {len(plan.deliveries)} places, the kernel takes {MAX_LEGS} and {MAX_TARGETS}"
+    for delivery in plan.deliveries:
+        last = len(delivery.order) + len(delivery.fixed) - 1
+        if delivery.order[-1] != last:
+            return "what arrives is transposed in its innermost dim: the kernel moves runs of 16 bytes"
     return None

@@ -136,11 +136,31 @@ def contraction_tiles(rank: int, ranks: int, pieces: int, m: int, n: int, tile_n
         first = len(walk) + i * ranks // len(walk) * ranks * pieces
         rows.append((row, col, min(TILE_M, m - row), 0, first, row, 0, min(tile_n, n - col)))
     for start in range(ranks):
-        for source in ((start + step) % ranks for step in range(ranks)):
-            for piece in range(pieces):
-                whole = piece * ranks + source
-                own, block, mask = (1, piece, 0) if source == rank else (0, whole, 1 << source)
-                rows.append((0, 0, 0, own, block, whole, mask, 0))
+        rows += _blocks_walk(rank, ranks, pieces, start)
+    return rows
+
+
+def panel_tiles(rank: int, ranks: int, pieces: int, m: int, n: int, tile_n: int, placed: bool) -> list[Row]:
+    """Table of a result [m, n] whose left operand is another one on every rank: its tiles, then their one walk over all blocks.
+
+    Every tile begins with this rank's own blocks. placed: these are in the slot, too.
+    """
+    walk = _walk(_bands(-(-m // TILE_M), BAND), -(-n // tile_n))
+    places = [(t * TILE_M, c * tile_n) for t, c in walk]
+    rows: list[Row] = [
+        (row, col, min(TILE_M, m - row), 0, len(places), row, 0, min(tile_n, n - col)) for row, col in places
+    ]
+    return rows + _blocks_walk(rank, ranks, pieces, rank, placed)
+
+
+def _blocks_walk(rank: int, ranks: int, pieces: int, start: int, placed: bool = False) -> list[Row]:
+    """The blocks of rank `start`, then those of the next ranks. placed: this rank's own are read in the slot."""
+    rows: list[Row] = []
+    for source in ((start + step) % ranks for step in range(ranks)):
+        for piece in range(pieces):
+            whole = piece * ranks + source
+            own = source == rank and not placed
+            rows.append((0, 0, 0, int(own), piece if own else whole, whole, 0 if source == rank else 1 << source, 0))
     return rows
 
 

@@ -14,6 +14,13 @@ SHARED_BYTES = 226 << 10  # of a CTA for stages and pieces; what is left of 227 
 MAX_STAGES = 7  # below the length of the rings in tile.h
 STRIPE_ROWS = 16  # of a tile that one multiplying warp holds
 STRIPES = TILE_M // STRIPE_ROWS
+MAX_LEGS, MAX_TARGETS, GRID_DIMS = (
+    8,
+    8,
+    5,
+)  # of an exchange: what a launch sends, places that it goes to, dims of either: exchange.h
+WORD_BYTES = 16  # of what an exchange moves at a time
+UNIT_WORDS = 256  # that a warp has on their way: TSX_UNIT
 SUM_FORMS = ("scatter", "two_shot", "one_shot")  # in the order of sum_push.h, which says what each does
 DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # TSK_BF16, TSK_FP16 of tile.h
 

@@ -254,16 +254,18 @@ TSL void tsk_collect_wait(TskAddress context, int flag, int epoch, int peer, int
   tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)flag), tsk_epoch(context, epoch), peer, site);
   __syncwarp();
 }
-// The gathered tensor [pieces, size, bytes]: the shards of the peers from the slot, in the order of their arrival, the own one from x.
+// The gathered tensor [pieces, size, bytes]: the shards of the peers from the slot, in the order of their arrival, the own one from
+// `shard`, or from the slot as well if `shard` is the slot.
 TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard, int64_t bytes, int pieces, int epoch, int site) {
   const TslContext *c = tsl_context(context.p);
   const int size = (int)c->size, rank = (int)c->rank;
+  const bool placed = shard.p == (const void *)c->data[rank];
   for (int i = 0; i < size; ++i) {
     const int source = (rank + i) % size;
     if (i) tsk_collect_wait(context, source, epoch, source, site);
     for (int p = 0; p < pieces; ++p) {
       const int64_t at = ((int64_t)p * size + source) * bytes;
-      const char *from = i ? (const char *)c->data[rank] + at : (char *)shard.p + p * bytes;
+      const char *from = i || placed ? (const char *)c->data[rank] + at : (char *)shard.p + p * bytes;
       tsk_copy_bytes((char *)out.p + at, from, bytes);
     }
   }

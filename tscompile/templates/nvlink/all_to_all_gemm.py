@@ -1,0 +1,101 @@
+"""all_to_all_matmul over NVLink: copy engines push panels of the left operand while a GEMM adds them in the order of their arrival.
+
+The kernel is that of gather_blocks.py: a gather along the contracted dim, of which each rank gets something else. Every tile begins
+with this rank's own panels, which are read where they lie, or in the slot if several exchanges make up the operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem import FusionProblem, Plan
+from ..template import register_template, torch_dtype
+from .channel import DeviceChannel, DeviceLink
+from .gather_blocks import block_kernels, block_launches, blocks_of
+from .kernels.config import WORD_BYTES
+from .panels import parcels_of
+from .recipe import Recipe
+from .refusal import panels_refusal
+from .tiles import panel_tiles
+
+
+@register_template("all_to_all_matmul", "nvlink")
+class NvlinkAllToAllGemm:
+    """inputs `[R, M, O, Q]` of each exchange, dim 0 the destination, with equal Q, in any strides; others `[K, N]`."""
+
+    def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
+        return panels_refusal(problem, plan)
+
+    def scratch_bytes(
+        self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> int:
+        if not inputs[0].numel() or len({int(x.shape[3]) for x in inputs}) > 1:
+            return -1
+        shard = _shard(inputs)
+        for use, other in zip(plan.uses, others, strict=True):
+            if blocks_of(use, plan.dtype, size, shard, other) is not None:
+                return shard[0] * shard[1] * size * torch_dtype(plan.dtype).itemsize
+        return -1
+
+    def kernels(
+        self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[tuple[Any, ...]]:
+        return list(block_kernels(plan, size, _shard(inputs), others, biases))
+
+    def run(
+        self,
+        channel: DeviceChannel,
+        plan: Plan,
+        inputs: Sequence[Tensor],
+        others: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        inputs = [_readable(x) for x in inputs]
+        recipe: Recipe = channel.site.recipe
+        if recipe is None or recipe.link is not channel.link:
+            recipe = channel.site.recipe = _recipe(channel.link, plan, inputs, others, biases)
+        outputs = recipe.run(channel, plan, inputs, others, biases)
+        if plan.return_gathered:
+            outputs[-1] = outputs[-1].view(inputs[0].shape[1], -1)
+        return outputs
+
+
+def _shard(inputs: Sequence[Tensor]) -> tuple[int, int]:
+    """What a rank sends another as the [P, Q] of a gather: P = (M, panels)."""
+    return sum(int(x.shape[1] * x.shape[2]) for x in inputs), int(inputs[0].shape[3])
+
+
+def _recipe(
+    link: DeviceLink,
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    others: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> Recipe:
+    shard, item = _shard(inputs), inputs[0].element_size()
+    parcels = parcels_of([x.shape for x in inputs], [x.stride(0) for x in inputs], link.rank, item)
+    one = len(inputs) == 1
+    table = partial(_tiles, link.rank, link.size, not one)
+    launches, rest = block_launches(link, plan, shard, others, biases, table)
+    # What follows the kernels reads the slot, unless the kernels have put everything into an output.
+    local = parcels if not one or (rest and not plan.return_gathered) else []
+    own = link.rank * inputs[0].stride(0) * item if one else None
+    return Recipe(link, plan, (shard[0], link.size * shard[1]), launches, rest, parcels, local, own)
+
+
+def _tiles(rank: int, ranks: int, placed: bool, pieces: int, rows: int, columns: int, tile_n: int) -> Any:
+    return panel_tiles(rank, ranks, pieces, rows, columns, tile_n, placed)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x`, or a copy if what goes to a rank does not lie in one piece, or begins within a word of 16 bytes."""
+    if not x.is_contiguous() and (not x[0].is_contiguous() or x.stride(0) * x.element_size() % WORD_BYTES):
+        x = x.contiguous()
+    if x.data_ptr() % WORD_BYTES:
+        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return x
