@@ -21,7 +21,7 @@ import example_tables
 from markdown_table import table
 
 from tscompile.options import KINDS, OptionRow, Options
-from tscompile.problem import Delivery, FusionProblem, GatherUse, Gemm, Plan
+from tscompile.problem import Delivery, Departure, FusionProblem, GatherUse, Gemm, Plan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
@@ -76,10 +76,13 @@ def support() -> str:
         uses = (GatherUse("lhs", False, "rows", dtype), GatherUse("rhs", False, "rows", dtype))
         if kind == "mesh_matmul":
             values |= {"second_group_size": 2, "second_comm_bytes": 64 << 20}
+        if kind == "matmul_all_to_all":
+            values["grids"] = ((4096, 2, 2048),)
         problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(gemm,), gemm_dtypes=(dtype,), **values)
         plan = Plan(kind, "", executor, dtype, uses=uses if kind == "mesh_matmul" else uses[:1])
-        if kind.startswith("all_to_all"):
-            plan = replace(plan, deliveries=(Delivery(0, (1, 0, 2)),), joins=(1,))
+        if "all_to_all" in kind:
+            departures = (Departure(0, 3, (), (1, 0, 2)),) if kind == "matmul_all_to_all" else ()
+            plan = replace(plan, deliveries=(Delivery(0, (1, 0, 2)),), joins=(1,), departures=departures)
         template = find_template(kind, executor)
         return "fused" if template is not None and template.supports(problem, plan) is None else "original ops"
 

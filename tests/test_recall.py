@@ -24,6 +24,7 @@ PATTERNS = {
     "all_to_all_permute",
     "all_to_all_matmul",
     "all_to_all_attention",
+    "matmul_all_to_all",
     "all_gather_attention",
     "attention_reduce_scatter",
 }

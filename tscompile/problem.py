@@ -111,18 +111,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Departure:
-    """An exchange that sends a result of an attention.
+    """An exchange that sends a result of an attention or a matmul.
 
     result: its number. sizes: how many of the op's `sizes` it takes: the result is reshaped to them.
     fixed: (dim, index) that are selected. order: what is left of the dims, as they are sent: `[R, f1, ..., fk]`.
-    heads: which of the `sizes` are the heads.
+    heads: of an attention: which of the `sizes` are the heads.
+    columns: of a matmul: (first, number) of the columns of its result that are reshaped.
     """
 
     result: int
     sizes: int
     fixed: tuple[tuple[int, int], ...]
     order: tuple[int, ...]
-    heads: int
+    heads: int = -1
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,10 @@ class Plan:
     second_size: mesh_matmul: ranks of the right operand's group.
     schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them; all_to_all_attention: the
         number of head groups.
-    deliveries: all_to_all_permute, all_to_all_attention: what is delivered.
+    deliveries: all_to_all_permute, all_to_all_attention, matmul_all_to_all: what is delivered.
     joins: the same: for each output, how many of the deliveries it consists of.
     attention: all_to_all_attention: what is computed between the exchanges.
+    departures: matmul_all_to_all: what each exchange sends of which matmul's result.
     chunks: all_gather_attention, attention_reduce_scatter: what is computed. In the former `deliveries` and `joins` say what else of
         the gathered tensors is an output; an input of the op is a block of what they count as exchanges.
     """
@@ -239,6 +242,7 @@ class Plan:
     deliveries: tuple[Delivery, ...] = ()
     joins: tuple[int, ...] = ()
     attention: Attention | None = None
+    departures: tuple[Departure, ...] = ()
     chunks: ChunkedAttention | None = None
     version: int = PLAN_VERSION
 
@@ -271,6 +275,7 @@ class Plan:
         raw["term_group"] = tuple(raw["term_group"])
         raw["deliveries"] = _all(Delivery, raw["deliveries"])
         raw["joins"] = tuple(raw["joins"])
+        raw["departures"] = _all(Departure, raw["departures"])
         if raw["attention"] is not None:
             parts: dict[str, Callable[..., Any]] = {
                 "arguments": Argument,
@@ -315,6 +320,7 @@ class FusionProblem:
         fields that every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim. static:
         mesh_matmul: no size is symbolic.
     exchanges: number of collectives that it replaces, where they need not be one.
+    grids: matmul_all_to_all: for each departure the sizes that the columns are reshaped to.
     panels_of: all_to_all_matmul: of each exchange, how many panels of the left operand a rank sends another, and columns of one.
     copied_bytes: all_to_all_matmul: of what is sent, what must be copied first, since a rank's part does not lie in one piece.
     heads: all_to_all_attention: heads of this rank that all of its exchanges have, 0 if that is no constant.
@@ -339,6 +345,7 @@ class FusionProblem:
     static: bool = True
     panels: bool = False
     exchanges: int = 1
+    grids: tuple[tuple[int, ...], ...] = ()
     panels_of: tuple[tuple[int, int], ...] = ()
     copied_bytes: int = 0
     heads: int = 0

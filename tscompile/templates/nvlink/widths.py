@@ -37,6 +37,8 @@ _PUSHED_US = 9.0
 _PUSHED_US_PER_MIB, _STORED_US_PER_MIB = 3.3, 7.5
 _PUSHED_FACTOR = 1.08
 _SLICE_BYTES = 256 << 10  # of a shard, at least: 128 of the 264 warps that push 2 KiB each then share a slice
+# Launch of a matmul of torch's. [measured 2026-11-20, 4x H200]
+_CUBLAS_US = 4.0
 # us of a fused gather in one kernel: its launch, and what neither transport nor tiles explain, by copy engine [measured 2026-11-20] and
 # pushed [measured 2026-11-28].
 LAUNCH_US = 6.0
@@ -57,6 +59,13 @@ def waves_of(tiles: int) -> int:
 def read_us(k: int, n: int) -> float:
     """Reading a right operand [k, n] of 2-byte elements, without which no GEMM ends however few rows it has."""
     return k * n * ITEM_BYTES / (1 << 20) * _READ_US_PER_MIB
+
+
+def cublas_us(m: int, n: int, k: int) -> float:
+    """Time of torch's matmul `[m, k] @ [k, n]`. cuBLAS cuts one of less than a wave into smaller pieces, so that all SMs work."""
+    tiles = -(-m // TILE_M) * -(-n // WIDEST)
+    waves = tiles / SMS if tiles < SMS else -(-tiles // SMS)
+    return _CUBLAS_US + max(waves * tile_us(WIDEST, k), read_us(k, n))
 
 
 def gemm_us(tiles: int, width: int, k: int, n: int, rows: int = TILE_M) -> float:
