@@ -22,6 +22,10 @@ from tscompile.problem import Row
 from tscompile.testing import short_name
 
 Tensors = dict[str, torch.Tensor]
+FACTOR = 2.0
+# Eager can be exact by luck (a sum of two products that needs no rounding, say). Nothing can be asked to be better than
+# one correct rounding to its dtype, whose relative error is up to half of eps.
+FLOOR_EPS = 0.5
 
 
 @dataclass
@@ -36,6 +40,24 @@ class Outcome:
     equal: bool = True  # every tensor, to the bit, to what eager computes
     seconds: float = 0.0
     failure: str = ""
+
+    @property
+    def adds_panels(self) -> bool:
+        """A sum in float32 was taken in another order than eager's: all_to_all_matmul adds panels as they arrive."""
+        return any(line.startswith("fused") and "all_to_all_matmul" in line for line in self.decisions)
+
+    def wrong(self, dtype: torch.dtype) -> dict[str, str]:
+        """Tensors whose error is more than twice that of eager."""
+        return {
+            name: f"error {compiled:.3g}, eager {eager:.3g}"
+            for name, (compiled, eager) in self.errors.items()
+            if not _is_close(compiled, eager, dtype)
+        }
+
+
+def _is_close(compiled: float, eager: float, dtype: torch.dtype) -> bool:
+    """Written so that NaN is not."""
+    return compiled <= max(FACTOR * eager, FLOOR_EPS * torch.finfo(dtype).eps)
 
 
 def run_programs(

@@ -17,10 +17,6 @@ from tests.numerics_worker import Outcome, run_cached, run_cases
 from tests.programs import PROGRAMS, Program
 from tscompile.testing import run_ranks
 
-FACTOR = 2.0
-# Eager can be exact by luck (a sum of two products that needs no rounding, say). Nothing can be asked to be better than
-# one correct rounding to its dtype, whose relative error is up to half of eps.
-FLOOR_EPS = 0.5
 FUSE_ALL = {"tilescale.inner": "eager", "tilescale.fuse": "always"}
 WORLD_S = 680  # the first test of a world waits for all its programs: some minutes on a busy machine
 
@@ -73,18 +69,9 @@ def test_every_program_meets_both_dtypes_and_four_ranks() -> None:
             assert 4 in {world for world, _ in runs} or not runs, program.name
 
 
-def is_close(compiled: float, eager: float, dtype: torch.dtype) -> bool:
-    """Written so that NaN is not."""
-    return compiled <= max(FACTOR * eager, FLOOR_EPS * torch.finfo(dtype).eps)
-
-
 def _check(outcome: Outcome, rank: int, dtype: torch.dtype) -> None:
     assert not outcome.failure, f"rank {rank}:\n{outcome.failure}"
-    wrong = {
-        name: f"error {compiled:.3g}, eager {eager:.3g}"
-        for name, (compiled, eager) in outcome.errors.items()
-        if not is_close(compiled, eager, dtype)
-    }
+    wrong = outcome.wrong(dtype)
     assert not wrong, f"rank {rank}: {wrong}; sites: {outcome.decisions}"
     assert outcome.errors, "nothing was compared"
     # Without this the test would pass by fusing nothing.
@@ -115,9 +102,11 @@ def test_gradients_reach_every_parameter(world: int) -> None:
 @pytest.mark.timeout(WORLD_S + 40)
 @pytest.mark.parametrize("world", (2, 4))
 def test_exchanges_only_move_bits(world: int) -> None:
+    """Unless a matmul adds panels as they arrive."""
     found = {case: outcomes for case, outcomes in _world(world).items() if PROGRAMS[case[1]].family == "Ulysses"}
-    assert found
-    for case, outcomes in found.items():
+    moved = {case: outcomes for case, outcomes in found.items() if not outcomes[0].adds_panels}
+    assert moved
+    for case, outcomes in moved.items():
         assert all(outcome.equal for outcome in outcomes), case
 
 

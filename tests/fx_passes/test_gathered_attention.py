@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.programs import PROGRAMS, Setting
 from tscompile.fx_passes.gathered_attention import arguments_of
 from tscompile.lowering import planner
 from tscompile.options import Options
-from tscompile.problem import ChunkedAttention, FusionProblem, Keep, Plan
+from tscompile.problem import ChunkedAttention, Fuse, FusionProblem, Gemm, Keep, Plan
 from tscompile.testing import fake_world
 
 FORWARD, BACKWARD = "all_gather_attention", "attention_reduce_scatter"
@@ -211,9 +212,34 @@ def test_an_average_is_one() -> None:
     assert Plan.loads(str(op_of(found, BACKWARD).args[-2])).reduce_op == "avg"
 
 
-def test_disabled_they_give_way() -> None:
+def test_disabled_they_say_so() -> None:
     found = compile_case("separate", disable=(FORWARD, BACKWARD))
-    assert set(found.codes()) == {"disabled"}
+    assert found.kinds() == [FORWARD, BACKWARD] and set(found.codes()) == {"disabled"}
+    assert [len(row.collectives) for row in found.rows] == [2, 2]
+
+
+def test_what_does_not_pay_gives_way() -> None:
+    """The keys' projection can be fused with their gather where the attention is kept."""
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        q, k, v = (x @ w for _ in range(3))
+        k, v = (gather(t, 0).view(R * 8, 4, 16).transpose(0, 1)[None] for t in (k.sin() @ w, v))
+        return sdpa(q.view(8, 4, 16).transpose(0, 1)[None], k, v)
+
+    found = compile_graphs(fn, rand(8, 64), rand(64, 64), disable=(FORWARD,))
+    assert ("matmul_all_gather", "fused") in zip(found.kinds(), found.codes(), strict=True)
+
+
+def test_on_gpus_they_have_to_be_asked_for() -> None:
+    problem = FusionProblem(FORWARD, 4, True, "cuda", "bfloat16", 1 << 26, (Gemm(1 << 17, 1 << 14, 128),), exchanges=2)
+    chunks = ChunkedAttention("_scaled_dot_product_cudnn_attention", False, None, CONTIGUOUS, (0,), ((0, 1, 2, 3),))
+    plan = Plan(FORWARD, "", "", "bfloat16", chunks=chunks)
+    decision = planner.plan(problem, plan, Options())
+    assert isinstance(decision, Keep) and decision.code == "unproven" and "gather is fused" not in decision.reason
+    asked = planner.plan(problem, plan, Options(fuse="always"))
+    assert isinstance(asked, Fuse) and asked.executor == "nvlink"
+    causal = planner.plan(problem, replace(plan, chunks=replace(chunks, causal=True)), Options(fuse="always"))
+    assert isinstance(causal, Keep) and "causal" in causal.reason
 
 
 FORMS = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")

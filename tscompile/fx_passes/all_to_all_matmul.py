@@ -15,7 +15,7 @@ an operand of which some columns were not exchanged.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,7 @@ class Operand:
 
     panels: of each exchange, in the order of the columns; numbers: of those exchanges in the site.
     joined: the cat that puts it together, None if it is one exchange's.
-    returned: something else than the matmuls reads what was received.
+    others: what else than by the matmuls is read of what was received: of one exchange its readings, else the cat.
     """
 
     site: Site
@@ -97,7 +97,11 @@ class Operand:
     numbers: tuple[int, ...]
     joined: fx.Node | None
     matmuls: tuple[Matmul, ...]
-    returned: bool
+    others: tuple[fx.Node, ...]
+
+    @property
+    def returned(self) -> bool:
+        return bool(self.others)
 
     @property
     def sources(self) -> list[Source]:
@@ -148,9 +152,8 @@ def _operand(context: Context, site: Site) -> Operand | Keep | None:
         if found is None:
             return None
         panels.append(found)
-    taken = {matmul.node for matmul in matmuls}
-    returned = any(user not in members and user not in taken for node in members for user in node.users)
-    return Operand(site, tuple(panels), numbers, whole.node, tuple(matmuls), returned)
+    others = _others([whole.node], members, matmuls)
+    return Operand(site, tuple(panels), numbers, whole.node, tuple(matmuls), others)
 
 
 def _is_whole(prover: Prover, node: fx.Node, whole: fx.Node, width: Size) -> bool:
@@ -180,10 +183,33 @@ def _single(context: Context, site: Site) -> Operand | Keep | None:
             matmuls += made
     if found is None:
         return refusal
-    members = {*site.exchanges[0].chain, site.collectives[0].result}
+    (collective,), (exchange,) = site.collectives, site.exchanges
+    members = dict.fromkeys([collective.node, *exchange.chain])
+    others = _others([reading.node for reading in site.readings.values], members, matmuls, collective)
+    return Operand(site, (found,), (0,), None, tuple(matmuls), others)
+
+
+def _others(
+    readings: Sequence[fx.Node],
+    members: Mapping[fx.Node, None],
+    matmuls: Sequence[Matmul],
+    raw: Collective | None = None,
+) -> tuple[fx.Node, ...]:
+    """Those of `readings`, among the movement ops `members`, that something else than the matmuls needs."""
     taken = {matmul.node for matmul in matmuls}
-    returned = any(u not in members and u not in taken for r in site.readings.values for u in r.node.users)
-    return Operand(site, (found,), (0,), None, tuple(matmuls), returned)
+    stack = [node for node in members if any(user not in members and user not in taken for user in node.users)]
+    seen = dict.fromkeys(stack)
+    while stack:
+        node = stack.pop()
+        if node in readings:
+            continue
+        for source in node.all_input_nodes:
+            if source in members and source not in seen:
+                seen[source] = None
+                stack.append(source)
+    if raw is not None and raw.node in seen:  # read before it is waited for, it stands for the result
+        seen[raw.result] = None
+    return tuple(node for node in readings if node in seen)
 
 
 def _panels_of(reading: Reading) -> Panels | None:
@@ -301,9 +327,8 @@ def _received(
         return [(operand.joined, builder.reshape(out, operand.joined.meta["val"].shape, grids))]
     (panels,), (grid,), site = operand.panels, grids, operand.site
     whole = builder.reshape(out, [grid.meta["val"].shape[f] for f in panels.order], [grid])
-    taken = {matmul.node for matmul in operand.matmuls}
     return [
         (reading.node, value_of(builder, whole, panels.order, reading))
         for reading in site.readings.values
-        if any(user not in taken for user in reading.node.users)
+        if reading.node in operand.others
     ]

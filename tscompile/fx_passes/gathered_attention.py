@@ -106,7 +106,7 @@ class KeySite:
     parts: dict[int, fx.Node]
 
 
-@register_pattern(KIND, anchor="all_gather", priority=-1)
+@register_pattern("all_gather_attention", anchor="all_gather", priority=-1)
 def find(context: Context, gather: Collective) -> Match | Keep | None:
     reached = walk_moved(list(gather.node.users), lambda n: list(n.users))
     kept: Keep | None = None
@@ -129,8 +129,8 @@ def _site(context: Context, anchor: Collective, node: fx.Node) -> KeySite | Keep
     parts = results_of(node)
     if isinstance(parts, Keep):
         return parts
-    if any(number > 1 for number in parts):
-        return Keep("no-kernel", "more than the output and the logsumexp of the attention is read")
+    if not all(isinstance(part.meta["val"], Tensor) for part in parts.values()):
+        return Keep("no-kernel", "the program reads sizes that the attention returns")
     query, tensors = given["query"], (given["key"], given["value"])
     gathers = [c for c in context.collectives.values() if _alike(c, anchor)]
     near = walk_moved(list(tensors), lambda n: n.all_input_nodes)
@@ -153,6 +153,10 @@ def _site(context: Context, anchor: Collective, node: fx.Node) -> KeySite | Keep
         return next(found for found in pieces if isinstance(found, Keep))
     if orders[0].order != orders[1].order:
         return Keep("not-the-sequence", "keys and values are in different orders")
+    if any(found.repeated for found in orders) and "efficient" in str(node.target):
+        return Keep(
+            "repeated", "memory-efficient attention wants as many heads of keys as of queries, so they are repeated"
+        )
     chunks = ChunkedAttention(
         str(node.target._opname),  # type: ignore[union-attr]
         bool(given["is_causal"]),

@@ -39,14 +39,18 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Pieces:
-    """order: number in S of piece j of rank r, as in ChunkedAttention. `outer`: the factors that tell pieces of a shard apart,
-    outermost first; `inner`: those of a piece. `kept`: the factors of the dims but S. `fixed` ones are selected."""
+    """order: number in S of piece j of rank r, as in ChunkedAttention.
+    outer: the factors that tell pieces of a shard apart, outermost first. inner: those of a piece.
+    kept: the factors of the dims but S. fixed: those that are selected, with their index.
+    repeated: the program repeats the heads afterwards.
+    """
 
     order: tuple[tuple[int, ...], ...]
     outer: tuple[int, ...]
     inner: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]
     fixed: tuple[tuple[int, int], ...]
+    repeated: bool
 
 
 def find_gathered(node: fx.Node, prover: Prover, exchanges: dict[fx.Node, Exchange]) -> Gathered | Keep:
@@ -106,7 +110,7 @@ def find_pieces(gathered: Gathered) -> Pieces | Keep:
     order = _order(gathered.exchange, places, [lead for lead, _ in found], outer)
     if isinstance(order, Keep):
         return order
-    return Pieces(order, outer, inner, kept[0], tuple(sorted(common)))
+    return Pieces(order, outer, inner, kept[0], tuple(sorted(common)), any(place.repeats for place in places))
 
 
 def _without_repeats(place: Placement) -> list[tuple[int, ...]] | None:

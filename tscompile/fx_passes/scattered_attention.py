@@ -94,7 +94,7 @@ class GradientSite:
         return tuple(sent.scatter for sent in self.sent)
 
 
-@register_pattern(KIND, anchor="reduce_scatter", priority=-1)
+@register_pattern("attention_reduce_scatter", anchor="reduce_scatter", priority=-1)
 def find(context: Context, anchor: Collective) -> Match | Keep | None:
     reached = walk_moved([anchor.input], lambda n: n.all_input_nodes)
     sources = (n.all_input_nodes[0] for n in reached if n.target is operator.getitem)

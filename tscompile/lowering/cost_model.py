@@ -177,7 +177,7 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
         return Prediction(moved.fused_us + groups * HEAD_GROUP_US, moved.original_us)
     if problem.kind == "all_to_all_matmul":
         return _predict_panels(problem, matmul_us)
-    if problem.kind in ("all_gather_attention", "attention_reduce_scatter"):
+    if problem.kind in _AS_GEMM:
         return _predict_chunks(problem, matmul_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
@@ -205,6 +205,11 @@ PERMUTE = Link(4.0, 1.65)
 PUSH_EXCHANGE = (Link(35.0, 2.87), Link(22.6, 3.43))
 # Copying own panels into the slot, each by a copy of the main stream. Not measured.
 OWN_PANEL = Link(3.0, 0.6)
+# Attention by chunks of keys. Not measured: the rate of attention, the launches of a chunk, and four passes over a partial result.
+ATTENTION_TFLOPS = 550.0
+CHUNK_LAUNCHES_US = 25.0
+MERGE_GPU_US_PER_MIB = 1.5
+_AS_GEMM = {"all_gather_attention": "all_gather_matmul", "attention_reduce_scatter": "matmul_reduce_scatter"}
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 MUST_GAIN_US = 4.0  # ops of a few tens of us are not known better
 
@@ -299,7 +304,25 @@ def _predict_panels_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Pr
     return Prediction(fused, moved.original_us + matmuls, moved.fused_us + matmuls)
 
 
+def _predict_chunks_gpu(problem: FusionProblem) -> Prediction:
+    """The attention of the own chunk, or of the last one that is sent, hides nothing; the others hide the transport, or it them."""
+    ranks = problem.group_size
+    sent = problem.comm_bytes / _MIB * (ranks - 1) / ranks
+    attention = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (ATTENTION_TFLOPS * 1e6)
+    collectives = sum(
+        min(link.us(sent * 4 / 3 / problem.exchanges) for link in NCCL[_AS_GEMM[problem.kind]])
+        for _ in range(problem.exchanges)
+    )
+    steps = ranks * (CHUNK_LAUNCHES_US + problem.merged_bytes / _MIB * MERGE_GPU_US_PER_MIB)
+    fused = (
+        attention / ranks + max(attention * (ranks - 1) / ranks, min(link.us(sent) for link in PUSH_EXCHANGE)) + steps
+    )
+    return Prediction(fused, attention + ORIGINAL_US + collectives + PERMUTE.us(problem.comm_bytes / _MIB))
+
+
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
+    if problem.kind in _AS_GEMM:
+        return _predict_chunks_gpu(problem)
     ranks = problem.group_size
     total = problem.comm_bytes / _MIB
     received = total * (ranks - 1) / ranks

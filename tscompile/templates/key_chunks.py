@@ -139,6 +139,13 @@ def attend(
     return _call(chunks.op, given)
 
 
+def as_returned(lse: Tensor, like: Tensor) -> Tensor:
+    """The logsumexp `[B, heads, L]` in the shape and dtype of `like`, which an op returned: with a dim more, or rows of padding."""
+    whole = like.clone(memory_format=torch.contiguous_format)
+    whole.view(*like.shape[:2], -1)[:, :, : lse.shape[2]].copy_(lse)
+    return whole
+
+
 def gradients(
     chunks: ChunkedAttention,
     given: Mapping[str, Tensor],
