@@ -16,7 +16,7 @@ from tscompile.templates import find_template
 from tscompile.templates.nvlink import exchange
 from tscompile.templates.nvlink.channel import ACK, Site
 from tscompile.templates.nvlink.exchange import aligned_inputs
-from tscompile.templates.nvlink.kernels.config import MAX_LEGS, MAX_TARGETS, SMS, WORD_BYTES
+from tscompile.templates.nvlink.kernels.config import MAX_LEGS, SMS, WORD_BYTES
 from tscompile.templates.nvlink.legs import batches_of
 
 from .fake_gpu import Gpu, Launched
@@ -43,7 +43,9 @@ def case(name: str) -> ExchangeCase:
 
 
 def plan(*deliveries: Delivery) -> Plan:
-    return Plan("all_to_all_permute", "g/site", "nvlink", "bfloat16", deliveries=deliveries, joins=(1,) * len(deliveries))
+    return Plan(
+        "all_to_all_permute", "g/site", "nvlink", "bfloat16", deliveries=deliveries, joins=(1,) * len(deliveries)
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,11 @@ def test_a_slot_is_as_large_whatever_the_strides() -> None:
     x = torch.empty(RANKS, 8, 16, dtype=torch.bfloat16, device="meta")
     needs = {
         template().scratch_bytes(plan(DELIVERY), RANKS, [each])
-        for each in (x, x.permute(0, 2, 1).contiguous().permute(0, 2, 1), x.new_empty(8, RANKS, 20)[..., 1:17].transpose(0, 1))
+        for each in (
+            x,
+            x.permute(0, 2, 1).contiguous().permute(0, 2, 1),
+            x.new_empty(8, RANKS, 20)[..., 1:17].transpose(0, 1),
+        )
     }
     assert len(needs) == 1 and needs.pop() > 0
 
