@@ -26,6 +26,7 @@ from tscompile.templates.gemm_all_to_all import shapes_sent
 
 COLLECTIVES = {
     "all_gather_matmul": "_c10d_functional.all_gather_into_tensor",
+    "all_to_all_matmul": "_c10d_functional.all_to_all_single",
     "all_to_all_permute": "_c10d_functional.all_to_all_single",
     "matmul_all_to_all": "_c10d_functional.all_to_all_single",
     "mesh_matmul": "_c10d_functional.all_gather_into_tensor",
@@ -289,6 +290,42 @@ def exchange(
     elements = sum(each.numel() for each in inputs)
     problem = _problem(plan.kind, x, [], elements, group, exchanges=len(inputs))
     args = (list(inputs),)
+    return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
+
+
+def exchange_matmul(
+    inputs: Sequence[Tensor],
+    others: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    returned: bool = False,
+    group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
+) -> BoundOp:
+    """all_to_all_matmul of inputs `[R, M, O, Q]` and right operands `[K, N]`.
+
+    The results of a call are one `[M, N]` for each of these, then what was received, `[M, K]`, if asked for.
+    """
+    group = group or dist.group.WORLD
+    assert group is not None
+    x, elements = inputs[0], sum(each.numel() for each in inputs)
+    dtype = str(x.dtype).removeprefix("torch.")
+    use = GatherUse("lhs", False, "cols", dtype)
+    plan = Plan("all_to_all_matmul", "", "", dtype, uses=(use,) * len(others), return_gathered=returned)
+    problem = _problem(
+        plan.kind,
+        x,
+        [Gemm(x.shape[1], other.shape[1], other.shape[0]) for other in others],
+        elements,
+        group,
+        gemm_dtypes=(dtype,) * len(others),
+        return_gathered=returned,
+        pieces=sum(each.shape[1] * each.shape[2] for each in inputs),
+        exchanges=len(inputs),
+        panels_of=tuple((each.shape[2], each.shape[3]) for each in inputs),
+        copied_bytes=sum(0 if each[0].is_contiguous() else each.numel() * each.element_size() for each in inputs),
+    )
+    args = (list(inputs), list(others), list(biases or [None] * len(others)))
     return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
 
 
