@@ -77,12 +77,15 @@ def support() -> str:
         if kind == "mesh_matmul":
             values |= {"second_group_size": 2, "second_comm_bytes": 64 << 20}
         if kind == "matmul_all_to_all":
-            values["grids"] = ((4096, 2, 2048),)
+            values["grids"] = ((4096, 2, 1024),) * 2
         problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(gemm,), gemm_dtypes=(dtype,), **values)
         plan = Plan(kind, "", executor, dtype, uses=uses if kind == "mesh_matmul" else uses[:1])
         if "all_to_all" in kind:
-            departures = (Departure(0, 3, (), (1, 0, 2)),) if kind == "matmul_all_to_all" else ()
-            plan = replace(plan, deliveries=(Delivery(0, (1, 0, 2)),), joins=(1,), departures=departures)
+            plan = replace(plan, deliveries=(Delivery(0, (1, 0, 2)),), joins=(1,))
+        if kind == "matmul_all_to_all":
+            halves = tuple(Departure(0, 3, (), (1, 0, 2), columns=(first, 2048)) for first in (0, 2048))
+            deliveries = tuple(Delivery(number, (1, 0, 2)) for number in range(2))
+            plan = replace(plan, deliveries=deliveries, joins=(1, 1), departures=halves)
         template = find_template(kind, executor)
         return "fused" if template is not None and template.supports(problem, plan) is None else "original ops"
 

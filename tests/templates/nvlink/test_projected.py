@@ -184,6 +184,13 @@ def test_the_planner_keeps_what_is_small() -> None:
     assert isinstance(decision, Keep) and "with the exchange and its permutes fused" in decision.reason
 
 
+def test_one_exchange_of_one_matmul_is_left_to_the_kernel_that_pushes() -> None:
+    problem, plan = question(4096, 4)
+    one = replace(plan, departures=plan.departures[:1], deliveries=plan.deliveries[:1], joins=(1,))
+    kept = planner.plan(replace(problem, grids=problem.grids[:1]), one, Options(fuse="always"))
+    assert isinstance(kept, Keep) and "nothing would be left to compute" in kept.reason
+
+
 def test_fewer_keys_and_values_than_queries() -> None:
     plan, gemm, sizes = attention(4096, 4, heads=(32, 8, 8))
     found = project(plan, 4, [gemm], sizes)

@@ -37,8 +37,11 @@ class NvlinkGemmAllToAll:
         if general is not None:
             return general
         sizes = [size for grid in problem.grids for size in grid]
-        if project(plan, problem.group_size, problem.gemms, sizes) is None:
+        found = project(plan, problem.group_size, problem.gemms, sizes)
+        if found is None:
             return "what is sent lies in no few runs of whole words of 16 bytes in the matmul's result"
+        if len(found.legs) == 1:
+            return "one exchange sends all that is computed: nothing would be left to compute while it travels"
         return None
 
     def scratch_bytes(
