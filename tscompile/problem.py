@@ -254,6 +254,8 @@ class Plan:
     @property
     def unspecified(self) -> frozenset[int]:
         """Outputs whose contents do not matter: torch leaves the state of random numbers uninitialised where nothing is drawn."""
+        if self.chunks is not None:
+            return frozenset(place for place, number in enumerate(self.chunks.results) if number > 1)
         results = self.attention.results if self.attention is not None else ()
         return frozenset(len(self.joins) + place for place, result in enumerate(results) if not result.layout)
 

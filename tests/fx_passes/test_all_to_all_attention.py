@@ -182,7 +182,7 @@ def test_the_planner_takes_the_exchanges_alone_where_groups_of_heads_gain_nothin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = compile_program("d7_ulysses_yunchang_nograd", fuse="auto")
-    assert found.kinds() == ["all_to_all_permute", "all_to_all_matmul"] and set(found.codes()) == {"fused"}
+    assert found.kinds() == ["all_to_all_permute"] * 2 and set(found.codes()) == {"fused"}
     monkeypatch.setattr(cost_model, "HEAD_GROUP_US", 0.0)
     assert compile_program("d7_ulysses_yunchang_nograd", fuse="auto").kinds() == [KIND]
 

@@ -242,6 +242,13 @@ def test_on_gpus_they_have_to_be_asked_for() -> None:
     assert isinstance(causal, Keep) and "causal" in causal.reason
 
 
+def test_the_state_of_random_numbers_is_not_compared() -> None:
+    """Of flash attention on GPUs a backward gets results 6 and 7 too, which torch leaves as they are where nothing is drawn."""
+    layouts = ((0, 2, 1, 3), (0, 1, 2), (), ())
+    chunks = ChunkedAttention("_scaled_dot_product_flash_attention", False, None, CONTIGUOUS, (0, 1, 6, 7), layouts)
+    assert Plan(FORWARD, "", "", "bfloat16", chunks=chunks).unspecified == {2, 3}
+
+
 FORMS = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
 
 

@@ -192,6 +192,21 @@ class Ulysses(Projected):
         return F.linear(self.exchange.sequence(out.transpose(1, 2)).flatten(2), self.wo)
 
 
+class UlyssesSeparate(Ulysses):
+    """A projection with a bias for each of q, k and v."""
+
+    def __init__(self, setting: Setting, spelling: str) -> None:
+        super().__init__(setting, spelling, causal=False)
+        del self.wqkv
+        self.projections = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
+        setting.fill(self.projections)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, s, _ = x.shape
+        q, k, v = (projection(x).view(b, s, HEADS, HEAD_DIM) for projection in self.projections)
+        return q, k, v
+
+
 class UlyssesFused(Projected):
     """One exchange for q, k and v together: `stacked` after the projection, or as the projection lays them out."""
 
@@ -380,6 +395,14 @@ PROGRAMS: tuple[Program, ...] = (
         "d10_ulysses_dynamic",
         _ULYSSES,
         partial(_dynamic, make=Ulysses, spelling="deepspeed"),
+        _SEPARATE,
+        extra=True,
+        numerics=_FLOAT32,
+    ),
+    Program(
+        "d11_ulysses_separate",
+        _ULYSSES,
+        partial(_build, make=UlyssesSeparate, spelling="functional"),
         _SEPARATE,
         extra=True,
         numerics=_FLOAT32,

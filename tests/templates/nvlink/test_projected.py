@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tests.cases import Case, projected
-from tscompile.problem import Delivery, Departure, Gemm, Plan
+from tscompile.lowering import cost_model, planner
+from tscompile.options import Options
+from tscompile.problem import Delivery, Departure, Fuse, FusionProblem, Gemm, Keep, Plan
 from tscompile.templates.all_to_all import output_shapes
 from tscompile.templates.gemm_all_to_all import shapes_sent
 from tscompile.templates.nvlink import projected as nvlink_projected
@@ -156,6 +158,30 @@ def test_queries_travel_while_keys_and_values_are_projected(tokens: int, ranks: 
     one = widths.cublas_us(gemm.m, gemm.n, gemm.k)
     sent = 3 * found.legs[0].words * WORD_BYTES * (ranks - 1) / (1 << 20)
     assert one < found.us < one + widths.copied_us(sent, 3 * (ranks - 1))
+
+
+def question(tokens: int, ranks: int) -> tuple[FusionProblem, Plan]:
+    plan, gemm, sizes = attention(tokens, ranks)
+    grids = tuple(tuple(sizes[4 * i : 4 * i + 4]) for i in range(3))
+    sent = 2 * gemm.m * gemm.n
+    problem = FusionProblem(plan.kind, ranks, True, "cuda", "bfloat16", sent, (gemm,), exchanges=3, grids=grids)
+    return problem, plan
+
+
+@pytest.mark.parametrize(("tokens", "ranks"), [(8192, 2), (4096, 4), (16384, 4)])
+def test_the_planner_takes_it(tokens: int, ranks: int) -> None:
+    problem, plan = question(tokens, ranks)
+    decision = planner.plan(problem, plan, Options())
+    assert isinstance(decision, Fuse) and decision.executor == "nvlink"
+    gemm = problem.gemms[0]
+    alone = cost_model.predict(replace(problem, kind="all_to_all_permute")).fused_us
+    behind = widths.cublas_us(gemm.m, gemm.n, gemm.k) + alone
+    assert behind - alone < decision.predicted_fused_us < behind < decision.predicted_original_us
+
+
+def test_the_planner_keeps_what_is_small() -> None:
+    decision = planner.plan(*question(64, 2), Options())
+    assert isinstance(decision, Keep) and "with the exchange and its permutes fused" in decision.reason
 
 
 def test_fewer_keys_and_values_than_queries() -> None:
