@@ -166,6 +166,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-collectives": lambda: examples_on_gpus("tilescale", example_tables.collectives),
     "measured-exchanges": lambda: examples_on_gpus("exchange", example_tables.exchanges),
     "measured-ulysses": lambda: examples_on_gpus("ulysses", example_tables.ulysses),
+    "measured-projected": lambda: examples_on_gpus("projected", example_tables.ulysses),
     "measured-experts": lambda: examples_on_gpus("deepep", example_tables.experts),
     "measured-gpu-models": lambda: gpu_in_full("model"),
 }

@@ -17,7 +17,7 @@ from tests.templates.nvlink.stub_gpu import CALLS, StubRank
 from tscompile.errors import HeapError, PeerError
 from tscompile.lowering import mesh, runtime
 from tscompile.lowering.mesh_state import MeshState
-from tscompile.problem import GatherUse, Plan
+from tscompile.problem import Delivery, GatherUse, Plan
 from tscompile.templates.nvlink import projected
 from tscompile.templates.nvlink.channel import Site
 
@@ -105,6 +105,40 @@ def test_small_ops_are_one_launch_and_one_event(monkeypatch: pytest.MonkeyPatch,
         for _ in range(3):
             found = calls(rank, plan, args)
     assert found == ALONE
+
+
+def exchanged(rows: int = 16, padding: int = 0) -> tuple[Plan, tuple[Any, ...]]:
+    """Two exchanges of four ranks, permuted on their way; the second one goes to two places."""
+    deliveries = Delivery(0, (2, 0, 1, 3)), Delivery(1, (0, 1, 2, 3)), Delivery(1, (1, 0, 3), ((2, 1),))
+    plan = Plan("all_to_all_permute", "g/exchange", "nvlink", BF16, deliveries=deliveries, joins=(1, 1, 1))
+    inputs = [random(rows, 4, 2, 64 + padding)[..., :64].transpose(0, 1) for _ in range(2)]
+    return plan, (inputs,)
+
+
+def test_an_exchange_is_one_launch_and_one_event(rank: StubRank) -> None:
+    """However many tensors are exchanged: nothing is encoded, and the copy stream rests."""
+    plan, args = exchanged()
+    for _ in range(4):
+        assert calls(rank, plan, args) == ALONE
+    assert calls(rank, plan, exchanged()[1]) == ALONE
+    rank.torch.capturing = True
+    for _ in range(3):
+        assert calls(rank, plan, args) == ["launch", "launch"]
+    rank.torch.capturing = False
+    assert calls(rank, plan, args) == ALONE
+
+
+def test_an_exchange_of_another_layout_is_another_recipe(rank: StubRank) -> None:
+    """Other sizes and other strides have tables of their own, and each call the one of its layout."""
+    plan, args = exchanged()
+    layouts = [args, exchanged(rows=24)[1], exchanged(padding=8)[1]]
+    for _ in range(3):
+        for each in layouts:
+            assert calls(rank, plan, each) == ALONE
+    memos = rank.group._memos[plan.site]
+    assert len(memos) == 3 and len({id(memo.kept.recipe) for memo in memos.values()}) == 3
+    tables = {memo.kept.recipe._launch._fixed["table"] for memo in memos.values()}
+    assert len(tables) == 3
 
 
 @pytest.mark.parametrize("returned", [False, True])

@@ -21,7 +21,6 @@ EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 UNPROVEN = {
     ("mesh_matmul", "nvlink"),
     ("all_to_all_matmul", "nvlink"),
-    ("matmul_all_to_all", "nvlink"),
     ("all_gather_attention", "nvlink"),
     ("attention_reduce_scatter", "nvlink"),
 }

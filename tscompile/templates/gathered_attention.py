@@ -25,7 +25,7 @@ def gathered_shapes(shards: Sequence[Tensor], ranks: int) -> list[list[int]]:
 
 def in_memory(results: Sequence[Tensor], layouts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Each result with its dims as the plan says that they lie in memory, contiguous."""
-    return [result.permute(layout).contiguous() for result, layout in zip(results, layouts, strict=True)]
+    return [result.permute(tuple(layout)).contiguous() for result, layout in zip(results, layouts, strict=True)]
 
 
 @register_template("all_gather_attention")

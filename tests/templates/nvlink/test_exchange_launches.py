@@ -16,7 +16,7 @@ from tscompile.templates import find_template
 from tscompile.templates.nvlink import exchange
 from tscompile.templates.nvlink.channel import ACK, Site
 from tscompile.templates.nvlink.exchange import aligned_inputs
-from tscompile.templates.nvlink.kernels.config import MAX_LEGS, MAX_TARGETS, SMS, WORD_BYTES
+from tscompile.templates.nvlink.kernels.config import MAX_LEGS, SMS, WORD_BYTES
 from tscompile.templates.nvlink.legs import batches_of
 
 from .fake_gpu import Gpu, Launched

@@ -132,7 +132,7 @@ def test_batches_of_short_legs() -> None:
     assert (small.words, small.firsts, small.count) == (UNIT_WORDS, (0, 1), 3)
 
 
-# ---- any sizes and strides ------------------------------------------------------------------------------------------------------------
+# ---- any sizes and strides ----------------------------------------------------------------------------------------------------
 
 _WORDS = st.lists(st.one_of(st.integers(1, 1 << 12), st.integers(1, 1 << 26)), min_size=1, max_size=MAX_LEGS)
 
@@ -182,9 +182,8 @@ def test_all_ranks_cut_alike_whatever_their_strides(seed: int, ranks: int, pads:
 @st.composite
 def item_legs(draw: st.DrawFn) -> Leg:
     """Of up to five dims in any strides, with targets that may take one index of a dim. Most consist of words."""
-    sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4]), max_size=4)) + [
-        draw(st.sampled_from([8, 8, 16, 24, 2, 4, 12]))
-    ]
+    outer_sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4]), max_size=4))
+    sizes = [*outer_sizes, draw(st.sampled_from([8, 8, 16, 24, 2, 4, 12]))]
     dims, last = len(sizes), len(sizes) - 1
 
     def rarely(*values: int) -> int:

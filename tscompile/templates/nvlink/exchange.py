@@ -82,7 +82,7 @@ def _address(tensors: Sequence[Tensor], layout: Layout) -> int:
 
 
 def aligned_inputs(inputs: Sequence[Tensor], copied: bool) -> list[Tensor]:
-    """Inputs that the kernel can read, each by the strides that it has in the table: those of contiguous ones if `copied`, else its own.
+    """Inputs that the kernel can read by the strides in its table: those of contiguous tensors if `copied`, else their own.
 
     A tensor that does not begin with a word is copied as it lies.
     """
