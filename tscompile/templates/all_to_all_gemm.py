@@ -13,10 +13,27 @@ from math import prod
 from torch import Tensor
 
 from ..nvshmem.heap import Channel
-from ..problem import FusionProblem, Plan
+from ..problem import FusionProblem, Panels, Plan
 from .all_to_all import arena_bytes, arrived, post
 from .arithmetic import MIN_PIECE, RunningSum, is_low_precision, multiply
 from .template import register_template, shm_refusal
+
+
+def as_panels(plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What exchanges send, `[R, f1, ..., fk]` in the program's order, as `[R, M, O, Q]`: views where strides allow that.
+
+    Without panels in the plan the inputs have these dims.
+    """
+    if not plan.panels:
+        return list(inputs)
+    return [panels_of(x, panels) for x, panels in zip(inputs, plan.panels, strict=True)]
+
+
+def panels_of(x: Tensor, panels: Panels) -> Tensor:
+    """The same of one exchange, or of what was received of it."""
+    groups = (panels.rows, panels.outer, panels.inner)
+    sizes = [prod(x.shape[dim] for dim in dims) for dims in groups]
+    return x.permute(0, *(dim for dims in groups for dim in dims)).reshape(x.shape[0], *sizes)
 
 
 def _columns(sent: Sequence[Tensor]) -> list[tuple[int, int, int]]:
@@ -64,7 +81,7 @@ class _PanelProduct:
 
 @register_template("all_to_all_matmul")
 class ShmAllToAllGemm:
-    """inputs `[R, M, O, Q]`, dim 0 the destination, in any strides; others `[K, N]`."""
+    """inputs as `as_panels` takes them, dim 0 the destination, in any strides; others `[K, N]`."""
 
     def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return shm_refusal(problem)
@@ -72,7 +89,7 @@ class ShmAllToAllGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
-        return arena_bytes([x.shape for x in inputs], inputs[0].dtype)
+        return arena_bytes([x.shape for x in as_panels(plan, inputs)], inputs[0].dtype)
 
     def run(
         self,
@@ -82,6 +99,7 @@ class ShmAllToAllGemm:
         others: Sequence[Tensor],
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
+        inputs = as_panels(plan, inputs)
         places = post(channel, inputs).places
         late = is_low_precision(inputs[0].dtype)
         received = Received(inputs) if late or plan.return_gathered else None

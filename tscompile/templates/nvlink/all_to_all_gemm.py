@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...problem import FusionProblem, Plan
+from ..all_to_all_gemm import as_panels
 from ..template import register_template, torch_dtype
 from .channel import DeviceChannel, DeviceLink
 from .gather_blocks import block_kernels, block_launches, blocks_of
@@ -26,7 +27,7 @@ from .tiles import panel_tiles
 
 @register_template("all_to_all_matmul", "nvlink")
 class NvlinkAllToAllGemm:
-    """inputs `[R, M, O, Q]` of each exchange, dim 0 the destination, with equal Q, in any strides; others `[K, N]`."""
+    """inputs as `as_panels` takes them, dim 0 the destination, with equal Q, in any strides; others `[K, N]`."""
 
     def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return panels_refusal(problem, plan)
@@ -34,6 +35,7 @@ class NvlinkAllToAllGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
+        inputs = as_panels(plan, inputs)
         if not inputs[0].numel() or len({int(x.shape[3]) for x in inputs}) > 1:
             return -1
         shard = _shard(inputs)
@@ -45,7 +47,7 @@ class NvlinkAllToAllGemm:
     def kernels(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> list[tuple[Any, ...]]:
-        return list(block_kernels(plan, size, _shard(inputs), others, biases))
+        return list(block_kernels(plan, size, _shard(as_panels(plan, inputs)), others, biases))
 
     def run(
         self,
@@ -55,7 +57,7 @@ class NvlinkAllToAllGemm:
         others: Sequence[Tensor],
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        inputs = [_readable(x) for x in inputs]
+        inputs = [_readable(x) for x in as_panels(plan, inputs)]
         recipe: Recipe = channel.site.recipe
         if recipe is None or recipe.link is not channel.link:
             recipe = channel.site.recipe = _recipe(channel.link, plan, inputs, others, biases)
