@@ -50,8 +50,10 @@ def _build(name: str, args: tuple[Any, ...]) -> tuple[bytes, LaunchSpec]:
     from ...language.compile import build_cubin, parse
     from .kernels.gemm import PASS_CONFIGS
 
-    module = importlib.import_module(f"{__package__}.kernels.{name}")
-    function = parse(lambda: getattr(module, f"{name}_kernel")(*args))
+    def write() -> Any:  # importing the module parses, too: its macros
+        return getattr(importlib.import_module(f"{__package__}.kernels.{name}"), f"{name}_kernel")(*args)
+
+    function = parse(write)
     return build_cubin(function, pass_configs=PASS_CONFIGS)
 
 
