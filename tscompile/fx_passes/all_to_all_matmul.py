@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from ..lowering import ops
 from ..problem import FusionProblem, GatherUse, Keep, Panels, Plan
-from ..templates.all_to_all_gemm import Received, as_panels, panels_of
+from ..templates.all_to_all_gemm import Received, as_panels, panel_shapes, panels_of
 from .all_to_all_permute import Site, find_site, site_of, value_of
 from .collectives import Collective
 from .cuts import Placement
@@ -60,7 +60,7 @@ def reference(
 def fake(
     plan: Plan, ranks: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    rows = as_panels(plan, inputs)[0].shape[1]
+    rows = panel_shapes(plan, inputs)[0][1]
     outputs = [other.new_empty((rows, other.shape[1])) for other in others]
     return [*outputs, inputs[0].new_empty((rows, others[0].shape[0]))] if plan.return_gathered else outputs
 

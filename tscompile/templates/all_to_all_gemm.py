@@ -29,11 +29,21 @@ def as_panels(plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [panels_of(x, panels) for x, panels in zip(inputs, plan.panels, strict=True)]
 
 
-def panels_of(x: Tensor, panels: Panels) -> Tensor:
-    """The same of one exchange, or of what was received of it."""
+def panel_shapes(plan: Plan, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Shapes of `as_panels`, without the copies that these may take."""
+    if not plan.panels:
+        return [tuple(x.shape) for x in inputs]
+    return [_panel_shape(x, panels) for x, panels in zip(inputs, plan.panels, strict=True)]
+
+
+def _panel_shape(x: Tensor, panels: Panels) -> tuple[int, ...]:
     groups = (panels.rows, panels.outer, panels.inner)
-    sizes = [prod(x.shape[dim] for dim in dims) for dims in groups]
-    return x.permute(0, *(dim for dims in groups for dim in dims)).reshape(x.shape[0], *sizes)
+    return x.shape[0], *(prod(x.shape[dim] for dim in dims) for dims in groups)
+
+
+def panels_of(x: Tensor, panels: Panels) -> Tensor:
+    """The panels of one exchange, or of what was received of it."""
+    return x.permute(0, *panels.sent).reshape(_panel_shape(x, panels))
 
 
 def _columns(sent: Sequence[Tensor]) -> list[tuple[int, int, int]]:
@@ -89,7 +99,7 @@ class ShmAllToAllGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
-        return arena_bytes([x.shape for x in as_panels(plan, inputs)], inputs[0].dtype)
+        return arena_bytes([x.shape for x in inputs], inputs[0].dtype)
 
     def run(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...problem import FusionProblem, Plan
-from ..all_to_all_gemm import as_panels
+from ..all_to_all_gemm import as_panels, panel_shapes
 from ..template import register_template, torch_dtype
 from .channel import DeviceChannel, DeviceLink
 from .gather_blocks import block_kernels, block_launches, blocks_of
@@ -35,10 +35,10 @@ class NvlinkAllToAllGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
-        inputs = as_panels(plan, inputs)
-        if not inputs[0].numel() or len({int(x.shape[3]) for x in inputs}) > 1:
+        shapes = panel_shapes(plan, inputs)
+        if not inputs[0].numel() or len({int(shape[3]) for shape in shapes}) > 1:
             return -1
-        shard = _shard(inputs)
+        shard = _shard(shapes)
         for use, other in zip(plan.uses, others, strict=True):
             if blocks_of(use, plan.dtype, size, shard, other) is not None:
                 return shard[0] * shard[1] * size * torch_dtype(plan.dtype).itemsize
@@ -47,7 +47,7 @@ class NvlinkAllToAllGemm:
     def kernels(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> list[tuple[Any, ...]]:
-        return list(block_kernels(plan, size, _shard(as_panels(plan, inputs)), others, biases))
+        return list(block_kernels(plan, size, _shard(panel_shapes(plan, inputs)), others, biases))
 
     def run(
         self,
@@ -67,9 +67,9 @@ class NvlinkAllToAllGemm:
         return outputs
 
 
-def _shard(inputs: Sequence[Tensor]) -> tuple[int, int]:
-    """What a rank sends another as the [P, Q] of a gather: P = (M, panels)."""
-    return sum(int(x.shape[1] * x.shape[2]) for x in inputs), int(inputs[0].shape[3])
+def _shard(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """What a rank sends another as the [P, Q] of a gather: P = (M, panels). shapes: `[R, M, O, Q]` of each exchange."""
+    return sum(int(shape[1] * shape[2]) for shape in shapes), int(shapes[0][3])
 
 
 def _recipe(
@@ -79,8 +79,9 @@ def _recipe(
     others: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> Recipe:
-    shard, item = _shard(inputs), inputs[0].element_size()
-    parcels = parcels_of([x.shape for x in inputs], [x.stride(0) for x in inputs], link.rank, item)
+    shapes = [x.shape for x in inputs]
+    shard, item = _shard(shapes), inputs[0].element_size()
+    parcels = parcels_of(shapes, [x.stride(0) for x in inputs], link.rank, item)
     one = len(inputs) == 1
     table = partial(_tiles, link.rank, link.size, not one)
     launches, rest = block_launches(link, plan, shard, others, biases, table)
