@@ -362,7 +362,7 @@ def test_predictions_are_finite_and_grow(device: str, kind: str, m: int, n: int,
     for larger, least in (
         (wide, 1),
         (replace(base, gemms=base.gemms * 2), 0.98),
-        (double[2], 0.96),
+        (double[2], 0.94),
         *((d, 0.75) for d in double),
     ):
         grown = cost_model.predict(larger)
@@ -462,48 +462,58 @@ def test_blocks_that_end_within_a_step_cost_what_is_computed() -> None:
 
 
 RESULTS = (
-    Path(benchmarks.__file__).parent / "results/gpu-ops-4xh200-2026-11-20.json"
+    Path(benchmarks.__file__).parent / "results/gpu-ops-4xh200-2026-11-28.json"
 )  # what the constants are fitted to
 MEASURED = {case["name"]: case for case in json.loads(RESULTS.read_text())["cases"]}
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_predictions_meet_what_was_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large ones within a seventh, small ones within a quarter or a third. No site is fused that ran slower so, and large ones are."""
+def test_predictions_meet_what_was_measured(name: str) -> None:
+    """Large ones within a seventh, small ones within a fifth. No site is fused that ran slower so, and large ones are."""
     case = MEASURED[name]
-    monkeypatch.setattr(widths, "pushes", lambda *_: False)  # no kernel pushed when these were measured
-    monkeypatch.setattr(sums, "push_plans", lambda *_: ())
     asked, plan = question(case, 4, "bfloat16")
-    large = case["m"] >= 1024
+    large = case["m"] > 2048
     rounds = case["rounds"]["eager" if large else "graph"]  # small ones would tell of the host
     fused, original = (1e6 * statistics.median(times[side] for times in rounds) for side in ("tscompile", "original"))
     predicted = cost_model.predict(asked, plan.uses)
-    assert predicted.fused_us == pytest.approx(fused, rel=1 / 7 if large else 1 / 4)
-    assert predicted.original_us == pytest.approx(original, rel=1 / 7 if large else 1 / 3)
+    assert predicted.fused_us == pytest.approx(fused, rel=1 / 7 if large else 1 / 5)
+    assert predicted.original_us == pytest.approx(original, rel=1 / 7 if large else 1 / 5)
     if isinstance(planner.plan(asked, plan, Options()), Fuse):
         assert fused < original
     else:
         assert not large and fused > 0.9 * original
 
 
-FORMS = json.loads((RESULTS.parent / "gpu-forms-2xh200-2026-11-28.json").read_text())["cases"]
+FORMS = [
+    pytest.param(case, ranks, id=f"{case['op']} {case['m']} {case['n'][0]} {case['k']}, {ranks} ranks")
+    for ranks in (2, 4)
+    for case in json.loads((RESULTS.parent / f"gpu-forms-{ranks}xh200-2026-11-28.json").read_text())["cases"]
+]
 
 
-@pytest.mark.parametrize("case", FORMS, ids=lambda case: f"{case['op']} {case['m']} {case['n'][0]} {case['k']}")
-def test_forms_of_few_rows_are_chosen_as_they_were_measured(case: dict[str, Any]) -> None:
-    """On two ranks, captured: within a fifth (or 8 us), the form within a tenth of the best one, and none is fused that ran slower."""
-    asked, plan = question(case, 2, "bfloat16")
-    times = case["captured_us"]
+def captured_us(case: dict[str, Any]) -> dict[str, float]:
+    """Medians; the result of 2 ranks was written by a program that kept nothing else."""
+    if "captured_us" in case:
+        return dict(case["captured_us"])
+    rounds = case["rounds"]["graph"]
+    return {side: 1e6 * statistics.median(times[side] for times in rounds) for side in rounds[0]}
+
+
+@pytest.mark.parametrize(("case", "ranks"), FORMS)
+def test_forms_of_few_rows_are_chosen_as_they_were_measured(case: dict[str, Any], ranks: int) -> None:
+    """Captured: within a fifth (or 8 us), the form within a seventh of the best one, and none is fused that ran slower."""
+    asked, plan = question(case, ranks, "bfloat16")
+    times = captured_us(case)
     predicted = cost_model.predict(asked, plan.uses)
     if case["op"] == "all_gather_matmul":
-        form = "pushed" if widths.pushes(case["m"], case["n"], case["k"], 2) else "copied"
+        form = "pushed" if widths.pushes(case["m"], case["n"], case["k"], ranks) else "copied"
     else:
         chosen = sums.problem_plan(asked)
-        form = "pull" if chosen.form == sums.PULL else f"{chosen.form} {chosen.width}"
+        form = chosen.form if chosen.form in times else f"{chosen.form} {chosen.width}"
     best = min(us for name, us in times.items() if name not in ("gemm", "collective", "original"))
-    assert times[form] <= 1.1 * best
+    assert times[form] <= 1.15 * best
     # A pull of few rows is predicted too long, and never chosen where anything else is there.
-    assert form == "pull" or predicted.fused_us == pytest.approx(times[form], rel=1 / 5, abs=8)
+    assert form.startswith("pull") or predicted.fused_us == pytest.approx(times[form], rel=1 / 5, abs=8)
     assert predicted.original_us == pytest.approx(times["original"], rel=1 / 5, abs=6)
     if isinstance(planner.plan(asked, plan, Options()), Fuse):
         assert times[form] < times["original"]

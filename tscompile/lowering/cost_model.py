@@ -186,17 +186,19 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
     return Prediction(matmul_us + fused, matmul_us + GLOO[problem.kind].us(sent))
 
 
-# [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: the 52 sizes of
-# benchmarks/results/gpu-ops-4xh200-2026-11-20.json, 128 to 8192 rows; most times are met within 8 %]
+# [measured 2026-11-28, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: the 52 sizes of
+# benchmarks/results/gpu-ops-4xh200-2026-11-28.json, 128 to 8192 rows; most times are met within 8 %]
 ORIGINAL_US = 3.0  # between the two ops of the original sequence
-# Time of the collective by the MiB of the whole tensor, 4 ranks: the lesser of both, since NCCL sends a few MiB by another protocol.
-# [few MiB: also 2026-11-28, 2x H200, 16 to 1024 rows]
+# Time of the collective by the MiB of the whole tensor, 4 ranks: the lesser of both, since NCCL sends a few MiB by another protocol, in
+# which every rank beyond two adds a latency. [few MiB: also gpu-forms-4xh200-2026-11-28.json and gpu-forms-2xh200-2026-11-28.json, 16 to
+# 1024 rows]
 NCCL = {
     "all_gather_matmul": (Link(43.0, 2.6), Link(12.0, 8.0)),
     "matmul_reduce_scatter": (Link(25.0, 2.75), Link(8.5, 7.0)),
     "matmul_all_reduce": (Link(27.0, 4.9), Link(11.0, 12.0)),
     "matmul_all_gather": (Link(43.0, 2.6), Link(12.0, 8.0)),
 }
+_NCCL_RANK_US = {"matmul_all_reduce": 4.0}
 # One all_to_all of NCCL by what a rank sends to others, one permuting copy by what it holds, and the op that does all of this for
 # several exchanges at once, by what a rank sends in all; of two links the lesser time. [measured 2026-11-28, 2x H200, 4 to 384 MiB
 # sent: benchmarks/results/gpu-exchange-2xh200-2026-11-28.json; ours within 4 %]
@@ -310,7 +312,7 @@ def _predict_chunks_gpu(problem: FusionProblem) -> Prediction:
     sent = problem.comm_bytes / _MIB * (ranks - 1) / ranks
     attention = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (ATTENTION_TFLOPS * 1e6)
     collectives = sum(
-        min(link.us(sent * 4 / 3 / problem.exchanges) for link in NCCL[_AS_GEMM[problem.kind]])
+        _collective_us(_AS_GEMM[problem.kind], sent / problem.exchanges, ranks)
         for _ in range(problem.exchanges)
     )
     steps = ranks * (CHUNK_LAUNCHES_US + problem.merged_bytes / _MIB * MERGE_GPU_US_PER_MIB)
@@ -326,7 +328,7 @@ def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Predictio
     ranks = problem.group_size
     total = problem.comm_bytes / _MIB
     received = total * (ranks - 1) / ranks
-    collective = min(link.us(received * 4 / 3) for link in NCCL[problem.kind])
+    collective = _collective_us(problem.kind, received, ranks)
     original = sum(_cublas_us(g) for g in problem.gemms) + ORIGINAL_US + collective
     if problem.kind == "all_gather_matmul":
         return Prediction(_gather_us(problem, uses, received), original)
@@ -340,7 +342,7 @@ def _predict_mesh_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Pred
     received = [side.comm_bytes / _MIB * (side.group_size - 1) / side.group_size for side in sides]
     kept = [
         ORIGINAL_US
-        + min(link.us(mib * 4 / 3) for link in NCCL["all_gather_matmul"])
+        + _collective_us("all_gather_matmul", mib, side.group_size)
         + (2 * widths.read_us(1, side.comm_bytes // ITEM_BYTES) if side.shard[0] > 1 else 0.0)
         for side, mib in zip(sides, received, strict=True)
     ]
@@ -352,6 +354,13 @@ def _predict_mesh_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Pred
     ]
     partial = min(one_fused[0] + kept[1], one_fused[1] + kept[0])
     return Prediction(mesh_us(left, right), _cublas_us(gemm) + sum(kept), partial)
+
+
+def _collective_us(kind: str, received: float, ranks: int) -> float:
+    """One collective of NCCL, of which a rank receives so many MiB."""
+    large, small = NCCL[kind]
+    latency = _NCCL_RANK_US.get(kind, 1.0) * (ranks - 2)
+    return min(large.us(received * 4 / 3), latency + small.us(received * 4 / 3))
 
 
 def _cublas_us(gemm: Gemm) -> float:

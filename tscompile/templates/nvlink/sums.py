@@ -18,7 +18,7 @@ PUSH_WIDTHS = (*PULL_WIDTHS, 64)
 _MIB = float(1 << 20)
 _MOST_TILES = 4096  # of the narrower widths: they gain where waves are few, and each tile takes flags
 # Pulls over NVLink: us until the first byte, and per MiB that one rank receives: of partial tiles alone; of partial tiles and of sums
-# at the same time. [measured 2026-11-20, 4x H200, bfloat16: benchmarks/results/gpu-ops-4xh200-2026-11-20.json]
+# at the same time. [measured 2026-11-20, 4x H200, bfloat16: benchmarks/results/gpu-ops-4xh200-2026-11-28.json]
 _PASS_US = 10.0
 _PULL_US_PER_MIB = 4.1
 _PULL_BOTH_US_PER_MIB = 3.3
@@ -28,9 +28,9 @@ _GEMM_FACTOR = 1.04  # of an all_reduce: its GEMM adds, signals and writes resul
 _PULL_WAVES = 1.2  # waves whose transport follows the last one
 _LATENCY_US = 22.0  # from a tile's last product to its sum at every rank
 _TAIL_US = 10.0
-# Pushes from registers: us for fences, flags and sums, and per MiB that one rank sends. [measured 2026-11-28, 2x H200, 128 to 1024
-# rows: within 10 %; per MiB also probes of the same design on 4x H200, 2026-11-20]
-_WAY_US = {"scatter": 6.5, "one_shot": 7.0, "two_shot": 9.0}
+# Pushes from registers: us for fences, flags and sums, of two ranks and for each further one, and per MiB that one rank sends. [measured
+# 2026-11-28, 2x and 4x H200, 16 to 1024 rows: benchmarks/results/gpu-forms-*; within 10 %, on 4x H200 up to 20 % for 16 to 512 rows]
+_WAY_US = {"scatter": (6.5, 1.3), "one_shot": (7.0, 0.8), "two_shot": (9.0, 1.5)}
 _SEND_US_PER_MIB = 4.3
 
 
@@ -136,13 +136,18 @@ def push_plans(m: int, n: int, k: int, ranks: int, outer: int, all_reduce: bool)
         if all_reduce:
             share = tiles * -(-STRIPES // ranks)
             sent = 2 * whole * (ranks - 1) / ranks
-            us = gemm + _WAY_US["two_shot"] + _SEND_US_PER_MIB * sent
+            us = gemm + _way_us("two_shot", ranks) + _SEND_US_PER_MIB * sent
             places = ranks * share + tiles * STRIPES
             yield SumPlan("two_shot", tiles, width, rows, share, places, places, us)
             share, sent = tiles * STRIPES, whole * (ranks - 1)
-            us = gemm + _WAY_US["one_shot"] + _SEND_US_PER_MIB * sent
+            us = gemm + _way_us("one_shot", ranks) + _SEND_US_PER_MIB * sent
             yield SumPlan("one_shot", tiles, width, rows, share, ranks * share, ranks * share, us)
         elif m // (ranks * outer) % STRIPE_ROWS == 0:
             share = m // ranks // STRIPE_ROWS * columns
-            us = gemm + _WAY_US["scatter"] + _SEND_US_PER_MIB * whole * (ranks - 1) / ranks
+            us = gemm + _way_us("scatter", ranks) + _SEND_US_PER_MIB * whole * (ranks - 1) / ranks
             yield SumPlan("scatter", tiles, width, rows, share, ranks * share, ranks * share, us)
+
+
+def _way_us(form: str, ranks: int) -> float:
+    two, further = _WAY_US[form]
+    return two + further * (ranks - 2)

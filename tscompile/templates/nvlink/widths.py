@@ -30,11 +30,12 @@ _LOADED_BYTES_PER_US = 10.5e6
 _PASS_US = 10.0
 _COPY_US = 8.0
 _PUSH_US_PER_MIB = 3.1
-# A gather whose kernel pushes: us until the first byte is there; us per MiB that one rank receives, and per MiB of the shard, which
-# warps must at least read and store; how much longer a GEMM takes beside it. [measured 2026-11-28, 2x H200, 128 to 8192 rows: within
-# 10 %, but for matmuls of 10 us]
-_PUSHED_US = 9.0
-_PUSHED_US_PER_MIB, _STORED_US_PER_MIB = 3.3, 7.5
+# A gather whose kernel pushes: us until the first byte is there and us per MiB that one rank receives, of two ranks and for each further
+# one; us per MiB of the shard, which warps must at least read and store; how much longer a GEMM takes beside it. [measured 2026-11-28,
+# 2x and 4x H200, 128 to 8192 rows: within 10 %, but for matmuls of 10 us]
+_PUSHED_US, _PUSHED_RANK_US = 9.0, 1.5
+_PUSHED_US_PER_MIB, _PUSHED_RANK_US_PER_MIB = 3.3, 0.5
+_STORED_US_PER_MIB = 7.5
 _PUSHED_FACTOR = 1.08
 _SLICE_BYTES = 256 << 10  # of a shard, at least: 128 of the 264 warps that push 2 KiB each then share a slice
 # Launch of a matmul of torch's. [measured 2026-11-20, 4x H200]
@@ -120,8 +121,10 @@ def gather_us(tile: int, rows: int, widths: Sequence[int], k: int, ranks: int, p
         return max(LAUNCH_US + max(waves * wave, least), push_us(mib, ranks) + last) + COPIED_TAIL_US
     slices, _ = pushed_slices(rows // ranks, k)
     # Slices come from all ranks at the same time, so the first wave ends when it has multiplied the last one.
-    sent = max(_PUSHED_US_PER_MIB * mib, _STORED_US_PER_MIB * mib / max(ranks - 1, 1))
-    first, last = (_PUSHED_US + sent / part for part in (slices, 1))
+    further = min(max(ranks - 2, 0), 2)  # of more than four nothing was measured
+    us_per_mib = _PUSHED_US_PER_MIB + _PUSHED_RANK_US_PER_MIB * further
+    sent = max(us_per_mib * mib, _STORED_US_PER_MIB * mib / max(ranks - 1, 1))
+    first, last = (_PUSHED_US + _PUSHED_RANK_US * further + sent / part for part in (slices, 1))
     longest = max(first + max(_PUSHED_FACTOR * waves * wave, least), last + wave / slices + (waves - 1) * wave)
     return LAUNCH_US + longest + _PUSHED_TAIL_US
 
