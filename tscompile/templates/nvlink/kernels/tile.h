@@ -50,13 +50,14 @@ TSL uint32_t tsk_epoch(TskAddress context, int epoch) {
 
 // ---- waits ------------------------------------------------------------------------------------------------------------------
 
-// Loading warp: lane r waits for the data of rank r if `mask` has it and `ready` has not; returns the new `ready`.
+// Loading warp: waits for what `mask` has and `ready` has not; returns the new `ready`. Bit r is the data of rank r, or where these come
+// in chunks bit TSL_MAX_RANKS * i + r is one of them; flags have the same numbers.
 TSL int tsk_wait_ranks(TskAddress context, int mask, int ready, int epoch, int site) {
   const TslContext *c = tsl_context(context.p);
   if ((mask & ~ready) == 0) return ready;
   const int lane = threadIdx.x & 31;
-  if (lane < TSL_MAX_RANKS && ((mask & ~ready) >> lane & 1))
-    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
+  if ((mask & ~ready) >> lane & 1)
+    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane % TSL_MAX_RANKS, site);
   __syncwarp();
   tsl_fence_async();
   return ready | mask;
