@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from tscompile.fx_passes import patterns  # noqa: F401  (importing it registers 
 from tscompile.lowering import planner, runtime
 from tscompile.observe import ledger
 from tscompile.options import Options
-from tscompile.problem import Delivery, FusionProblem, GatherUse, Gemm, Keep, Plan, Row
+from tscompile.problem import Delivery, Departure, FusionProblem, GatherUse, Gemm, Keep, Plan, Row
+from tscompile.templates.gemm_all_to_all import shapes_sent
 
 COLLECTIVES = {
     "all_gather_matmul": "_c10d_functional.all_gather_into_tensor",
     "all_to_all_matmul": "_c10d_functional.all_to_all_single",
     "all_to_all_permute": "_c10d_functional.all_to_all_single",
+    "matmul_all_to_all": "_c10d_functional.all_to_all_single",
     "mesh_matmul": "_c10d_functional.all_gather_into_tensor",
     "matmul_reduce_scatter": "_c10d_functional.reduce_scatter_tensor",
     "matmul_all_reduce": "_c10d_functional.all_reduce",
@@ -323,4 +326,36 @@ def exchange_matmul(
         copied_bytes=sum(0 if each[0].is_contiguous() else each.numel() * each.element_size() for each in inputs),
     )
     args = (list(inputs), list(others), list(biases or [None] * len(others)))
+    return BoundOp(prepare(plan, problem, args, group, timeout_s), args)
+
+
+def matmul_exchange(
+    lhs: Sequence[Tensor],
+    rhs: Sequence[Tensor],
+    departures: Sequence[Departure],
+    grids: Sequence[Sequence[int]],
+    deliveries: Sequence[Delivery],
+    joins: Sequence[int],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    timeout_s: float | None = None,
+) -> BoundOp:
+    """matmul_all_to_all of results `lhs [M, K] @ rhs [K, N]`; the results of a call are its outputs.
+
+    Args:
+        departures: what each exchange sends of which result. grids: for each the sizes that the columns are reshaped to.
+    """
+    group = group or dist.group.WORLD
+    assert group is not None
+    x = lhs[0]
+    dtype = str(x.dtype).removeprefix("torch.")
+    plan = Plan("matmul_all_to_all", "", "", dtype, deliveries=tuple(deliveries), joins=tuple(joins))
+    plan = replace(plan, departures=tuple(departures))
+    gemms = [Gemm(a.shape[0], b.shape[1], a.shape[1]) for a, b in zip(lhs, rhs, strict=True)]
+    sizes = [size for grid in grids for size in grid]
+    elements = sum(prod(shape) for shape in shapes_sent(departures, sizes))
+    known = {"exchanges": len(departures), "grids": tuple(map(tuple, grids))}
+    problem = _problem(plan.kind, x, gemms, elements, group, gemm_dtypes=(dtype,) * len(gemms), **known)
+    args = (list(lhs), list(rhs), list(biases or [None] * len(lhs)), sizes)
     return BoundOp(prepare(plan, problem, args, group, timeout_s), args)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tests.templates.nvlink.fake_gpu import large_forms
 from tests.templates.nvlink.stub_gpu import GROUP, StubRank, fused_only
 from tscompile.fx_passes import patterns  # noqa: F401  (importing it registers the ops)
-from tscompile.problem import GatherUse, Plan
+from tscompile.problem import Delivery, GatherUse, Plan
 from tscompile.templates import find_template
 
 Case = tuple[Plan, tuple[Any, ...]]
@@ -43,11 +43,15 @@ def cases() -> dict[str, Case]:
     reduce = Plan("matmul_all_reduce", "g/1", "nvlink", BF16, **term)
     gather = Plan("all_gather_matmul", "g/2", "nvlink", BF16, uses=(ROWS,))
     three = Plan("all_gather_matmul", "g/3", "nvlink", BF16, uses=(ROWS,) * 3, return_gathered=True)
+    exchange: dict[str, Any] = {"deliveries": tuple(Delivery(i, (2, 0, 1, 3)) for i in range(3)), "joins": (1, 1, 1)}
+    exchanged = Plan("all_to_all_permute", "g/4", "nvlink", BF16, **exchange)
+    heads = [torch.randn(128, 4, 2, 64).to(torch.bfloat16).transpose(0, 1) for _ in range(3)]
     return {
         "reduce_scatter": (scatter, ([x], [right], [None], [], 1)),
         "all_reduce": (reduce, ([x], [right], [None], [])),
         "gather": (gather, (shard, [right], [None])),
         "gather3": (three, (shard, [right] * 3, [None] * 3)),
+        "exchange3": (exchanged, (heads,)),
     }
 
 

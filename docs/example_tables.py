@@ -69,6 +69,8 @@ def exchanges(result: Mapping[str, Any]) -> str:
     for case in result["cases"]:
         found = case["graph"]
         us, gained = found["us"], found["speedup"]
+        if "roof" in us:  # with what is projected
+            continue
         once = f"{us['nccl']:.0f}" if "nccl" in us else "-"
         best = gained.get("nccl", gained["nccl, twice"])
         rows.append(

@@ -21,7 +21,7 @@ import example_tables
 from markdown_table import table
 
 from tscompile.options import KINDS, OptionRow, Options
-from tscompile.problem import Delivery, FusionProblem, GatherUse, Gemm, Plan
+from tscompile.problem import Delivery, Departure, FusionProblem, GatherUse, Gemm, Plan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
@@ -76,10 +76,16 @@ def support() -> str:
         uses = (GatherUse("lhs", False, "rows", dtype), GatherUse("rhs", False, "rows", dtype))
         if kind == "mesh_matmul":
             values |= {"second_group_size": 2, "second_comm_bytes": 64 << 20}
+        if kind == "matmul_all_to_all":
+            values["grids"] = ((4096, 2, 1024),) * 2
         problem = FusionProblem(kind, 2, comm_bytes=64 << 20, gemms=(gemm,), gemm_dtypes=(dtype,), **values)
         plan = Plan(kind, "", executor, dtype, uses=uses if kind == "mesh_matmul" else uses[:1])
-        if kind.startswith("all_to_all"):
+        if "all_to_all" in kind:
             plan = replace(plan, deliveries=(Delivery(0, (1, 0, 2)),), joins=(1,))
+        if kind == "matmul_all_to_all":
+            halves = tuple(Departure(0, 3, (), (1, 0, 2), columns=(first, 2048)) for first in (0, 2048))
+            deliveries = tuple(Delivery(number, (1, 0, 2)) for number in range(2))
+            plan = replace(plan, deliveries=deliveries, joins=(1, 1), departures=halves)
         template = find_template(kind, executor)
         return "fused" if template is not None and template.supports(problem, plan) is None else "original ops"
 
@@ -160,6 +166,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-collectives": lambda: examples_on_gpus("tilescale", example_tables.collectives),
     "measured-exchanges": lambda: examples_on_gpus("exchange", example_tables.exchanges),
     "measured-ulysses": lambda: examples_on_gpus("ulysses", example_tables.ulysses),
+    "measured-projected": lambda: examples_on_gpus("projected", example_tables.ulysses),
     "measured-experts": lambda: examples_on_gpus("deepep", example_tables.experts),
     "measured-gpu-models": lambda: gpu_in_full("model"),
 }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tscompile.problem import Delivery, GatherUse, Plan
+from tscompile.problem import Delivery, Departure, GatherUse, Plan
 
 
 @dataclass
@@ -220,6 +220,83 @@ def exchange(size: int, seed: int, dtype: str, *, sizes: tuple[int, ...] = (2, 3
     return Case(plan, [(sent[r],) for r in range(size)], [_wide(out) for out in outputs], outputs)
 
 
+def projected(
+    size: int,
+    seed: int,
+    dtype: str,
+    *,
+    parts: tuple[int, ...] = (3,),
+    batch: int = 2,
+    tokens: int = 3,
+    dim: int = 4,
+    k: int = 9,
+    bias: bool = False,
+    spelling: int = 0,
+    strided: bool = False,
+) -> Case:
+    """matmul_all_to_all: matmuls whose results have so many `parts`, `[batch, tokens, parts, size heads, dim]`.
+
+    spelling: 0: an exchange for each part. 1: one for each matmul, delivered part by part. 2: like 0, and delivered once more, joined.
+    Exchanges of one matmul do not follow one another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own = getattr(torch, dtype)
+    m, widths = batch * tokens, [count * size * dim for count in parts]
+    args: list[tuple[Any, ...]] = []
+    sizes, departures, deliveries = [], [], []
+    if spelling == 1:
+        for number, count in enumerate(parts):
+            sizes += [batch, tokens, count, size, dim]
+            departures.append(Departure(number, 5, (), (3, 2, 1, 0, 4)))  # [R, part, tokens, batch, dim]
+            deliveries += [Delivery(number, (3, 0, 2, 4), ((1, part),)) for part in range(count)]
+    else:
+        taken = sorted((part, number) for number, count in enumerate(parts) for part in range(count))
+        for exchange, (part, number) in enumerate(taken):
+            sizes += [batch, tokens, parts[number], size, dim]
+            departures.append(Departure(number, 5, ((2, part),), (2, 0, 1, 3)))  # [R, batch, tokens, dim]
+            deliveries.append(Delivery(exchange, (1, 0, 2, 3)))
+    joins = (1,) * len(deliveries)
+    joined = spelling == 2 and len(departures) > 1
+    if joined:
+        deliveries += [Delivery(exchange, (1, 2, 0, 3), outer=2) for exchange in range(len(departures))]
+        joins = (*joins, len(departures))
+    for _ in range(size):
+        lhs = [_random(generator, m, k + i, dtype=own, strided=strided) for i in range(len(parts))]
+        rhs = [_random(generator, k + i, n, dtype=own, strided=strided) for i, n in enumerate(widths)]
+        biases = [_random(generator, n, dtype=own) if bias and i != 1 else None for i, n in enumerate(widths)]
+        args.append((lhs, rhs, biases, sizes))
+    plan = Plan(
+        "matmul_all_to_all",
+        f"projected{seed}",
+        "shm",
+        dtype,
+        deliveries=tuple(deliveries),
+        joins=joins,
+        departures=tuple(departures),
+    )
+
+    def results(rank: int, convert: Any) -> list[Tensor]:
+        heads = []  # of each matmul, [ranks that sent, batch, tokens, parts, dim]
+        for number, count in enumerate(parts):
+            sent = []
+            for a, b, c, _ in args:
+                made = _matmul(
+                    convert(a[number]), convert(b[number]), None if c[number] is None else convert(c[number])
+                )
+                sent.append(made.view(batch, tokens, count, size, dim)[:, :, :, rank])
+            heads.append(torch.stack(sent))
+        if spelling == 1:
+            return [x[:, :, :, part].transpose(0, 1).contiguous() for x in heads for part in range(x.shape[3])]
+        pieces = [heads[number][:, :, :, part] for part, number in taken]
+        out = [x.transpose(0, 1).contiguous() for x in pieces]
+        if joined:
+            out.append(torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in pieces], 2).flatten(0, 1))
+        return out
+
+    truth = [_wide(results(rank, _wide)) for rank in range(size)]
+    return Case(plan, args, truth, [results(rank, lambda t: t) for rank in range(size)])
+
+
 def panels(
     size: int,
     seed: int,
@@ -375,6 +452,13 @@ def all_cases(size: int, seed: int = 0) -> list[Case]:
         cases.append(exchange(size, seed + 20 + number, "float32", sizes=sizes, count=1 + number))
         cases.append(exchange(size, seed + 20 + number, "bfloat16", sizes=sizes, count=1 + number))
     cases.append(exchange(size, seed + 30, "float16", count=11))  # more exchanges than flags
+    for number, parts in enumerate(((3,), (1, 1, 1), (2, 3), (1,), (5, 4))):
+        for spelling in range(3):
+            features: dict[str, Any] = {"bias": number % 2 == 0, "strided": spelling == 1, "spelling": spelling}
+            cases.append(
+                projected(size, seed + 31 + number, ("float32", "bfloat16")[spelling % 2], parts=parts, **features)
+            )
+    cases.append(projected(size, seed + 36, "bfloat16", batch=1, tokens=65, dim=40, k=130))
     joined = ((1, 6), (3, 5), (1, 6))
     for number, dtype in enumerate(("float32", "bfloat16", "float64")):
         cases.append(panels(size, seed + 40 + number, dtype, returned=number == 1))

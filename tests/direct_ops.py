@@ -15,11 +15,14 @@ from benchmarks import direct
 from benchmarks.gpu_harness import allowed, errors_of
 from benchmarks.harness import poison
 from tests.fused_programs import GATHER, REDUCE, SCATTER
+from tscompile.problem import Delivery
+
+EXCHANGE = "all_to_all_permute"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """m: rows of this rank's x. n: columns of each weight. k: the contracted size."""
+    """m: rows of this rank's x. n: columns of each weight. k: the contracted size; of an EXCHANGE the columns of x, without weights."""
 
     kind: str
     m: int
@@ -50,6 +53,11 @@ class LiveOp:
         more: dict[str, Any] = {"plain_layout": shape.plain_layout, "group": self.group, "timeout_s": timeout_s}
         if shape.kind == GATHER:
             self.call = direct.all_gather_linear(self.x, self.weights, self.biases, gathered=shape.gathered, **more)
+        elif (
+            shape.kind == EXCHANGE
+        ):  # a part of the columns to each rank; the rows of all ranks come first in what is read
+            del more["plain_layout"]
+            self.call = direct.exchange([self._parts(self.x)], [Delivery(0, (1, 0, 2))], [1], **more)
         else:
             more["reduce_op"] = "avg" if shape.average else "sum"
             self.call = direct.reduce_linear(shape.kind, self.x, self.weights[0], self.biases[0], **more)
@@ -62,6 +70,9 @@ class LiveOp:
             if bias is not None:
                 bias.normal_()
 
+    def _parts(self, x: Tensor) -> Tensor:
+        return x.view(self.shape.m, self.group.size(), -1).permute(1, 0, 2)
+
     def truth(self) -> list[Tensor]:
         """The original ops on the same values in float32."""
         return self._original(torch.float32)
@@ -71,6 +82,11 @@ class LiveOp:
 
     def _original(self, dtype: torch.dtype) -> list[Tensor]:
         x, ranks = self.x.to(dtype), self.group.size()
+        if self.shape.kind == EXCHANGE:
+            sent = self._parts(x).contiguous()
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=self.group)
+            return [received.permute(1, 0, 2).contiguous()]
         whole = x
         if self.shape.kind == GATHER:
             whole = torch.empty(x.shape[0] * ranks, x.shape[1], dtype=dtype, device=x.device)
@@ -100,7 +116,7 @@ class LiveOp:
             where = f"{self.shape}, output {index}"
             assert found[0] <= limits[0] and found[1] <= limits[1], f"{where}: errors {found}, limits {limits}"
             if index == len(self.weights):
-                assert torch.equal(got.view(base.shape), base), f"{where}: the gathered tensor has other bits"
+                assert torch.equal(got.view(base.shape), base), f"{where}: what is only moved has other bits"
         for _ in range(repeats):
             poison(plain)
             again = self.call()
@@ -168,6 +184,7 @@ def sweep(ranks: int, tiny: bool) -> list[Shape]:
     shapes = [Shape(GATHER, m, (n,), k) for m in rows]
     shapes += [Shape(kind, m * ranks, (n,), k) for kind in (SCATTER, REDUCE) for m in rows]
     m = rows[-1]
+    shapes += [Shape(EXCHANGE, m, (), width * ranks) for m in (*rows, few) for width in (k, 8)]
     shapes += [  # few rows, which the kernel itself pushes on GPUs: tiles with rows of several ranks, and slices of k
         Shape(GATHER, few, (n,), k, bias=True),
         Shape(GATHER, few, (n, n // 4, n // 4), k, gathered=True),

@@ -70,6 +70,30 @@ def test_benchmark_of_meshes(tmp_path: Path) -> None:
         assert {"gemm", "original", "one_gather, left", "one_gather, right", "tscompile"} == case["us"].keys()
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_benchmark_of_exchanges(tmp_path: Path, ranks: int) -> None:
+    path = tmp_path / "exchange.json"
+    sizes = ("--tokens", "16", "64", "--heads=4", "--rounds=2")
+    said = torchrun("benchmarks.bench_exchange", "--device=cpu", *sizes, f"--out={path}", ranks=ranks)
+    result = json.loads(path.read_text())
+    assert result["kind"] == "gpu-exchange" and result["environment"]["ranks"] == ranks
+    whats = [(what, tokens) for tokens in (16, 64) for what in ("q, k, v", "fused qkv", "back")]
+    assert [(case["what"], case["tokens"]) for case in result["cases"]] == whats
+    for case in result["cases"]:
+        tensors = 1 if case["what"] == "back" else 3
+        assert case["bytes_sent"] == tensors * case["tokens"] * 4 * 128 * 2 * (ranks - 1) // ranks**2
+        assert f"{case['name']:24} eager" in said and "graph" not in case  # gloo is not captured
+        rivals = {"nccl, twice"} if case["what"] == "back" else {"nccl", "nccl, twice"}
+        us, rounds = case["eager"]["us"], case["eager"]["rounds"]
+        assert us.keys() == {"ours", *rivals} and len(rounds) == 2
+        for name in us:
+            assert us[name] == pytest.approx(1e6 * sum(times[name] for times in rounds) / 2)
+        for name in rivals:
+            ratios = [times[name] / times["ours"] for times in rounds]
+            assert case["eager"]["speedup"][name]["value"] == pytest.approx(sum(ratios) / 2)
+        assert case["eager"]["gbytes_per_s"] == pytest.approx(case["bytes_sent"] / us["ours"] / 1e3)
+
+
 def test_benchmark_of_models(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     torchrun("benchmarks.model_llama", "--tiny", "--quick", "--device=cpu", "--dtype=float32", f"--out={path}")

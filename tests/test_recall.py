@@ -22,7 +22,9 @@ PATTERNS = {
     "all_reduce_matmul",
     "reduce_scatter_matmul",
     "all_to_all_permute",
+    "all_to_all_matmul",
     "all_to_all_attention",
+    "matmul_all_to_all",
     "all_gather_attention",
     "attention_reduce_scatter",
 }
@@ -30,7 +32,6 @@ PATTERNS = {
 # fusing. Those that are missing have no kernel (a reduction before a matmul, twice) or lost their matmul to another
 # site (the gather after llama's output layer; on a mesh, the scatter after a gathered weight).
 FUSED = FAMILIES | {"llama": 18, "TP no-SP": 18, "einsum, consumers, gather-output": 9, "2-D mesh": 19}
-FUSED |= {"context parallel": 0}  # no kernel yet
 # DTensor code may depend on the rank where an embedding is parallel over the vocabulary, and on a mesh; there all ranks are tried.
 # Other programs never ask for their rank, so one more is enough.
 RANKED = {"a_llama_full_B2_w4", *(program.name for program in mesh.PROGRAMS)}

@@ -111,18 +111,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Departure:
-    """An exchange that sends a result of an attention.
+    """An exchange that sends a result of an attention or a matmul.
 
     result: its number. sizes: how many of the op's `sizes` it takes: the result is reshaped to them.
     fixed: (dim, index) that are selected. order: what is left of the dims, as they are sent: `[R, f1, ..., fk]`.
-    heads: which of the `sizes` are the heads.
+    heads: of an attention: which of the `sizes` are the heads.
+    columns: of a matmul: (first, number) of the columns of its result that are reshaped.
     """
 
     result: int
     sizes: int
     fixed: tuple[tuple[int, int], ...]
     order: tuple[int, ...]
-    heads: int
+    heads: int = -1
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,55 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """The keys or the values of an attention, as each rank has its part of them in an input of the op.
+
+    shard: number of the input, which is `[f1, ..., fk]`.
+    dims: for each dim of `[B, heads, S / R, E]`, the dims of that input that it consists of, outermost first, counted from 1.
+    fixed: (dim, index) of the dims that are selected.
+    """
+
+    shard: int
+    dims: tuple[tuple[int, ...], ...]
+    fixed: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A reduce_scatter of gradients.
+
+    parts: numbers of the attention's results that it sums; several are stacked: `[parts, B, heads, S / R, E]` of a rank's keys.
+    sizes: how many of the op's `sizes` that is reshaped to. order: those dims as they lie in the result, outermost first.
+    """
+
+    parts: tuple[int, ...]
+    sizes: int
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChunkedAttention:
+    """An attention whose keys and values are cut along the sequence over the ranks, computed chunk by chunk.
+
+    op: its name in torch.ops.aten, of the forward or of the backward.
+    order: the whole sequence consists of equal pieces; piece j of rank r is number `order[r][j]` of them.
+    results: numbers of the op's results that the program reads. layouts: the dims of each as they lie in memory, outermost first.
+    keys: forward: the keys, then the values. operands: backward: names of its tensor operands, in the order of the op's input.
+    scatters: backward: the reduce_scatters of the gradients of keys and values.
+    """
+
+    op: str
+    causal: bool
+    scale: float | None
+    order: tuple[tuple[int, ...], ...]
+    results: tuple[int, ...]
+    layouts: tuple[tuple[int, ...], ...]
+    keys: tuple[Keys, ...] = ()
+    operands: tuple[str, ...] = ()
+    scatters: tuple[Scatter, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """The string argument of a fused op: everything its runtime needs beside tensors and the group's name.
 
@@ -166,9 +217,12 @@ class Plan:
     second_size: mesh_matmul: ranks of the right operand's group.
     schedule: mesh_matmul: the order in which it takes the shards, as templates/mesh_gemm.py names them; all_to_all_attention: the
         number of head groups.
-    deliveries: all_to_all_permute, all_to_all_attention: what is delivered.
+    deliveries: all_to_all_permute, all_to_all_attention, matmul_all_to_all: what is delivered.
     joins: the same: for each output, how many of the deliveries it consists of.
     attention: all_to_all_attention: what is computed between the exchanges.
+    departures: matmul_all_to_all: what each exchange sends of which matmul's result.
+    chunks: all_gather_attention, attention_reduce_scatter: what is computed. In the former `deliveries` and `joins` say what else of
+        the gathered tensors is an output; an input of the op is a block of what they count as exchanges.
     """
 
     kind: str
@@ -188,6 +242,8 @@ class Plan:
     deliveries: tuple[Delivery, ...] = ()
     joins: tuple[int, ...] = ()
     attention: Attention | None = None
+    departures: tuple[Departure, ...] = ()
+    chunks: ChunkedAttention | None = None
     version: int = PLAN_VERSION
 
     @property
@@ -198,6 +254,8 @@ class Plan:
     @property
     def unspecified(self) -> frozenset[int]:
         """Outputs whose contents do not matter: torch leaves the state of random numbers uninitialised where nothing is drawn."""
+        if self.chunks is not None:
+            return frozenset(place for place, number in enumerate(self.chunks.results) if number > 1)
         results = self.attention.results if self.attention is not None else ()
         return frozenset(len(self.joins) + place for place, result in enumerate(results) if not result.layout)
 
@@ -219,6 +277,7 @@ class Plan:
         raw["term_group"] = tuple(raw["term_group"])
         raw["deliveries"] = _all(Delivery, raw["deliveries"])
         raw["joins"] = tuple(raw["joins"])
+        raw["departures"] = _all(Departure, raw["departures"])
         if raw["attention"] is not None:
             parts: dict[str, Callable[..., Any]] = {
                 "arguments": Argument,
@@ -230,6 +289,10 @@ class Plan:
             found = {name: _tuples(value) for name, value in raw["attention"].items()}
             found |= {name: _all(part, raw["attention"][name]) for name, part in parts.items()}
             raw["attention"] = Attention(**found)
+        if raw["chunks"] is not None:
+            fields = {name: _tuples(value) for name, value in raw["chunks"].items()}
+            fields |= {name: _all(part, raw["chunks"][name]) for name, part in (("keys", Keys), ("scatters", Scatter))}
+            raw["chunks"] = ChunkedAttention(**fields)
         return Plan(**raw)
 
 
@@ -258,10 +321,12 @@ class FusionProblem:
     second_group_size, second_comm_bytes, second_pieces: mesh_matmul: of the right operand's gather; those of the left one stand in the
         fields that every kind has. panels: mesh_matmul: each rank of either group holds one block of the contracted dim. static:
         mesh_matmul: no size is symbolic.
-    exchanges: kinds of exchanges: number of collectives that it replaces.
+    exchanges: number of collectives that it replaces, where they need not be one.
+    grids: matmul_all_to_all: for each departure the sizes that the columns are reshaped to.
     panels_of: all_to_all_matmul: of each exchange, how many panels of the left operand a rank sends another, and columns of one.
     copied_bytes: all_to_all_matmul: of what is sent, what must be copied first, since a rank's part does not lie in one piece.
     heads: all_to_all_attention: heads of this rank that all of its exchanges have, 0 if that is no constant.
+    merged_bytes: all_gather_attention, attention_reduce_scatter: float32 partial results of one chunk of keys, which are added up.
     """
 
     kind: str
@@ -282,9 +347,11 @@ class FusionProblem:
     static: bool = True
     panels: bool = False
     exchanges: int = 1
+    grids: tuple[tuple[int, ...], ...] = ()
     panels_of: tuple[tuple[int, int], ...] = ()
     copied_bytes: int = 0
     heads: int = 0
+    merged_bytes: int = 0
     capability: tuple[int, int] | None = None  # of the GPU, None where there is none
 
 

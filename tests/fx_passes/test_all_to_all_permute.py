@@ -52,7 +52,7 @@ def compile_program(name: str, rank: int = 0, disable: tuple[str, ...] = (), **o
     built = program.build(setting)
     built.mark_dynamic()
     with program.enter(setting):
-        disable = (*disable, "all_to_all_attention", "all_to_all_matmul")
+        disable = (*disable, "all_to_all_attention", "all_to_all_matmul", "matmul_all_to_all")
         return compile_graphs(built.call, *built.args, backward=program.backward, disable=disable, **options)
 
 

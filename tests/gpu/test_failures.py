@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from tests.direct_ops import Shape
+from tests.direct_ops import EXCHANGE, Shape
 from tests.failing_ranks import WAYS, survivors_of
 from tests.fused_programs import GATHER, REDUCE, SCATTER
 from tests.gpu.conftest import World
@@ -14,6 +14,8 @@ from tests.gpu.conftest import World
 
 def shape_of(kind: str, world: World) -> Shape:
     m, n, k = (256, 1024, 1024) if world.cuda else (8, 24, 16)
+    if kind == EXCHANGE:
+        return Shape(kind, m, (), k * world.size)
     return Shape(kind, m if kind == GATHER else m * world.size, (n,), k)
 
 
@@ -30,7 +32,7 @@ def survive(world: World, way: str, kind: str, captured: bool) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("kind", [GATHER, SCATTER, REDUCE])
+@pytest.mark.parametrize("kind", [GATHER, SCATTER, REDUCE, EXCHANGE])
 @pytest.mark.parametrize("way", WAYS)
 def test_survivors_raise_in_time(world: World, way: str, kind: str) -> None:
     survive(world, way, kind, captured=False)
@@ -38,7 +40,7 @@ def test_survivors_raise_in_time(world: World, way: str, kind: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("kind", [GATHER, REDUCE])
+@pytest.mark.parametrize("kind", [GATHER, REDUCE, EXCHANGE])
 @pytest.mark.parametrize("way", ["killed", "silent"])
 def test_survivors_that_only_replay_graphs(world: World, way: str, kind: str) -> None:
     survive(world, way, kind, captured=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.direct_ops import Shape, stress
+from tests.direct_ops import EXCHANGE, Shape, stress
 from tests.fused_programs import GATHER, REDUCE, SCATTER
 from tests.gpu.conftest import World
 
@@ -13,7 +13,12 @@ from tests.gpu.conftest import World
 def mixture(world: World) -> list[Shape]:
     """Each kind with sizes of each regime, so that different kernels follow each other on the same memory."""
     if not world.cuda:
-        return [Shape(GATHER, 8, (24,), 16), Shape(SCATTER, 12 * world.size, (24,), 16), Shape(REDUCE, 13, (24,), 16)]
+        return [
+            Shape(GATHER, 8, (24,), 16),
+            Shape(SCATTER, 12 * world.size, (24,), 16),
+            Shape(REDUCE, 13, (24,), 16),
+            Shape(EXCHANGE, 9, (), 8 * world.size),
+        ]
     r = world.size
     return [
         Shape(GATHER, 32, (1024,), 2048),
@@ -27,6 +32,8 @@ def mixture(world: World) -> list[Shape]:
         Shape(SCATTER, 1024 * r, (2048,), 640),
         Shape(REDUCE, 128, (2048,), 1792),
         Shape(REDUCE, 1024 * r, (2048,), 640),
+        Shape(EXCHANGE, 64, (), 512 * r),
+        Shape(EXCHANGE, 2048, (), 2048 * r),
     ]
 
 
@@ -36,7 +43,7 @@ def test_random_pauses(world: World, pytestconfig: pytest.Config) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", [GATHER, SCATTER, REDUCE])
+@pytest.mark.parametrize("kind", [GATHER, SCATTER, REDUCE, EXCHANGE])
 def test_one_kind_in_a_deep_queue(world: World, pytestconfig: pytest.Config, kind: str) -> None:
     """The same op back to back: call e + 1 starts the moment that e ends, which a mixture seldom shows."""
     shapes = [shape for shape in mixture(world) if shape.kind == kind]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -91,3 +92,35 @@ def test_a_kernel_is_parsed_again_where_threads_have_met() -> None:
     raised.append(SystemError("something else"))
     with pytest.raises(SystemError, match="something else"):
         parse(write)
+
+
+def test_threads_that_import_tilelang_at_once() -> None:
+    """The vote asks for nvcc while kernels are compiled in threads. Without a lock most runs of this fail on a cold cache."""
+    program = """
+        import threading
+        from importlib import import_module
+        from tscompile import language
+        from tscompile.language import toolchain
+        from tscompile.templates.nvlink import jit
+
+        def kernel():
+            jit._build("service", ("tsk_open",))
+
+        ready, errors = threading.Barrier(4), []
+        def run(action):
+            ready.wait()
+            try:
+                action()
+            except Exception as error:
+                errors.append(repr(error))
+
+        actions = [toolchain.nvcc, lambda: language.ld, kernel, kernel]
+        threads = [threading.Thread(target=run, args=(action,)) for action in actions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors, errors
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.cases import Case
+from tests.cases import projected as projected_case
 from tests.templates.nvlink.fake_gpu import large_forms
 from tests.templates.nvlink.stub_gpu import CALLS, StubRank
 from tscompile.errors import HeapError, PeerError
 from tscompile.lowering import mesh, runtime
 from tscompile.lowering.mesh_state import MeshState
-from tscompile.problem import GatherUse, Plan
+from tscompile.problem import Delivery, GatherUse, Plan
+from tscompile.templates.nvlink import projected
 from tscompile.templates.nvlink.channel import Site
 
 BF16 = "bfloat16"
@@ -103,6 +107,40 @@ def test_small_ops_are_one_launch_and_one_event(monkeypatch: pytest.MonkeyPatch,
     assert found == ALONE
 
 
+def exchanged(rows: int = 16, padding: int = 0) -> tuple[Plan, tuple[Any, ...]]:
+    """Two exchanges of four ranks, permuted on their way; the second one goes to two places."""
+    deliveries = Delivery(0, (2, 0, 1, 3)), Delivery(1, (0, 1, 2, 3)), Delivery(1, (1, 0, 3), ((2, 1),))
+    plan = Plan("all_to_all_permute", "g/exchange", "nvlink", BF16, deliveries=deliveries, joins=(1, 1, 1))
+    inputs = [random(rows, 4, 2, 64 + padding)[..., :64].transpose(0, 1) for _ in range(2)]
+    return plan, (inputs,)
+
+
+def test_an_exchange_is_one_launch_and_one_event(rank: StubRank) -> None:
+    """However many tensors are exchanged: nothing is encoded, and the copy stream rests."""
+    plan, args = exchanged()
+    for _ in range(4):
+        assert calls(rank, plan, args) == ALONE
+    assert calls(rank, plan, exchanged()[1]) == ALONE
+    rank.torch.capturing = True
+    for _ in range(3):
+        assert calls(rank, plan, args) == ["launch", "launch"]
+    rank.torch.capturing = False
+    assert calls(rank, plan, args) == ALONE
+
+
+def test_an_exchange_of_another_layout_is_another_recipe(rank: StubRank) -> None:
+    """Other sizes and other strides have tables of their own, and each call the one of its layout."""
+    plan, args = exchanged()
+    layouts = [args, exchanged(rows=24)[1], exchanged(padding=8)[1]]
+    for _ in range(3):
+        for each in layouts:
+            assert calls(rank, plan, each) == ALONE
+    memos = rank.group._memos[plan.site]
+    assert len(memos) == 3 and len({id(memo.kept.recipe) for memo in memos.values()}) == 3
+    tables = {memo.kept.recipe._launch._fixed["table"] for memo in memos.values()}
+    assert len(tables) == 3
+
+
 @pytest.mark.parametrize("returned", [False, True])
 def test_a_gather_that_a_gradient_reads(rank: StubRank, returned: bool) -> None:
     """Its matmul follows. Without a gathered tensor of its own it reads the slot, so the event comes again behind it."""
@@ -112,6 +150,35 @@ def test_a_gather_that_a_gradient_reads(rank: StubRank, returned: bool) -> None:
         found = calls(rank, plan, args)
     copies = [] if returned else ["copy"]  # the own shard, for the matmul behind
     assert found == [*FORK, *SENDS, *copies, "launch", *JOIN, "record", *([] if returned else ["record"])]
+
+
+def projection(parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Case:
+    """Matmuls whose results are exchanged by four ranks, in as many chunks as there are exchanges."""
+    monkeypatch.setattr(projected, "_overlapped_us", lambda gemms, chunks, *_: -len(chunks))
+    case = projected_case(4, 0, BF16, parts=parts, dim=8)
+    return replace(case, plan=replace(case.plan, executor="nvlink"))
+
+
+@pytest.mark.parametrize("parts", [(3,), (1, 1, 1), (1,)])
+def test_projections_send_behind_each_chunk(
+    rank: StubRank, monkeypatch: pytest.MonkeyPatch, parts: tuple[int, ...]
+) -> None:
+    """Each chunk forks the copy stream; at the end there are one kernel, one join and the event."""
+    case = projection(parts, monkeypatch)
+    one = [*FORK, *["rows", "flag"] * 3]
+    for _ in range(4):
+        assert calls(rank, case.plan, case.args[1]) == [*one * sum(parts), "launch", *JOIN, "record"]
+
+
+def test_captured_projections_open_behind_the_first_chunk(rank: StubRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot's last readers are waited for before anything is sent; a flag is a copy of the epoch, and nothing is recorded."""
+    case = projection((2,), monkeypatch)
+    rank.launch(case.plan, case.args[1])
+    rank.torch.capturing = True
+    sends = ["rows", "copy"] * 3
+    for _ in range(3):
+        found = calls(rank, case.plan, case.args[1])
+        assert found == ["launch", *FORK, *sends, *FORK, *sends, "launch", *JOIN]
 
 
 def test_maps_are_of_the_operands_of_the_call(rank: StubRank) -> None:

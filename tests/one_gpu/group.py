@@ -6,6 +6,7 @@ What this cannot show is what only a link between GPUs does: its speed, and how 
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +27,10 @@ from tscompile.templates.nvlink import exchange, gather_blocks, gather_rows, gem
 from tscompile.templates.nvlink.channel import DeviceLink, Site
 from tscompile.templates.nvlink.launch import Kernel
 from tscompile.templates.nvlink.sums import SumPlan, pull_plan, push_plans
+
+# Ranks of other GPUs have hardware queues of their own. Here streams that share one could hold each other up: a rank's second kernel
+# waits at its head for the first one, which waits for the copies of another rank behind it.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 CTAS = 96  # of all ranks together; the other SMs are left to copies, which wait for nobody
 SLOT_BYTES = 24 << 20

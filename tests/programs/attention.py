@@ -192,6 +192,21 @@ class Ulysses(Projected):
         return F.linear(self.exchange.sequence(out.transpose(1, 2)).flatten(2), self.wo)
 
 
+class UlyssesSeparate(Ulysses):
+    """A projection with a bias for each of q, k and v."""
+
+    def __init__(self, setting: Setting, spelling: str) -> None:
+        super().__init__(setting, spelling, causal=False)
+        del self.wqkv
+        self.projections = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
+        setting.fill(self.projections)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, s, _ = x.shape
+        q, k, v = (projection(x).view(b, s, HEADS, HEAD_DIM) for projection in self.projections)
+        return q, k, v
+
+
 class UlyssesFused(Projected):
     """One exchange for q, k and v together: `stacked` after the projection, or as the projection lays them out."""
 
@@ -384,10 +399,18 @@ PROGRAMS: tuple[Program, ...] = (
         extra=True,
         numerics=_FLOAT32,
     ),
-    Program("h1_cp_kv_separate", _CP, partial(_build, make=ContextParallel), _TWO, numerics=()),
-    Program("h1_cp_kv_stacked", _CP, partial(_build, make=ContextParallel, stacked=True), _ONE, numerics=()),
-    Program("h1_cp_kv_separate_B1", _CP, partial(_build, make=ContextParallel, batch=1), _TWO, numerics=()),
-    Program("h2_cp_gqa", _CP, partial(_build, make=ContextParallel, kv_heads=2), _TWO, extra=True, numerics=()),
+    Program(
+        "d11_ulysses_separate",
+        _ULYSSES,
+        partial(_build, make=UlyssesSeparate, spelling="functional"),
+        _SEPARATE,
+        extra=True,
+        numerics=_FLOAT32,
+    ),
+    Program("h1_cp_kv_separate", _CP, partial(_build, make=ContextParallel), _TWO, numerics=_BOTH),
+    Program("h1_cp_kv_stacked", _CP, partial(_build, make=ContextParallel, stacked=True), _ONE, numerics=_BOTH),
+    Program("h1_cp_kv_separate_B1", _CP, partial(_build, make=ContextParallel, batch=1), _TWO, numerics=_BOTH),
+    Program("h2_cp_gqa", _CP, partial(_build, make=ContextParallel, kv_heads=2), _TWO, extra=True, numerics=_FLOAT32),
     Program(
         "h3_cp_zigzag", _CP, partial(_build, make=ContextParallelZigZag, kv_heads=HEADS), _TWO, extra=True, numerics=()
     ),

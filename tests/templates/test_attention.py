@@ -10,50 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-import tscompile
-from tests.programs import PROGRAMS, Setting, scalar_loss
+from tests.blocks import Block, kinds
 from tests.worlds import run_world
-from tscompile.backend import tilescale
 from tscompile.errors import PeerError, TscompileError
 from tscompile.lowering import runtime
 from tscompile.templates import attention as template
 
 pytestmark = pytest.mark.slow
 NAME = "d2_ulysses_yunchang"
-OPTIONS = {"tilescale.inner": "eager", "tilescale.fuse": "always"}
-
-
-class Block:
-    """A Ulysses block with its gradients, eager and compiled."""
-
-    def __init__(self, rank: int, size: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-        torch._dynamo.reset()
-        self.built = PROGRAMS[NAME].build(Setting(size, rank, dtype))
-        given = {f"tilescale.{name}": value for name, value in options.items()}
-        self.compiled = torch.compile(self.built.call, backend=tilescale, fullgraph=True, options={**OPTIONS, **given})
-
-    def run(self, call: Any) -> list[Tensor]:
-        (x,) = self.built.args
-        leaves = [x, *self.built.parameters.values()]
-        output = call(x)
-        return [output.detach(), *torch.autograd.grad(scalar_loss(output), leaves)]
-
-    def eager(self) -> list[Tensor]:
-        return self.run(self.built.call)
-
-    def fused(self) -> list[Tensor]:
-        return self.run(self.compiled)
-
-
-def kinds() -> set[tuple[str | None, str]]:
-    return {(row.pattern, row.code) for row in tscompile.reports().rows}
 
 
 def delayed(rank: int, size: int) -> None:
     """Ranks that pause at every group of heads, each at other ones, many times in a row."""
-    block = Block(rank, size, torch.bfloat16)
+    block = Block(rank, size, NAME, torch.bfloat16)
     expected = block.eager()
     draw, attend = random.Random(rank), template.attend
 
@@ -76,7 +46,7 @@ def test_delays_change_nothing(size: int) -> None:
 
 
 def verified(rank: int, size: int) -> None:
-    block = Block(rank, size, verify=True)
+    block = Block(rank, size, NAME, verify=True)
     for got, want in zip(block.fused(), block.eager(), strict=True):
         torch.testing.assert_close(got, want)
     attend = template.attend
@@ -91,7 +61,7 @@ def test_verify_finds_a_wrong_attention() -> None:
 
 def one_rank_has_other_options(rank: int, size: int) -> None:
     """On one rank the kind is disabled: the ranks must not run different protocols."""
-    block = Block(rank, size, **({"disable": "all_to_all_attention"} if rank else {}))
+    block = Block(rank, size, NAME, **({"disable": "all_to_all_attention"} if rank else {}))
     for got, want in zip(block.fused(), block.eager(), strict=True):
         torch.testing.assert_close(got, want)
     assert {code for _, code in kinds()} == {"other-sites"}
@@ -103,7 +73,7 @@ def test_ranks_with_other_plans_run_the_original_ops() -> None:
 
 def stays_away(rank: int, size: int) -> str:
     """One rank takes part in the exchange before the attention and never sends a result."""
-    block = Block(rank, size, timeout_s=2.0)
+    block = Block(rank, size, NAME, timeout_s=2.0)
     block.fused()
     dist.barrier()
     if rank == size - 1:
@@ -132,7 +102,7 @@ def test_a_rank_that_stays_away() -> None:
 
 
 def dies(rank: int, size: int) -> str:
-    block = Block(rank, size, timeout_s=30.0)
+    block = Block(rank, size, NAME, timeout_s=30.0)
     block.fused()
     dist.barrier()
     if rank == size - 1:

@@ -91,7 +91,7 @@ def test_groups_of_a_world() -> None:
 
 def test_registry() -> None:
     kinds = {"all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce", "matmul_all_gather", "mesh_matmul"}
-    kinds |= {"all_to_all_permute", "all_to_all_matmul", "all_to_all_attention"}
+    kinds |= {"all_to_all_permute", "all_to_all_matmul", "all_to_all_attention", "matmul_all_to_all"}
     assert {(kind, "shm") for kind in kinds} <= set(registered())
     with pytest.raises(ValueError, match="already"):
         register_template("all_gather_matmul")(type("Again", (), {}))

@@ -32,6 +32,7 @@ from ..templates.attention import (
     departing,
     grids,
     head_groups,
+    heads_of,
     operands_of,
     sent_shapes,
 )
@@ -57,7 +58,7 @@ def reference(
     received = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
     for number, x in enumerate(inputs):
         received.deliver(number, 0, ops.all_to_all(x, group_name))
-    results = attend(attention, operands_of(attention, received.tensors, local))
+    results = attend(attention, heads_of(attention, operands_of(attention, received.tensors, local), 0, 1))
     whole = Results(attention)
     whole.keep(results, 0, 1)
     shapes = grids(attention, sizes)

@@ -166,12 +166,17 @@ def site_of(context: Context, collectives: Sequence[Collective]) -> Site | Keep 
     parts = [part for joined in readings.joined for part in joined.parts]
     if {r.exchange for r in (*readings.values, *parts)} != set(exchanges):
         return None
+    return Site(exchanges, known, readings, choose_homes(readings))
+
+
+def choose_homes(readings: Readings) -> tuple[Reading, ...]:
+    """Of the readings that have the same elements, the one that the op lays out its output for."""
     homes: dict[tuple[object, ...], Reading] = {}
     for reading in readings.values:
         best = homes.get(_key(reading))
         if best is None or _preference(reading) > _preference(best):
             homes[_key(reading)] = reading
-    return Site(exchanges, known, readings, tuple(homes.values()))
+    return tuple(homes.values())
 
 
 def _preference(reading: Reading) -> tuple[bool, bool]:

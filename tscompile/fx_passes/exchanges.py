@@ -11,7 +11,7 @@ Whose graph it is does not matter: only the exchange's own rule says what depend
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor, fx
 
 from .collectives import Collective
 from .cuts import Cuts, Placement, flat
-from .layout import JOINS, Prover, View, carve, identity, is_movement, make_digits, walk_moved
+from .layout import JOINS, Digit, Prover, View, carve, identity, is_movement, make_digits, walk_moved
 from .pattern import Context
 from .rewrite import Builder
-from .sizes import Size, divides, hint, product, quotient
+from .sizes import Size, divides, hint, plain, product, quotient, remainder
 
 aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
@@ -37,6 +37,8 @@ def moves_bits(node: fx.Node) -> bool:
 class Exchange:
     """One all_to_all, with the grid of its `[R, n]` elements: factor 0 is the rank, the others cut a block.
 
+    An all_gather is one that sends every rank the same block, so what is said of what is received holds for it, too.
+
     Attributes:
         chain: what moves the received elements on, in an order that is the same on every rank.
     """
@@ -44,9 +46,9 @@ class Exchange:
     def __init__(self, collective: Collective) -> None:
         self.collective = collective
         self.ranks = collective.group_size
-        total = product(collective.input.meta["val"].shape)
-        self.block: Size = quotient(total, self.ranks)
-        self.cuts = Cuts([1, self.block, total])
+        sent = product(collective.input.meta["val"].shape)
+        self.block: Size = sent if collective.kind == "all_gather" else quotient(sent, self.ranks)
+        self.cuts = Cuts([1, self.block, product([self.ranks, self.block])])
         self.chain: dict[fx.Node, None] = {}
         stack = [collective.node]
         while stack:
@@ -145,14 +147,18 @@ class Readings:
     joined: list[Joined] = field(default_factory=list)
 
 
-def find_readings(exchanges: Sequence[Exchange]) -> Readings:
-    """Prove what is read; what is no strided view is left to the program, and read from what it is made of."""
+def find_readings(exchanges: Sequence[Exchange], besides: Collection[fx.Node] = ()) -> Readings:
+    """Prove what is read; what is no strided view is left to the program, and read from what it is made of.
+
+    Args:
+        besides: readers that do not count.
+    """
     by_node = {e.collective.node: e for e in exchanges}
     known = {e.collective.node: e.received() for e in exchanges}
     members = dict.fromkeys([n for e in exchanges for n in (e.collective.node, *e.chain)])
     prover = Prover(known)
     found = Readings()
-    wanted = [node for node in members if any(user not in members for user in node.users)]
+    wanted = [node for node in members if any(u not in members and u not in besides for u in node.users)]
     done: set[fx.Node] = set()
     while wanted:
         node = wanted.pop(0)
@@ -248,6 +254,55 @@ def find_source(exchange: Exchange, prover: Prover) -> Source | None:
     return _source(exchange, _producer(source, prover)) or _source(exchange, identity(source))
 
 
+def find_producer(exchange: Exchange, prover: Prover) -> fx.Node:
+    """The nearest node behind an exchange that does not just move what it sends."""
+    return _producer(exchange.collective.input, prover).root
+
+
+def find_columns(exchange: Exchange, prover: Prover) -> tuple[Source, tuple[int, int]] | None:
+    """Of an exchange of a matrix's elements: its source with `grid` and `placement` in some neighbouring columns of that matrix, and
+    these, (first, number).
+
+    A projection to 32 heads of queries and 8 of keys and of values has no grid that all three fit; the columns of each have one.
+    """
+    view = _producer(exchange.collective.input, prover)
+    shape: Sequence[Size] = view.root.meta["val"].shape
+    rows, width = shape[-2:]
+    columns = _columns(view, width)
+    if columns is None:
+        return None
+    first, number = columns
+    skipped = plain(view.offset - first)
+    digits = [
+        tuple(Digit(d.size, _without(d.stride, width, number)) for d in dim) if number != width else dim
+        for dim in view.dims
+    ]
+    narrowed = replace(view, dims=tuple(digits), offset=_without(skipped, width, number))
+    source = _source(exchange, narrowed, (rows, number))
+    return None if source is None else (source, columns)
+
+
+def _without(stride: Size, width: Size, number: int) -> Size:
+    """A stride over rows of `width` as one over rows of `number`; a stride within a row stays."""
+    return product([quotient(stride, width), number]) if divides(width, stride) else stride
+
+
+def _columns(view: View, width: Size) -> tuple[int, int] | None:
+    """(first, number) of the columns of a matrix, `width` in all, among which `view` reads; None if they are no constants."""
+    first = plain(remainder(view.offset, width))
+    if not isinstance(width, int) or not isinstance(first, int):
+        return None
+    end = first + 1
+    for digit in view.digits:
+        size, stride = plain(digit.size), plain(digit.stride)
+        if divides(width, stride):
+            continue
+        if not isinstance(size, int) or not isinstance(stride, int) or stride < 0:
+            return 0, width
+        end += (size - 1) * stride
+    return (first, end - first) if end <= width else (0, width)
+
+
 def _producer(node: fx.Node, prover: Prover) -> View:
     """`node` as a view of the nearest ancestor that is not just moved: casts, and joins of several tensors, end the way."""
     known: dict[fx.Node, View] = {}
@@ -269,9 +324,10 @@ def _producer(node: fx.Node, prover: Prover) -> View:
         known[end] = identity(end)
 
 
-def _source(exchange: Exchange, view: View) -> Source | None:
+def _source(exchange: Exchange, view: View, shape: Sequence[Size] | None = None) -> Source | None:
+    """shape: of what the view's strides are of, if that is not the root as a whole."""
     sent = exchange.sent(view)
-    grid = Cuts.of_shape(view.root.meta["val"].shape)
+    grid = Cuts.of_shape(view.root.meta["val"].shape if shape is None else shape)
     if sent is None or not grid.cut_for(sent):
         return None
     while True:

@@ -160,26 +160,30 @@ class _Fusion:
             self._row(label, None, (collective,), Keep("one-rank", "the group has one rank: there is nothing to hide"))
             return
         kept: list[tuple[Pattern, Keep]] = []
+        given_way: tuple[Match, Keep] | None = None
         for pattern in patterns_for(collective.kind):
             found = pattern.find(self.context, collective)
             if isinstance(found, Match):
-                found = self._match(f"{len(self.rows)}:{found.kind}", found)
-                if found is None:
-                    more = [(p.kind, keep.reason) for p, keep in kept if pattern.priority >= 0 > p.priority]
-                    self.rows[-1].reason += "".join(
-                        f"; {kind}: {reason}" for kind, reason in more
-                    )  # why not more of it
+                refused = self._match(f"{len(self.rows)}:{found.kind}", found)
+                if refused is None:
+                    more = [(p.kind, keep.reason) for p, keep in kept if p.priority < 0]
+                    self.rows[-1].reason += "".join(f"; {kind}: {why}" for kind, why in more)  # why not more of it
                     return
+                given_way = given_way or (found, refused)
+                found = refused
             if isinstance(found, Keep):
                 kept.append((pattern, found))
-        if kept:
+        if given_way is not None:
+            match, decision = given_way
+            self._decided(f"{len(self.rows)}:{match.kind}", match, decision)
+        elif kept:
             pattern, keep = kept[0]
             self._row(f"{len(self.rows)}:{pattern.kind}", pattern.kind, (collective,), keep)
         else:
             self._row(label, None, (collective,), _unmatched(collective))
 
     def _match(self, label: str, match: Match) -> Keep | None:
-        """Decide on a match, and write its row; no row, but why not, if another pattern may fuse what this one does not."""
+        """Decide on a match, and write its row; why it is kept, and no row, if another pattern may fuse what this one does not."""
         decision = planner.plan(match.problem, match.plan, self.options)
         if isinstance(decision, Fuse) and self.options.dry_run:
             decision = Keep("dry-run", "dry run: this site would be fused")
@@ -196,10 +200,13 @@ class _Fusion:
                 self.context.edited()
         if match.gives_way and isinstance(decision, Keep) and decision.code != "dry-run":
             return decision
+        self._decided(label, match, decision, source)
+        return None
+
+    def _decided(self, label: str, match: Match, decision: Fuse | Keep, source: str = "") -> None:
         self._row(label, match.kind, match.collectives, decision, match, source)
         for collective in match.collectives:  # each stands in one row
             del self.context.collectives[collective.node]
-        return None
 
     def _row(
         self,

@@ -9,8 +9,10 @@ from . import (
     gathered_attention,
     matmul_all_gather,
     matmul_all_reduce,
+    matmul_all_to_all,
     matmul_reduce_scatter,
     mesh_matmul,
+    scattered_attention,
 )
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "gathered_attention",
     "matmul_all_gather",
     "matmul_all_reduce",
+    "matmul_all_to_all",
     "matmul_reduce_scatter",
     "mesh_matmul",
+    "scattered_attention",
 ]

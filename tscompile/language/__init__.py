@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from .context import MAX_RANKS, RECORD_WORDS, WORDS
 from .context import fill as fill_context
+from .toolchain import load_tilelang
 
 if TYPE_CHECKING:
     from . import nvshmem as nvshmem
@@ -85,6 +86,13 @@ _MODULES = {
     "toolchain": "ToolchainError nvcc use_wheels",
     "words": "ld ld128 st st128",
 }
+_LIGHT = {
+    "group",
+    "host",
+    "nodes",
+    "toolchain",
+    "topology",
+}  # do not import tilelang, which use_wheels() must come before
 _EXPORTS = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
@@ -162,10 +170,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name != "nvshmem" and name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _EXPORTS.get(name) not in _LIGHT:
+        load_tilelang()
     if name == "nvshmem":
         return import_module(".nvshmem", __name__)
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -12,12 +12,15 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import threading
+from importlib import import_module
 from pathlib import Path
 
 from ..errors import TscompileError
 
 _DISTRIBUTION = "nvidia-cuda-nvcc"
 _TIMEOUT_S = 300.0
+_loading = threading.RLock()
 
 
 class ToolchainError(TscompileError):
@@ -55,12 +58,23 @@ def use_wheels() -> Path:
     return home
 
 
+def load_tilelang() -> None:
+    """Import tilelang, one thread at a time.
+
+    Its modules import one another in circles. Where two threads import it at once, CPython breaks the deadlock by handing one of them
+    modules that are half made, and they stay so. So whatever may run in a thread calls this before it imports anything of tilelang.
+    """
+    with _loading:
+        import_module("tilelang")
+
+
 def nvcc() -> Path:
     """The nvcc that TileLang will call (imports tilelang).
 
     Raises:
         ToolchainError: there is none; the message says what to install.
     """
+    load_tilelang()
     from tilelang.contrib.nvcc import get_nvcc_compiler
 
     try:

@@ -10,14 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..problem import FusionProblem, GatherUse, Gemm
+from ..problem import FusionProblem, GatherUse, Gemm, Plan
 from ..templates.attention import head_groups
 from ..templates.mesh_gemm import CANNON, STREAM, SUMMA
 from ..templates.nvlink import sums, widths
 from ..templates.nvlink.gather_rows import one_kernel
-from ..templates.nvlink.kernels.config import ITEM_BYTES, SMS, TILE_M
+from ..templates.nvlink.kernels.config import ITEM_BYTES, SMS
 from ..templates.nvlink.mesh_tiles import Operand, mesh_us
 from ..templates.nvlink.panels import chunk_count, copies_of
+from ..templates.nvlink.projected import project
 from ..templates.nvlink.refusal import block_sizes, serves_use, shard_of, sides_of
 
 MUST_GAIN = 0.98  # fuse only if the fused time is predicted below this share of the original
@@ -53,6 +54,15 @@ SHM = {
 # to 12 MiB: the fourth fastest of 25 rounds; the original ops are underestimated on purpose]
 GLOO_EXCHANGE = Link(500.0, 1600.0)
 SHM_EXCHANGE = Link(250.0, 500.0)
+# Keys and values of an attention, in one gather or two, and the scatter of their gradients. [measured 2026-11-28, the same machine, 4
+# to 16 heads of 64 or 128, 64 to 2048 keys a rank, what the fourth fastest of 15 rounds took more than the attention alone; the
+# original ops, with the copies that put ranks side by side, are underestimated on purpose]
+GLOO_GATHERED = Link(500.0, 1300.0)
+SHM_GATHERED = Link(150.0, 120.0)
+# What a chunk of keys costs beside its share of the attention: one more call, and adding up partial results. [measured alone, float32
+# and bfloat16, 0.1 to 4 MiB]
+CHUNK_US = 60.0
+MERGE_US_PER_MIB = 120.0
 # What a group of heads costs an all_to_all_attention: copies, signals, one more call of the attention. [measured likewise, 4 groups]
 HEAD_GROUP_US = 250.0
 GFLOPS = 100.0  # float32 matmul, one thread
@@ -62,7 +72,7 @@ GATHERED_US_PER_MIB = 100.0  # writing the gathered tensor out as well
 @dataclass(frozen=True)
 class Prediction:
     """partial_us: with less of it fused, where that is an alternative. mesh_matmul: one gather fused and the other one as it was;
-    all_to_all_matmul: the exchanges as all_to_all_permute."""
+    all_to_all_matmul, matmul_all_to_all: the exchanges as all_to_all_permute, behind the matmuls or before them."""
 
     fused_us: float
     original_us: float
@@ -81,15 +91,19 @@ def pays(problem: FusionProblem, predicted: Prediction) -> bool:
     return predicted.fused_us < MUST_GAIN * predicted.original_us
 
 
-def predict(problem: FusionProblem, uses: Sequence[GatherUse] = ()) -> Prediction:
+def predict(problem: FusionProblem, uses: Sequence[GatherUse] = (), plan: Plan | None = None) -> Prediction:
     """Both times of a site, in us; the planner's only source of them.
 
     Args:
         problem: the site.
         uses: how the matmuls of a gather read it, one each; without them, as rows of their left operands.
+        plan: matmul_all_to_all: what is sent of the matmuls' results.
     """
     if problem.device != "cuda":
         return _predict_cpu(problem)
+    if problem.kind == "matmul_all_to_all":
+        assert plan is not None
+        return _predict_projected_gpu(problem, plan)
     if problem.kind == "all_to_all_permute":
         return _predict_exchanges_gpu(problem)
     if problem.kind == "all_to_all_matmul":
@@ -133,22 +147,38 @@ def _predict_exchanges(problem: FusionProblem, fused: Link, original: Link) -> P
 
 
 def _predict_panels(problem: FusionProblem, matmul_us: float) -> Prediction:
-    """As the exchanges alone: what is not written is won, and as much is lost by adding panels to a sum in memory. [measured
-    2026-11-28, 2 ranks with one thread each, 64 to 2048 rows of 1024 columns, float32 and bfloat16: within noise of each other]"""
+    """As the exchanges alone: what is not written is won, and as much is lost by adding panels to a sum in memory.
+
+    [measured 2026-11-28, 2 ranks with one thread each, 64 to 2048 rows of 1024 columns, float32 and bfloat16: within noise]
+    """
     moved = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
     return Prediction(matmul_us + moved.fused_us, matmul_us + moved.original_us, matmul_us + moved.fused_us)
+
+
+def _predict_chunks(problem: FusionProblem, attention_us: float) -> Prediction:
+    """An attention by chunks of keys against the one that waits for all of them."""
+    moved = _predict_exchanges(problem, SHM_GATHERED, GLOO_GATHERED)
+    chunk_us = CHUNK_US + problem.merged_bytes / _MIB * MERGE_US_PER_MIB
+    copied = problem.comm_bytes / _MIB * GATHERED_US_PER_MIB if problem.return_gathered else 0.0
+    fused = moved.fused_us + problem.group_size * chunk_us + copied
+    return Prediction(attention_us + fused, attention_us + moved.original_us)
 
 
 def _predict_cpu(problem: FusionProblem) -> Prediction:
     matmul_us = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (GFLOPS * 1e3)
     if problem.kind == "mesh_matmul":
         return _predict_mesh(problem, matmul_us)
-    if problem.kind in ("all_to_all_permute", "all_to_all_attention"):
+    if problem.kind in ("all_to_all_permute", "all_to_all_attention", "matmul_all_to_all"):
         moved = _predict_exchanges(problem, SHM_EXCHANGE, GLOO_EXCHANGE)
+        if problem.kind == "matmul_all_to_all":  # a rank's core multiplies or copies: nothing is hidden
+            fused = matmul_us + moved.fused_us
+            return Prediction(fused, matmul_us + moved.original_us, fused)
         groups = head_groups(problem.heads) if problem.kind == "all_to_all_attention" else 0
         return Prediction(moved.fused_us + groups * HEAD_GROUP_US, moved.original_us)
     if problem.kind == "all_to_all_matmul":
         return _predict_panels(problem, matmul_us)
+    if problem.kind in _AS_GEMM:
+        return _predict_chunks(problem, matmul_us)
     sent = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
     fused = SHM[problem.kind].us(sent)
     if problem.return_gathered:
@@ -158,7 +188,6 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 
 # [measured 2026-11-20, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: the 52 sizes of
 # benchmarks/results/gpu-ops-4xh200-2026-11-20.json, 128 to 8192 rows; most times are met within 8 %]
-CUBLAS_US = 4.0
 ORIGINAL_US = 3.0  # between the two ops of the original sequence
 # Time of the collective by the MiB of the whole tensor, 4 ranks: the lesser of both, since NCCL sends a few MiB by another protocol.
 # [few MiB: also 2026-11-28, 2x H200, 16 to 1024 rows]
@@ -176,6 +205,11 @@ PERMUTE = Link(4.0, 1.65)
 PUSH_EXCHANGE = (Link(35.0, 2.87), Link(22.6, 3.43))
 # Copying own panels into the slot, each by a copy of the main stream. Not measured.
 OWN_PANEL = Link(3.0, 0.6)
+# Attention by chunks of keys. Not measured: the rate of attention, the launches of a chunk, and four passes over a partial result.
+ATTENTION_TFLOPS = 550.0
+CHUNK_LAUNCHES_US = 25.0
+MERGE_GPU_US_PER_MIB = 1.5
+_AS_GEMM = {"all_gather_attention": "all_gather_matmul", "attention_reduce_scatter": "matmul_reduce_scatter"}
 MUST_GAIN_GPU = 0.98  # a fused op costs the host less than the collective and the matmul that it replaces
 MUST_GAIN_US = 4.0  # ops of a few tens of us are not known better
 
@@ -249,6 +283,15 @@ def _predict_exchanges_gpu(problem: FusionProblem) -> Prediction:
     return Prediction(min(link.us(sent) for link in PUSH_EXCHANGE), moved + permuted)
 
 
+def _predict_projected_gpu(problem: FusionProblem, plan: Plan) -> Prediction:
+    """Against cuBLAS and the exchanges behind it, those of the original program or all_to_all_permute."""
+    found = project(plan, problem.group_size, problem.gemms, [size for grid in problem.grids for size in grid])
+    assert found is not None, "the template supports it"
+    matmuls = sum(_cublas_us(gemm) for gemm in problem.gemms)
+    moved = _predict_exchanges_gpu(problem)
+    return Prediction(found.us, matmuls + ORIGINAL_US + moved.original_us, matmuls + moved.fused_us)
+
+
 def _predict_panels_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
     moved = _predict_exchanges_gpu(problem)
     matmuls = ORIGINAL_US + sum(_cublas_us(gemm) for gemm in problem.gemms)
@@ -262,7 +305,25 @@ def _predict_panels_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Pr
     return Prediction(fused, moved.original_us + matmuls, moved.fused_us + matmuls)
 
 
+def _predict_chunks_gpu(problem: FusionProblem) -> Prediction:
+    """The attention of the own chunk, or of the last one that is sent, hides nothing; the others hide the transport, or it them."""
+    ranks = problem.group_size
+    sent = problem.comm_bytes / _MIB * (ranks - 1) / ranks
+    attention = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (ATTENTION_TFLOPS * 1e6)
+    collectives = sum(
+        min(link.us(sent * 4 / 3 / problem.exchanges) for link in NCCL[_AS_GEMM[problem.kind]])
+        for _ in range(problem.exchanges)
+    )
+    steps = ranks * (CHUNK_LAUNCHES_US + problem.merged_bytes / _MIB * MERGE_GPU_US_PER_MIB)
+    fused = (
+        attention / ranks + max(attention * (ranks - 1) / ranks, min(link.us(sent) for link in PUSH_EXCHANGE)) + steps
+    )
+    return Prediction(fused, attention + ORIGINAL_US + collectives + PERMUTE.us(problem.comm_bytes / _MIB))
+
+
 def _predict_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
+    if problem.kind in _AS_GEMM:
+        return _predict_chunks_gpu(problem)
     ranks = problem.group_size
     total = problem.comm_bytes / _MIB
     received = total * (ranks - 1) / ranks
@@ -294,12 +355,5 @@ def _predict_mesh_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Pred
     return Prediction(mesh_us(left, right), _cublas_us(gemm) + sum(kept), partial)
 
 
-def _tiles(gemm: Gemm) -> int:
-    return -(-gemm.m // TILE_M) * -(-gemm.n // widths.WIDEST)
-
-
 def _cublas_us(gemm: Gemm) -> float:
-    """cuBLAS cuts a matmul of less than one wave into smaller pieces, so that all SMs work."""
-    tiles = _tiles(gemm)
-    waves = tiles / SMS if tiles < SMS else -(-tiles // SMS)
-    return CUBLAS_US + max(waves * widths.tile_us(widths.WIDEST, gemm.k), widths.read_us(gemm.k, gemm.n))
+    return widths.cublas_us(gemm.m, gemm.n, gemm.k)

@@ -18,9 +18,18 @@ from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 # Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
-UNPROVEN = {("mesh_matmul", "nvlink"), ("all_to_all_matmul", "nvlink")}
+UNPROVEN = {
+    ("mesh_matmul", "nvlink"),
+    ("all_to_all_matmul", "nvlink"),
+    ("all_gather_attention", "nvlink"),
+    ("attention_reduce_scatter", "nvlink"),
+}
 # How a site runs of which not everything is fused.
-_LESS = {"mesh_matmul": "with one gather fused", "all_to_all_matmul": "with the exchange and its permutes fused"}
+_LESS = {
+    "mesh_matmul": "with one gather fused",
+    "all_to_all_matmul": "with the exchange and its permutes fused",
+    "matmul_all_to_all": "with the exchange and its permutes fused",
+}
 
 
 def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
@@ -49,11 +58,9 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
     if problem.second_group_size and executor == "nvlink" and need > (options.heap_bytes or need * SLOTS) // SLOTS:
         return Keep("no-room", f"it takes {need} bytes four times, more than tilescale.heap_bytes allows")
     if options.fuse == "auto" and (plan.kind, executor) in UNPROVEN:
-        return Keep(
-            "unproven",
-            f"its kernel has not run on several GPUs yet, so it runs {_LESS[plan.kind]}; tilescale.fuse=always uses it",
-        )
-    prediction = cost_model.predict(problem, plan.uses)
+        instead = f", so it runs {_LESS[plan.kind]}" if plan.kind in _LESS else ""
+        return Keep("unproven", f"its kernel has not run on several GPUs yet{instead}; tilescale.fuse=always uses it")
+    prediction = cost_model.predict(problem, plan.uses, plan)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         other = f"{prediction.original_us:.0f} us as it is"
         if prediction.partial_us < prediction.original_us:

@@ -5,11 +5,14 @@ from . import (
     all_to_all,
     all_to_all_gemm,
     attention,
+    gathered_attention,
     gemm_all_gather,
     gemm_all_reduce,
+    gemm_all_to_all,
     gemm_reduce_scatter,
     mesh_gemm,
     nvlink,
+    scattered_attention,
 )
 from .template import Template, find_template, register_template, registered
 
@@ -20,11 +23,14 @@ __all__ = [
     "all_to_all_gemm",
     "attention",
     "find_template",
+    "gathered_attention",
     "gemm_all_gather",
     "gemm_all_reduce",
+    "gemm_all_to_all",
     "gemm_reduce_scatter",
     "mesh_gemm",
     "nvlink",
     "register_template",
     "registered",
+    "scattered_attention",
 ]

@@ -7,8 +7,10 @@ asks for happens in these two copies.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -101,26 +103,60 @@ class Place:
     flag: int
 
 
-def arena_bytes(inputs: Sequence[Tensor]) -> int:
-    """What `post` needs of an arena."""
-    return sum(aligned(int(x.numel()) * x.element_size()) for x in inputs)
+def places_of(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Place]:
+    """Exchanges of these shapes, one behind the other."""
+    ends = accumulate(aligned(prod(shape) * dtype.itemsize) for shape in shapes)
+    return [
+        Place(start, tuple(shape), dtype, min(number, FLAGS_PER_PEER - 1))
+        for number, (start, shape) in enumerate(zip((0, *ends), shapes, strict=False))
+    ]
 
 
-def post(channel: Channel, inputs: Sequence[Tensor]) -> list[Place]:
-    """Copy what the peers get of `inputs`, `[R, ...]` each, into the own arena, exchange by exchange, and signal."""
-    channel.payload = sum(x.numel() * x.element_size() for x in inputs)
-    places: list[Place] = []
-    offset = 0
-    for number, x in enumerate(inputs):
-        place = Place(offset, tuple(x.shape), x.dtype, _flag(number))
-        arena = channel.view(channel.rank, offset, place.shape, x.dtype)
+def arena_bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
+    """What they need of an arena."""
+    return sum(aligned(prod(shape) * dtype.itemsize) for shape in shapes)
+
+
+class Posts:
+    """The exchanges of a call on their way: `post` each of them, in any order, then take what has `arrived`.
+
+    The last flag is for all exchanges that have none of their own.
+    """
+
+    def __init__(self, channel: Channel, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+        self._channel = channel
+        self.places = places_of(shapes, dtype)
+        self._missing = Counter(place.flag for place in self.places)
+        channel.payload = sum(prod(shape) for shape in shapes) * dtype.itemsize
+
+    def post(self, number: int, x: Tensor) -> None:
+        """Copy what the peers get of `x`, `[R, ...]`, into the own arena, and signal."""
+        place, channel = self.places[number], self._channel
+        arena = channel.view(channel.rank, place.offset, place.shape, place.dtype)
         for peer in channel.peers():
             arena[peer].copy_(x[peer])
-        if place.flag == number or number == len(inputs) - 1:
+        self._missing[place.flag] -= 1
+        if not self._missing[place.flag]:
             channel.signal_all(place.flag)
-        offset += aligned(x.numel() * x.element_size())
-        places.append(place)
-    return places
+
+    def delivered(self, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The plan's outputs, once all are posted; own blocks come from `inputs`."""
+        channel = self._channel
+        outputs = Outputs(plan.deliveries, plan.joins, [place.shape for place in self.places], inputs[0])
+        for number, x in enumerate(inputs):
+            outputs.deliver(number, channel.rank, x.narrow(0, channel.rank, 1))
+        for number, place in enumerate(self.places):
+            for peer in channel.peers():
+                outputs.deliver(number, peer, arrived(channel, place, peer).unsqueeze(0))
+        return outputs.tensors
+
+
+def post(channel: Channel, inputs: Sequence[Tensor]) -> Posts:
+    """Post all of `inputs`."""
+    posts = Posts(channel, [x.shape for x in inputs], inputs[0].dtype)
+    for number, x in enumerate(inputs):
+        posts.post(number, x)
+    return posts
 
 
 def arrived(channel: Channel, place: Place, peer: int) -> Tensor:
@@ -137,19 +173,7 @@ class ShmAllToAll:
         return shm_refusal(problem)
 
     def scratch_bytes(self, plan: Plan, size: int, inputs: Sequence[Tensor]) -> int:
-        return arena_bytes(inputs)
+        return arena_bytes([x.shape for x in inputs], inputs[0].dtype)
 
     def run(self, channel: Channel, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
-        places = post(channel, inputs)
-        outputs = Outputs(plan.deliveries, plan.joins, [x.shape for x in inputs], inputs[0])
-        for number, x in enumerate(inputs):
-            outputs.deliver(number, channel.rank, x.narrow(0, channel.rank, 1))
-        for number, place in enumerate(places):
-            for peer in channel.peers():
-                outputs.deliver(number, peer, arrived(channel, place, peer).unsqueeze(0))
-        return outputs.tensors
-
-
-def _flag(exchange: int) -> int:
-    """The flag that says that an exchange is there; the last one is for all that have none of their own."""
-    return min(exchange, FLAGS_PER_PEER - 1)
+        return post(channel, inputs).delivered(plan, inputs)

@@ -72,7 +72,7 @@ class ShmAllToAllGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
-        return arena_bytes(inputs)
+        return arena_bytes([x.shape for x in inputs], inputs[0].dtype)
 
     def run(
         self,
@@ -82,7 +82,7 @@ class ShmAllToAllGemm:
         others: Sequence[Tensor],
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        places = post(channel, inputs)
+        places = post(channel, inputs).places
         late = is_low_precision(inputs[0].dtype)
         received = Received(inputs) if late or plan.return_gathered else None
         products = [] if late else [_PanelProduct(inputs, *pair) for pair in zip(others, biases, strict=True)]

@@ -1,4 +1,3 @@
-// Small sums of several ranks on the host: in each CTA the eight multiplying warps exchange their stripes of one tile after the other.
 // Stands for the parts of tile.h that are assembly; sum_push.h follows as it stands.
 
 static uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int lanes) { return __shfl_sync(mask, value, (threadIdx.x & 31) ^ lanes); }

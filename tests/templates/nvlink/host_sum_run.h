@@ -1,6 +1,6 @@
 // Runs what host_sum.h and sum_push.h define.
 
-struct Sum { int ranks, ctas, tiles, m, n, columns, inner, share, epoch; float scale; };
+struct Sum { int seed, ranks, ctas, tiles, m, n, columns, inner, share, epoch; float scale; };
 
 // The registers of a lane for a tile at (row, col) of a product [m, n], as wgmma leaves them; zeros beyond its edges.
 template <int NF> static void load(float *acc, const Sum &s, const float *product, int row, int col) {
@@ -11,40 +11,34 @@ template <int NF> static void load(float *acc, const Sum &s, const float *produc
   }
 }
 
+static int *claimed() {
+  __shared__ int tile;
+  return &tile;
+}
+// The multiplying warps of a CTA, which claim one tile after the other.
 template <int NF, int FORM>
-static void run(const Sum &s, const int *table, void **contexts, const float **products, void **outs) {
-  std::vector<std::thread> threads;
-  std::vector<std::atomic<int>> claims(s.ranks);
-  for (int rank = 0; rank < s.ranks; ++rank)
-    for (int cta = 0; cta < s.ctas; ++cta) {
-      auto meeting = std::make_shared<std::barrier<>>(256);
-      auto claimed = std::make_shared<int>(0);
-      for (int w = 0; w < 8; ++w) {
-        auto shared = std::make_shared<Warp>();
-        for (int lane = 0; lane < 32; ++lane)
-          threads.emplace_back([=, &s, &claims] {
-            threadIdx.x = 128 + w * 32 + lane;
-            warp = shared.get();
-            float acc[NF];
-            while (true) {
-              if (threadIdx.x == 128) *claimed = claims[rank]++;
-              meeting->arrive_and_wait();
-              const int tile = *claimed;
-              meeting->arrive_and_wait();
-              if (tile >= s.tiles) return;
-              const int *at = table + tile * 8;
-              load<NF>(acc, s, products[rank], at[0], at[1]);
-              tsk_exchange<NF, TSK_BF16, FORM>(acc, contexts[rank], outs[rank], at[0], at[1], at[2], at[4], at[7], s.columns, s.inner,
-                                               s.share, s.n, s.scale, s.epoch, 1);
-            }
-          });
-      }
-    }
-  for (auto &thread : threads) thread.join();
+static void sum(const Sum &s, const int *table, void *context, const float *product, void *out, unsigned *claims) {
+  while (true) {
+    if (TSK_THREAD == 0) *claimed() = atomicAdd(claims, 1);
+    tsk_sync();
+    const int tile = *claimed();
+    tsk_sync();
+    if (tile >= s.tiles) return;
+    const int *at = table + tile * 8;
+    float acc[NF];
+    load<NF>(acc, s, product, at[0], at[1]);
+    tsk_exchange<NF, TSK_BF16, FORM>(acc, context, out, at[0], at[1], at[2], at[4], at[7], s.columns, s.inner, s.share, s.n, s.scale,
+                                     s.epoch, 1);
+  }
 }
 
-extern "C" void run_sum(int form, const Sum *s, const int *table, void **contexts, const float **products, void **outs) {
-  if (form == TSK_SCATTER) run<32, TSK_SCATTER>(*s, table, contexts, products, outs);
-  if (form == TSK_TWO_SHOT) run<32, TSK_TWO_SHOT>(*s, table, contexts, products, outs);
-  if (form == TSK_ONE_SHOT) run<32, TSK_ONE_SHOT>(*s, table, contexts, products, outs);
+extern "C" const char *run_sum(int form, const Sum *s, const int *table, void **contexts, const float **products, void **outs) {
+  std::vector<unsigned> claims(s->ranks);
+  return in_world(s->seed, s->ranks, [&](World &all, int rank) {
+    all.launch(rank, s->ctas, threads_of({{128, 384}}), [=, count = &claims[rank]] {
+      if (form == TSK_SCATTER) sum<32, TSK_SCATTER>(*s, table, contexts[rank], products[rank], outs[rank], count);
+      if (form == TSK_TWO_SHOT) sum<32, TSK_TWO_SHOT>(*s, table, contexts[rank], products[rank], outs[rank], count);
+      if (form == TSK_ONE_SHOT) sum<32, TSK_ONE_SHOT>(*s, table, contexts[rank], products[rank], outs[rank], count);
+    });
+  });
 }

@@ -15,7 +15,7 @@ from tscompile.lowering.group import GroupState
 from tscompile.lowering.nvlink import NvlinkExecutor
 from tscompile.nvshmem import native, stream
 from tscompile.problem import Plan
-from tscompile.templates.nvlink import channel, gather_blocks, gather_rows, gemm_reduce, mesh_gemm
+from tscompile.templates.nvlink import channel, exchange, gather_blocks, gather_rows, gemm_reduce, mesh_gemm
 
 from .fake_gpu import FakeDriver, FakeTorch
 
@@ -67,7 +67,7 @@ class StubRank:
         grow(heaps, [4 << 20] * size)
         self.driver, self.torch = StubDriver(), FakeTorch()
         self.kernels = FakeDriver(heaps[rank].memory)  # type: ignore[arg-type]
-        for module in (gather_blocks, gather_rows, gemm_reduce, mesh_gemm, nvlink):
+        for module in (exchange, gather_blocks, gather_rows, gemm_reduce, mesh_gemm, nvlink):
             patch.setattr(module, "kernel", self.kernels.kernel)
         patch.setattr(channel, "torch", self.torch)
         patch.setattr(channel.stream, "load", lambda: self.driver)

@@ -34,6 +34,7 @@ from tscompile.templates.nvlink.kernels.gemm import PASS_CONFIGS, THREADS
 from tscompile.templates.nvlink.kernels.mesh_gemm import mesh_gemm_kernel
 from tscompile.templates.nvlink.kernels.reduce import reduce_kernel
 from tscompile.templates.nvlink.kernels.service import service_kernel
+from tscompile.templates.nvlink.kernels.spoil import spoil_kernel
 from tscompile.templates.nvlink.kernels.sum_push import sum_push_kernel
 from tscompile.templates.nvlink.sums import PULL_WIDTHS, PUSH_WIDTHS
 from tscompile.templates.nvlink.widths import DENSE_WIDTHS, NARROW_WIDTHS, SWIZZLED_WIDTHS
@@ -533,7 +534,7 @@ def test_kernels_of_one_file_are_what_they_are_alone(build) -> None:
     assert abs(together.registers - alone.registers) <= 8 and together.log.count("Compiling entry function") == 1
 
 
-@pytest.mark.parametrize("name", ["tsk_open", "tsk_acknowledge"])
+@pytest.mark.parametrize("name", ["tsk_open", "tsk_acknowledge", "tsk_wait_rank"])
 def test_service_kernels(name: str) -> None:
     artifact = tl.compile_cuda(service_kernel(name), pass_configs=PASS_CONFIGS)
     assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0
@@ -542,6 +543,12 @@ def test_service_kernels(name: str) -> None:
     # The epoch of a captured call changes while its address does not.
     assert re.search(r"ld\.volatile(\.global)?\.u32", artifact.ptx)
     assert bool(re.search(r"st\.volatile(\.global)?\.u32", artifact.ptx)) == (name == "tsk_open")
+
+
+def test_spoil_kernel() -> None:
+    artifact = tl.compile_cuda(spoil_kernel(), pass_configs=PASS_CONFIGS)
+    assert artifact.spill_bytes == 0 and artifact.stack_bytes == 0
+    assert "st.global.v4.u32" in artifact.ptx and re.search(r"st\.volatile(\.global)?\.u8", artifact.ptx)
 
 
 def host_of(function) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Sequence
+from math import prod
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.exchange_cases import ExchangeCase, random_case, ulysses
 from tscompile.problem import Delivery
-from tscompile.templates.nvlink.kernels.config import DATA_FLAGS, GRID_DIMS, UNIT_WORDS
-from tscompile.templates.nvlink.legs import Layout, Leg, batches_of, legs_of, rows_of, worded
+from tscompile.templates.nvlink.all_to_all import prepared
+from tscompile.templates.nvlink.kernels.config import DATA_FLAGS, GRID_DIMS, MAX_LEGS, UNIT_WORDS, WORD_BYTES
+from tscompile.templates.nvlink.legs import Layout, Leg, batches_of, in_words, legs_of, rows_of, worded
 
 ITEMS = 8  # bfloat16 of a word
 
@@ -121,13 +127,133 @@ def test_what_the_kernel_cannot_take() -> None:
     assert legs[0].targets[0].strides == (8, 1)
 
 
-def test_batches_fit_the_flags() -> None:
+def test_batches_of_short_legs() -> None:
     small = batches_of([100, 300], 2)
     assert (small.words, small.firsts, small.count) == (UNIT_WORDS, (0, 1), 3)
-    for ranks in (2, 4, 8):
-        for words in ([1 << 12], [1 << 22] * 3, [1 << 26] * 3):
-            for share in (1, 8):
-                found = batches_of(words, ranks, share)
-                assert found.flags(ranks) <= DATA_FLAGS // share
-                assert found.count * found.words >= sum(words)
-                assert found.scratch_bytes(ranks) >= (ranks - 1) * 16 * sum(words)
+
+
+# ---- any sizes and strides ----------------------------------------------------------------------------------------------------
+
+_WORDS = st.lists(st.one_of(st.integers(1, 1 << 12), st.integers(1, 1 << 26)), min_size=1, max_size=MAX_LEGS)
+
+
+@given(words=_WORDS, ranks=st.integers(2, 8), share=st.integers(1, 8))
+def test_batches_cover_all_words_once(words: list[int], ranks: int, share: int) -> None:
+    """As the kernel finds a batch's leg and its part of it; and the flags and the slot suffice for all batches of all peers."""
+    found = batches_of(words, ranks, share)
+    assert found.words % UNIT_WORDS == 0 and found.flags(ranks) == (ranks - 1) * found.count <= DATA_FLAGS // share
+    assert found.scratch_bytes(ranks) == found.flags(ranks) * found.words * WORD_BYTES
+    ends = [*found.firsts[1:], found.count]
+    for first, end, size in zip(found.firsts, ends, words, strict=True):
+        assert (end - first - 1) * found.words < size <= (end - first) * found.words
+    # No more batches than a launch does well with, unless the longest ones are as many.
+    assert found.flags(ranks) <= 280 or found.words >= 16 * UNIT_WORDS
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), ranks=st.integers(2, 4), pads=st.lists(st.integers(0, 3), min_size=3, max_size=3))
+def test_all_ranks_cut_alike_whatever_their_strides(seed: int, ranks: int, pads: list[int]) -> None:
+    """A rank with strides that the kernel cannot take copies its inputs; the sizes decide whether there is a kernel at all."""
+    case = random_case(ranks, seed, ITEMS)
+    plain = [torch.empty(x.shape, dtype=torch.bfloat16, device="meta") for x in case.inputs(torch.empty)]
+    truth = worded(case.deliveries, case.joins, plain)
+    assert truth is not None
+    wanted = batches_of([leg.words for leg in truth], ranks)
+    dice = random.Random(seed)
+
+    def other(x: Tensor) -> Tensor:
+        """The same sizes in another order of memory, with gaps that may be no whole words."""
+        order = dice.sample(range(x.dim()), x.dim())
+        stored = torch.empty([x.shape[dim] + dice.choice(pads) for dim in order], dtype=x.dtype, device="meta")
+        for at, dim in enumerate(order):
+            stored = stored.narrow(at, 0, x.shape[dim])
+        return stored.permute([order.index(dim) for dim in range(x.dim())])
+
+    plan = case.plan("nvlink", torch.bfloat16)
+    for inputs in (plain, [other(x) for x in plain]):
+        found = prepared(plan, inputs, ranks)
+        assert found is not None
+        legs, batches, copied = found
+        assert batches == wanted and [leg.words for leg in legs] == [leg.words for leg in truth]
+        assert [len(leg.targets) for leg in legs] == [len(leg.targets) for leg in truth]
+        assert copied == (worded(case.deliveries, case.joins, inputs) is None)
+
+
+@st.composite
+def item_legs(draw: st.DrawFn) -> Leg:
+    """Of up to five dims in any strides, with targets that may take one index of a dim. Most consist of words."""
+    outer_sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4]), max_size=4))
+    sizes = [*outer_sizes, draw(st.sampled_from([8, 8, 16, 24, 2, 4, 12]))]
+    dims, last = len(sizes), len(sizes) - 1
+
+    def rarely(*values: int) -> int:
+        """The first one, as a rule."""
+        return values[0] if draw(st.integers(0, 15)) else draw(st.sampled_from(values[1:]))
+
+    def layout(tensor: int, is_target: bool) -> Layout:
+        outer = draw(st.permutations(range(last)))
+        order = [*outer, last] if rarely(0, 1) == 0 else [last, *outer]
+        if draw(st.booleans()):
+            order = list(range(dims))
+        strides, stride = [0] * dims, rarely(1, 2)
+        for dim in reversed(order):
+            strides[dim] = stride
+            stride = stride * sizes[dim] + draw(st.sampled_from([0, 0, 0, 8])) + rarely(0, 4)
+        fixed = [-1] * dims
+        if is_target and draw(st.integers(0, 3)) == 0:
+            dim = draw(st.integers(0, last))
+            strides[dim], fixed[dim] = 0, draw(st.integers(0, sizes[dim] - 1))
+        return Layout(tensor, rarely(24, 4), rarely(8, 12), tuple(strides), tuple(fixed))
+
+    targets = [layout(index, True) for index in range(draw(st.integers(1, 2)))]
+    return Leg(tuple(sizes), layout(0, False), tuple(targets))
+
+
+def places(leg: Leg, layout: Layout) -> list[int | None]:
+    """Of each item of the grid, one after the other."""
+    found: list[int | None] = []
+    for index in itertools.product(*map(range, leg.sizes)):
+        taken = all(at in (i, -1) for at, i in zip(layout.fixed, index, strict=True))
+        at = sum(i * stride for i, stride in zip(index, layout.strides, strict=True))
+        found.append(layout.start + at if taken else None)
+    return found
+
+
+def runs(leg: Leg, layout: Layout) -> list[int | None] | None:
+    """Of each word of the grid, in words; None if one is in pieces."""
+    items, found = places(leg, layout), []
+    if len(items) % ITEMS or layout.rank_stride % ITEMS:
+        return None
+    for first in range(0, len(items), ITEMS):
+        at = items[first]
+        if items[first : first + ITEMS] != ([None] * ITEMS if at is None else list(range(at, at + ITEMS))):
+            return None
+        if at is not None and at % ITEMS:
+            return None
+        found.append(None if at is None else at // ITEMS)
+    return found
+
+
+@settings(deadline=None, max_examples=400)
+@given(leg=item_legs())
+def test_words_are_the_items_of_the_grid(leg: Leg) -> None:
+    """Whatever is in words is what was asked for; and what consists of words is in words."""
+    layouts = (leg.source, *leg.targets)
+    wanted = [runs(leg, layout) for layout in layouts]
+    found = in_words(leg, 2)
+    if found is None:
+        # A dim of which one index is taken is not merged with those inside of it, so it may not be the innermost.
+        kept = [dim for dim, size in enumerate(leg.sizes) if size > 1]
+        innermost = bool(kept) and any(layout.fixed[kept[-1]] >= 0 for layout in layouts)
+        assert None in wanted or innermost or short_inside_of_fixed(leg)
+        return
+    assert found.words * ITEMS == prod(leg.sizes) and len(found.sizes) <= GRID_DIMS
+    for layout, want in zip((found.source, *found.targets), wanted, strict=True):
+        assert places(found, layout) == want
+    assert [t.rank_stride * ITEMS for t in (found.source, *found.targets)] == [t.rank_stride for t in layouts]
+
+
+def short_inside_of_fixed(leg: Leg) -> bool:
+    """The dims inside of one that a target takes an index of are no whole words."""
+    fixed = [dim for target in leg.targets for dim, at in enumerate(target.fixed) if at >= 0]
+    return any(prod(leg.sizes[dim + 1 :]) % ITEMS for dim in fixed)

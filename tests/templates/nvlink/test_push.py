@@ -1,4 +1,4 @@
-"""Gathers whose kernel pushes the shard: the protocol under a random scheduler, and the device code itself on threads of the host."""
+"""Gathers whose kernel pushes the shard: the protocol under a random scheduler, and the device code itself on the host."""
 
 from __future__ import annotations
 
@@ -91,20 +91,21 @@ def test_slices_are_large_enough_to_send_and_many_where_there_is_much() -> None:
     assert widths.pushed_slices(1024, 1096) == (6, 3)
 
 
-# ---- kernels/push.h on threads of the host --------------------------------------------------------------------------------------
+# ---- kernels/push.h on the host --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     tile = host_code.kernel_text("tile.h")
-    helpers = [host_code.function(tile, f"TSL {name}") for name in ("int tsk_claim", "void tsk_copy_bytes")]
+    helpers = [host_code.part(tile, f"TSL {name}") for name in ("int tsk_claim", "void tsk_copy_bytes")]
     runner = (host_code.HERE / "host_push.h").read_text()
-    return host_code.build(tmp_path_factory.mktemp("push"), *helpers, host_code.kernel_text("push.h"), runner)
+    return host_code.build(tmp_path_factory.mktemp("push"), *helpers, host_code.kernel_text("push.h"), runner=runner)
 
 
 class GatherSizes(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int) for name in ("ranks", "ctas", "rows", "inner", "pieces", "k", "slices", "slice_k", "epoch")
+        (name, ctypes.c_int)
+        for name in ("seed", "ranks", "ctas", "rows", "inner", "pieces", "k", "slices", "slice_k", "epoch")
     ]
 
 
@@ -127,13 +128,13 @@ def test_the_device_code_sends_every_shard_to_every_rank(
     shards = [whole[:, rank].contiguous() for rank in range(ranks)]
     slots, outs = ([torch.full_like(whole, -1) for _ in range(ranks)] for _ in range(2))
     flags = [torch.full((128,), 4, dtype=torch.int32) for _ in range(ranks)]  # epochs of an earlier call
-    cells = torch.tensor([2] * ranks, dtype=torch.int32)
     counters = [torch.zeros(16, dtype=torch.int32) for _ in range(ranks)]
-    contexts = host_code.contexts(slots, flags, cells)
+    group = host_code.Group.of(ranks)
+    contexts = group.contexts(slots, flags)
     sums = torch.zeros(ranks, ctas, MAX_SLICES, dtype=torch.int64)
-    given = GatherSizes(ranks, ctas, rows, inner, pieces, k, slices, slice_k, 3)  # and 2 of the cell
+    given = GatherSizes(k, ranks, ctas, rows, inner, pieces, k, slices, slice_k, 3)  # and 2 of the cell
     lists = [host_code.pointers(each) for each in (shards, outs, contexts, counters)]
-    library.run(ctypes.byref(given), *lists, ctypes.c_void_p(sums.data_ptr()))
+    host_code.call(library.run, group, ctypes.byref(given), *lists, ctypes.c_void_p(sums.data_ptr()))
     for rank in range(ranks):
         assert torch.equal(slots[rank], whole) and torch.equal(outs[rank], whole)
         # Those that are set, and nothing else; the counters are as they were.

@@ -1,6 +1,6 @@
 """Small sums: every form has the right result on every rank, whatever happens when, with any number of CTAs resident.
 
-First the protocol under a random scheduler, then the device code itself on threads of the host.
+First the protocol under a random scheduler, then the device code itself on the host.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_whoever_plans_finds_the_same(m: int, n: int, k: int, ranks: int, all_re
         assert plan.flags <= DATA_FLAGS and plan.places <= plan.flags
 
 
-# ---- kernels/sum_push.h on threads of the host ------------------------------------------------------------------------------------
+# ---- kernels/sum_push.h on the host ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +97,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "template <int NF, int DT, bool COPY> TSL void tsk_rows",
     )
     before, after = ((host_code.HERE / name).read_text() for name in ("host_sum.h", "host_sum_run.h"))
-    helpers = [host_code.function(tile, start) for start in starts]
-    return host_code.build(tmp_path_factory.mktemp("sum"), before, *helpers, host_code.kernel_text("sum_push.h"), after)
+    helpers = [host_code.part(tile, start) for start in starts]
+    sums = host_code.kernel_text("sum_push.h")
+    return host_code.build(tmp_path_factory.mktemp("sum"), before, *helpers, sums, runner=after)
 
 
 class Sizes(ctypes.Structure):
     _fields_ = [
-        *((n, ctypes.c_int) for n in ("ranks", "ctas", "tiles", "m", "n", "columns", "inner", "share", "epoch")),
+        *(
+            (n, ctypes.c_int)
+            for n in ("seed", "ranks", "ctas", "tiles", "m", "n", "columns", "inner", "share", "epoch")
+        ),
         ("scale", ctypes.c_float),
     ]
 
@@ -133,12 +137,14 @@ def test_the_device_code_sums(
     outs = [torch.full((rows, n), float("nan"), dtype=torch.bfloat16) for _ in range(ranks)]
     slots = [torch.full((plan.scratch_bytes // 2,), float("nan"), dtype=torch.bfloat16) for _ in range(ranks)]
     flags = [torch.full((plan.flags + 1,), 4, dtype=torch.int32) for _ in range(ranks)]  # epochs of an earlier call
-    cells = torch.full((ranks,), 2, dtype=torch.int32)
-    contexts = host_code.contexts(slots, flags, cells)
-    given = Sizes(ranks, ctas, len(table), m, n, -(-n // width), inner, plan.share, 3, 0.5)  # epoch: and 2 of the cell
+    group = host_code.Group.of(ranks)
+    contexts = group.contexts(slots, flags)
+    given = Sizes(
+        m, ranks, ctas, len(table), m, n, -(-n // width), inner, plan.share, 3, 0.5
+    )  # epoch: and 2 of the cell
     lists = [host_code.pointers(each) for each in (contexts, products, outs)]
     number = ctypes.c_int(SUM_FORMS.index(form))
-    library.run_sum(number, ctypes.byref(given), ctypes.c_void_p(table.data_ptr()), *lists)
+    host_code.call(library.run_sum, group, number, ctypes.byref(given), ctypes.c_void_p(table.data_ptr()), *lists)
     total = torch.stack(products).sum(0) / 2
     for rank in range(ranks):
         wanted = total.view(outer, ranks, inner, n)[:, rank].reshape(rows, n) if scattered else total

@@ -66,7 +66,7 @@ class _Recipe:
         self._dtype = inputs[0].dtype
         self._new = maker(inputs[0].device)
         shapes = output_shapes(plan.deliveries, plan.joins, [x.shape for x in inputs])
-        self._outputs = [(tuple(shape), _strides(shape)) for shape in shapes]
+        self._outputs = [(tuple(shape), strides_of(shape)) for shape in shapes]
         self._launch = ExchangeLaunch(link, legs, batches)
         self._calls: dict[int, Call] = {}
 
@@ -84,7 +84,7 @@ class _Recipe:
         return outputs
 
 
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
     strides, size = [], 1
     for extent in reversed(shape):
         strides.append(size)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ...nvshmem import stream
 from ...nvshmem.stream import Step, Values, steps_of
 from .channel import DONE, FORK, JOIN, MAIN, SIDE, DeviceChannel
+from .panels import Parcel
 
 EPOCH, SOURCE = 0, 1  # words of a call; further sources follow
 
@@ -20,6 +21,21 @@ class Sent(Step):
         self.source = source
 
 
+def parcel_step(channel: DeviceChannel, parcel: Parcel, owner: int, number: int) -> Sent:
+    """Step of stream `number` that copies what goes to `owner` to its place in the slot of that rank."""
+    return Sent(
+        kind=stream.COPY if parcel.rows == 1 else stream.COPY_ROWS,
+        stream=number,
+        dst=channel.data(owner, parcel.target),
+        src=parcel.source + owner * parcel.step,
+        bytes=parcel.width,
+        rows=parcel.rows,
+        dst_pitch=parcel.target_pitch,
+        src_pitch=parcel.pitch,
+        source=parcel.tensor,
+    )
+
+
 class Call:
     """The steps of a site's calls in one slot. Made once; what differs between calls is patched in before they are issued.
 
@@ -29,40 +45,54 @@ class Call:
         side: steps of the copy stream, copies and the flags behind them; they start when the main stream gets there, and it waits for
             them in the end.
         values: those that LAUNCH steps point at.
+        early: more steps of the copy stream, in parts that the caller issues one by one before all others: each starts where the main
+            stream is then.
 
     Attributes:
         words: set before the steps are issued: [EPOCH], which the flags of the copy stream take (in a captured call they read it when
             the graph runs), and from [SOURCE] on the addresses of the tensors that are sent.
-        steps: all of them. before, after: those before and behind the main stream's, for a call whose kernel is among another
-            group's steps.
+        early: steps of the early parts. steps: all others. before, after: those before and behind the main stream's, for a call
+            whose kernel is among another group's steps.
     """
 
     def __init__(
-        self, channel: DeviceChannel, main: Sequence[Step], side: Sequence[Step], values: list[Values]
+        self,
+        channel: DeviceChannel,
+        main: Sequence[Step],
+        side: Sequence[Step],
+        values: list[Values],
+        early: Sequence[Sequence[Step]] = (),
     ) -> None:
         self.values = values
         opening, closing = [], []
         if channel.captured:
             self._opening = channel.link.opener.values(channel.values())
             opening = [channel.link.opener.step(self._opening, MAIN)]
-        if side:
-            opening += [
-                Step(kind=stream.RECORD, stream=MAIN, event=FORK),
-                Step(kind=stream.AWAIT, stream=SIDE, event=FORK),
-            ]
+        if side or early:
             closing = [
                 Step(kind=stream.RECORD, stream=SIDE, event=JOIN),
                 Step(kind=stream.AWAIT, stream=MAIN, event=JOIN),
             ]
         if not channel.captured:  # the watchdog's event belongs to no graph
             closing.append(Step(kind=stream.RECORD, stream=MAIN, event=DONE))
-        sent = [step for step in (*side, *main) if isinstance(step, Sent)]
+        sending = [step for part in (*early, side) for step in part]
+        sent = [step for step in (*sending, *main) if isinstance(step, Sent)]
         self.words = (ctypes.c_uint64 * (SOURCE + 1 + max((step.source for step in sent), default=0)))()
         for copy in sent:
             copy.word = ctypes.addressof(self.words) + 8 * (SOURCE + copy.source)
-        for step in side:
+        for step in sending:
             if step.kind == stream.WRITE:
                 step.word = ctypes.addressof(self.words) + 8 * EPOCH
         # Sends before kernels that wait: with one hardware queue for all streams, they run in the order of their issue.
-        self.steps = steps_of(*opening, *side, *main, *closing)
-        self.before, self.after = steps_of(*opening, *side), steps_of(*closing)
+        parts = [[*_forked(part), *part] for part in (*early, side)]
+        parts[0] = [*opening, *parts[0]]
+        self.early = [steps_of(*part) for part in parts[:-1]]
+        self.steps = steps_of(*parts[-1], *main, *closing)
+        self.before, self.after = steps_of(*parts[-1]), steps_of(*closing)
+
+
+def _forked(part: Sequence[Step]) -> list[Step]:
+    """Steps behind which the copy stream is where the main stream is, if there is anything to copy."""
+    if not part:
+        return []
+    return [Step(kind=stream.RECORD, stream=MAIN, event=FORK), Step(kind=stream.AWAIT, stream=SIDE, event=FORK)]

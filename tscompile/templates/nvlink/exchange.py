@@ -82,12 +82,17 @@ def _address(tensors: Sequence[Tensor], layout: Layout) -> int:
 
 
 def aligned_inputs(inputs: Sequence[Tensor], copied: bool) -> list[Tensor]:
-    """Inputs that the kernel can read: copies where rows are no whole words (`copied`), or a tensor does not begin with a word."""
-    return [
-        x.contiguous()
-        if copied and not x.is_contiguous()
-        else x.clone(memory_format=torch.contiguous_format)
-        if x.data_ptr() % WORD_BYTES
-        else x
-        for x in inputs
-    ]
+    """Inputs that the kernel can read by the strides in its table: those of contiguous tensors if `copied`, else their own.
+
+    A tensor that does not begin with a word is copied as it lies.
+    """
+    if copied:
+        inputs = [x.contiguous() for x in inputs]
+    return [_moved(x) if x.data_ptr() % WORD_BYTES else x for x in inputs]
+
+
+def _moved(x: Tensor) -> Tensor:
+    """A copy with the same strides, whichever they are."""
+    items = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    memory = x.as_strided((items,), (1,)).clone()
+    return memory.as_strided(x.shape, x.stride())

@@ -24,6 +24,7 @@ from filelock import FileLock
 from ... import language
 from ...errors import HeapError, TscompileError
 from ...language.launch_spec import LaunchSpec, TensorMap
+from ...language.toolchain import load_tilelang
 from ...nvshmem import stream
 from ...nvshmem.native import cache_dir
 from ...observe import log
@@ -45,6 +46,7 @@ def _sources() -> str:
 
 def _build(name: str, args: tuple[Any, ...]) -> tuple[bytes, LaunchSpec]:
     """Compile `<name>_kernel(*args)` of kernels/<name>.py."""
+    load_tilelang()
     from ...language.compile import build_cubin, parse
     from .kernels.gemm import PASS_CONFIGS
 

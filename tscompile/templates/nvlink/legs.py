@@ -113,7 +113,7 @@ def _narrowed(leg: Leg, part: Part) -> Leg:
 def in_words(leg: Leg, item_bytes: int) -> Leg | None:
     """The same with as few dims as possible, sizes and strides in words; None if it does not consist of whole words."""
     layouts = (leg.source, *leg.targets)
-    kept = [d for d, size in enumerate(leg.sizes) if size > 1]
+    kept = [d for d, size in enumerate(leg.sizes) if size != 1]
     sizes = [leg.sizes[d] for d in kept]
     strides = [[layout.strides[d] for d in kept] for layout in layouts]
     fixed = [[layout.fixed[d] for d in kept] for layout in layouts]

@@ -51,7 +51,8 @@ def panels_us(tiles: int, wave_us: float, ranks: int, mib: float, copies: int, c
     """Time of a matmul whose operand arrives in chunks of rows, tile by tile in their order; launch included.
 
     Args:
-        tiles: of the result. wave_us: of a wave of them. mib: MiB that a rank receives. copies: that a peer sends of each chunk.
+        tiles: of the result. wave_us: of a wave of them. copies: that a peer sends of each chunk.
+        mib: MiB that a rank receives, as if in one piece.
     """
     peers, now = ranks - 1, widths.LAUNCH_US
     for wave in range(widths.waves_of(tiles)):
@@ -76,7 +77,7 @@ def chunk_count(
     blocks = (pieces, k // (pieces * ranks), rows)
     tiling, steps = widths.blocks_tiling(use, ranks, blocks, columns, transposed=True)
     wave_us = widths.tile_us(tiling.width, steps)
-    mib = rows * k * ITEM_BYTES * (ranks - 1) / ranks / (1 << 20)
+    mib = rows * k * ITEM_BYTES * (ranks - 1) / ranks / (1 << 20) * widths.row_factor(blocks[1] * ITEM_BYTES)
 
     def us(count: int) -> float:
         chunks = len(chunk_rows(rows, count))

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ...language.context import MAX_RANKS
-from ...nvshmem import stream
 from ...nvshmem.stream import Step, steps_of
 from ...problem import GatherUse, Plan
 from ..fresh import maker
 from ..template import torch_dtype
-from .call import EPOCH, SOURCE, Call, Sent
+from .call import EPOCH, SOURCE, Call, parcel_step
 from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch
 from .gather_rows import RowsLaunch
@@ -55,7 +54,7 @@ class Recipe:
         """The steps of a call in the channel's slot."""
         known = channel.values()
         values = [launch.values(known) for launch in self._launches]
-        local = [_copy(channel, parcel, channel.rank, MAIN) for parcel in self._local]
+        local = [parcel_step(channel, parcel, channel.rank, MAIN) for parcel in self._local]
         launches = [launch.kernel.step(v, MAIN) for launch, v in zip(self._launches, values, strict=True)]
         side: list[Step] = []
         # The flags of the last chunk are those of a gather. The previous rank's copies first, so that at any time every rank sends to
@@ -64,7 +63,7 @@ class Recipe:
             sends: list[Step] = []
             for distance in range(1, channel.size):
                 peer = (channel.rank - distance) % channel.size
-                sends += [_copy(channel, parcel, peer, SIDE) for parcel in parcels]
+                sends += [parcel_step(channel, parcel, peer, SIDE) for parcel in parcels]
                 sends.append(channel.signal_step(peer, number * MAX_RANKS + channel.rank))
             side = sends + side
         if channel.captured:
@@ -133,18 +132,3 @@ def _multiply(use: GatherUse, gathered: Tensor, other: Tensor, bias: Tensor | No
     operand = matrix.t() if use.transposed else matrix
     a, b = (operand, other) if use.side == "lhs" else (other, operand)
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-
-
-def _copy(channel: DeviceChannel, parcel: Parcel, owner: int, stream_number: int) -> Step:
-    """Step that copies what goes to `owner` to its place in the slot of that rank."""
-    return Sent(
-        kind=stream.COPY if parcel.rows == 1 else stream.COPY_ROWS,
-        stream=stream_number,
-        dst=channel.data(owner, parcel.target),
-        src=parcel.source + owner * parcel.step,
-        bytes=parcel.width,
-        rows=parcel.rows,
-        dst_pitch=parcel.target_pitch,
-        src_pitch=parcel.pitch,
-        source=parcel.tensor,
-    )

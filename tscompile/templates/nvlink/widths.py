@@ -30,6 +30,9 @@ _LOADED_BYTES_PER_US = 10.5e6
 _PASS_US = 10.0
 _COPY_US = 8.0
 _PUSH_US_PER_MIB = 3.1
+# A row that a copy engine sends costs as much as so many bytes more. [measured 2026-11-28, 2x H200, 8K rows that lie 24 KiB apart: 256
+# bytes at 112 GB/s, 1024 at 264, 2048 at 280, 4096 at 345]
+_ROW_BYTES = 400
 # A gather whose kernel pushes: us until the first byte is there; us per MiB that one rank receives, and per MiB of the shard, which
 # warps must at least read and store; how much longer a GEMM takes beside it. [measured 2026-11-28, 2x H200, 128 to 8192 rows: within
 # 10 %, but for matmuls of 10 us]
@@ -37,6 +40,8 @@ _PUSHED_US = 9.0
 _PUSHED_US_PER_MIB, _STORED_US_PER_MIB = 3.3, 7.5
 _PUSHED_FACTOR = 1.08
 _SLICE_BYTES = 256 << 10  # of a shard, at least: 128 of the 264 warps that push 2 KiB each then share a slice
+# Launch of a matmul of torch's. [measured 2026-11-20, 4x H200]
+_CUBLAS_US = 4.0
 # us of a fused gather in one kernel: its launch, and what neither transport nor tiles explain, by copy engine [measured 2026-11-20] and
 # pushed [measured 2026-11-28].
 LAUNCH_US = 6.0
@@ -57,6 +62,13 @@ def waves_of(tiles: int) -> int:
 def read_us(k: int, n: int) -> float:
     """Reading a right operand [k, n] of 2-byte elements, without which no GEMM ends however few rows it has."""
     return k * n * ITEM_BYTES / (1 << 20) * _READ_US_PER_MIB
+
+
+def cublas_us(m: int, n: int, k: int) -> float:
+    """Time of torch's matmul `[m, k] @ [k, n]`. cuBLAS cuts one of less than a wave into smaller pieces, so that all SMs work."""
+    tiles = -(-m // TILE_M) * -(-n // WIDEST)
+    waves = tiles / SMS if tiles < SMS else -(-tiles // SMS)
+    return _CUBLAS_US + max(waves * tile_us(WIDEST, k), read_us(k, n))
 
 
 def gemm_us(tiles: int, width: int, k: int, n: int, rows: int = TILE_M) -> float:
@@ -154,6 +166,11 @@ def push_us(mib: float, ranks: int) -> float:
 def copied_us(mib: float, copies: int) -> float:
     """Until `copies` copies by the copy engine of a peer are there, one after the other, while `mib` MiB arrive in all."""
     return _PASS_US + _COPY_US * copies + _PUSH_US_PER_MIB * mib
+
+
+def row_factor(nbytes: int) -> float:
+    """How much longer a copy of rows of so many bytes takes than one of one piece."""
+    return 1.0 + _ROW_BYTES / max(nbytes, 1)
 
 
 @dataclass(frozen=True)

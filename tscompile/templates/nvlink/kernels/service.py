@@ -1,4 +1,4 @@
-"""Kernels of one warp around the fused ones: open a captured call, tell the peers that a slot was read."""
+"""Kernels of one warp around others: open a captured call, wait for a rank, tell the peers that a slot was read."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .gemm import call, prelude
 
 
 def service_kernel(name: str) -> Any:
-    """prim_func that runs the device function `name` of tile.h: tsk_open or tsk_acknowledge."""
+    """prim_func that runs the device function `name` of tile.h: tsk_open, tsk_acknowledge, or tsk_wait_rank for the rank `ack`."""
     text = prelude()
 
     @T.prim_func

@@ -487,6 +487,20 @@ TSL void tsk_acknowledge(TskAddress context, int epoch, int, int ack_flag) {
   const int lane = threadIdx.x & 31;
   if (lane < (int)c->size && lane != (int)c->rank) tsl_st_release_sys((void *)(c->flags[lane] + 4ull * (ack_flag + c->rank)), tsk_epoch(context, epoch));
 }
+// Between kernels that know nothing of epochs: those behind it in the stream read what `rank` has sent, or find the group aborted.
+TSL void tsk_wait_rank(TskAddress context, int epoch, int site, int rank) {
+  const TslContext *c = tsl_context(context.p);
+  if ((threadIdx.x & 31) == 0)
+    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * (uint32_t)rank), tsk_epoch(context, epoch), rank, site);
+  __syncwarp();
+}
+// Behind such kernels, with 384 threads: if the group was aborted, what they made of data that did not come must not look like a result.
+TSL void tsk_spoil(TskAddress context, TskAddress out, int64_t bytes) {
+  if (TSK_THREAD < 0 || !tsl_aborted(context.p)) return;
+  tsk_report(context);
+  tsk_fill_nan(out, bytes);
+  if (TSK_THREAD < (int)(bytes & 15)) ((volatile unsigned char *)out.p)[bytes - 1 - TSK_THREAD] = 0xff;
+}
 
 #define TSK_BIAS(NF, DT, ...) tsk_bias<NF, DT>(Cl, __VA_ARGS__)
 #define TSK_SCALE(NF, ...) tsk_scale<NF>(Cl, __VA_ARGS__)
