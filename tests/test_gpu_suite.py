@@ -77,18 +77,23 @@ def test_benchmark_of_exchanges(tmp_path: Path, ranks: int) -> None:
     said = torchrun("benchmarks.bench_exchange", "--device=cpu", *sizes, f"--out={path}", ranks=ranks)
     result = json.loads(path.read_text())
     assert result["kind"] == "gpu-exchange" and result["environment"]["ranks"] == ranks
-    whats = [(what, tokens) for tokens in (16, 64) for what in ("q, k, v", "fused qkv", "back")]
+    rivals = {
+        "q, k, v": {"nccl", "nccl, twice"},
+        "fused qkv": {"nccl", "nccl, twice"},
+        "back": {"nccl, twice"},
+        "projected": {"permute", "nccl", "roof"},
+    }
+    whats = [(what, tokens) for tokens in (16, 64) for what in rivals]
     assert [(case["what"], case["tokens"]) for case in result["cases"]] == whats
     for case in result["cases"]:
         tensors = 1 if case["what"] == "back" else 3
         assert case["bytes_sent"] == tensors * case["tokens"] * 4 * 128 * 2 * (ranks - 1) // ranks**2
         assert f"{case['name']:24} eager" in said and "graph" not in case  # gloo is not captured
-        rivals = {"nccl, twice"} if case["what"] == "back" else {"nccl", "nccl, twice"}
         us, rounds = case["eager"]["us"], case["eager"]["rounds"]
-        assert us.keys() == {"ours", *rivals} and len(rounds) == 2
+        assert us.keys() == {"ours", *rivals[case["what"]]} and len(rounds) == 2
         for name in us:
             assert us[name] == pytest.approx(1e6 * sum(times[name] for times in rounds) / 2)
-        for name in rivals:
+        for name in rivals[case["what"]]:
             ratios = [times[name] / times["ours"] for times in rounds]
             assert case["eager"]["speedup"][name]["value"] == pytest.approx(sum(ratios) / 2)
         assert case["eager"]["gbytes_per_s"] == pytest.approx(case["bytes_sent"] / us["ours"] / 1e3)

@@ -24,6 +24,7 @@ MEASURED = [
     for file in FILES
     for data in [json.loads(file.read_text())]
     for case in data["cases"]
+    if case["what"] in RIVALS
 ]
 NOT_YET = pytest.mark.skip(
     reason="benchmarks/results has no gpu-exchange-*.json: run benchmarks.bench_exchange on GPUs"

@@ -106,7 +106,8 @@ def _projections(context: Context, site: Site) -> _Projections | Keep | None:
         columns = find_columns(exchange, context.prover)
         departure = None if columns is None else _departure(*columns, numbers[root])
         if columns is None or departure is None:
-            return Keep("not-a-strided-view", "the ranks' blocks are no rows or columns of the matmul's result")
+            reason = "the ranks' blocks are no rows or columns of the matmul's result, as far as symbolic sizes show"
+            return Keep("not-a-strided-view", reason)
         departures.append(departure)
         grids.append(columns[0].grid.sizes)
     return _Projections(site, tuple(matmuls.values()), tuple(departures), tuple(grids))
