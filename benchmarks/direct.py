@@ -22,7 +22,7 @@ from tscompile.lowering import planner, runtime
 from tscompile.observe import ledger
 from tscompile.options import Options
 from tscompile.problem import Delivery, Departure, FusionProblem, GatherUse, Gemm, Keep, Plan, Row
-from tscompile.templates.gemm_all_to_all import shapes_sent
+from tscompile.templates.attention import sent_shapes
 
 COLLECTIVES = {
     "all_gather_matmul": "_c10d_functional.all_gather_into_tensor",
@@ -354,7 +354,7 @@ def matmul_exchange(
     plan = replace(plan, departures=tuple(departures))
     gemms = [Gemm(a.shape[0], b.shape[1], a.shape[1]) for a, b in zip(lhs, rhs, strict=True)]
     sizes = [size for grid in grids for size in grid]
-    elements = sum(prod(shape) for shape in shapes_sent(departures, sizes))
+    elements = sum(prod(shape) for shape in sent_shapes(departures, sizes))
     known = {"exchanges": len(departures), "grids": tuple(map(tuple, grids))}
     problem = _problem(plan.kind, x, gemms, elements, group, gemm_dtypes=(dtype,) * len(gemms), **known)
     args = (list(lhs), list(rhs), list(biases or [None] * len(lhs)), sizes)

@@ -20,7 +20,7 @@ Phase = Literal["forward", "backward", "inference"]
 Axis = Literal["rows", "cols"]
 Share = Literal["heads", "packed", "rows", "whole"]
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,28 @@ class Operand:
     counts: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     share: Share = "heads"
+
+
+@dataclass(frozen=True)
+class Panels:
+    """What an exchange `[R, f1, ..., fk]` sends, as panels of a left operand: its dims that are rows, and those of the columns outside
+    and inside of the rank. issued: number of the exchange in the program's order.
+    """
+
+    rows: tuple[int, ...]
+    outer: tuple[int, ...]
+    inner: tuple[int, ...]
+    issued: int = 0
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """As they lie in the left operand."""
+        return (*self.rows, *self.outer, 0, *self.inner)
+
+    @property
+    def sent(self) -> tuple[int, ...]:
+        """The dims of what goes to one rank."""
+        return (*self.rows, *self.outer, *self.inner)
 
 
 @dataclass(frozen=True)
@@ -220,6 +242,7 @@ class Plan:
     deliveries: all_to_all_permute, all_to_all_attention, matmul_all_to_all: what is delivered.
     joins: the same: for each output, how many of the deliveries it consists of.
     attention: all_to_all_attention: what is computed between the exchanges.
+    panels: all_to_all_matmul: of each exchange, in the order of the columns.
     departures: matmul_all_to_all: what each exchange sends of which matmul's result.
     chunks: all_gather_attention, attention_reduce_scatter: what is computed. In the former `deliveries` and `joins` say what else of
         the gathered tensors is an output; an input of the op is a block of what they count as exchanges.
@@ -243,6 +266,7 @@ class Plan:
     joins: tuple[int, ...] = ()
     attention: Attention | None = None
     departures: tuple[Departure, ...] = ()
+    panels: tuple[Panels, ...] = ()
     chunks: ChunkedAttention | None = None
     version: int = PLAN_VERSION
 
@@ -278,6 +302,7 @@ class Plan:
         raw["deliveries"] = _all(Delivery, raw["deliveries"])
         raw["joins"] = tuple(raw["joins"])
         raw["departures"] = _all(Departure, raw["departures"])
+        raw["panels"] = _all(Panels, raw["panels"])
         if raw["attention"] is not None:
             parts: dict[str, Callable[..., Any]] = {
                 "arguments": Argument,

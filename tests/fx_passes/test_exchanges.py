@@ -26,7 +26,7 @@ from tscompile.fx_passes.rewrite import Builder
 from tscompile.options import Options
 from tscompile.problem import Plan
 from tscompile.templates.all_to_all import Outputs
-from tscompile.templates.all_to_all_gemm import Received
+from tscompile.templates.all_to_all_gemm import Received, as_panels
 from tscompile.testing import collective_counts, fake_world
 
 aten = torch.ops.aten
@@ -69,11 +69,12 @@ def call_on_all(target: Any, args: list[tuple[Any, ...]]) -> list[Any]:
     if "all_to_all_matmul" in str(target):
         plan = Plan.loads(args[0][4])
         found = []
-        for rank, (inputs, others, biases, *_) in enumerate(args):
-            received = Received(inputs)
-            for number in range(len(inputs)):
-                for source, sent in enumerate(args):
-                    received.put(number, source, sent[0][number][rank])
+        sent = [as_panels(plan, a[0]) for a in args]
+        for rank, (_, others, biases, *_) in enumerate(args):
+            received = Received(sent[rank])
+            for number in range(len(sent[rank])):
+                for source, inputs in enumerate(sent):
+                    received.put(number, source, inputs[number][rank])
             products = [received.tensor @ b + (0 if c is None else c) for b, c in zip(others, biases, strict=True)]
             found.append([*products, *([received.tensor] if plan.return_gathered else []), None])
         return found

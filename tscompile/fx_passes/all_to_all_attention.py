@@ -61,7 +61,7 @@ def reference(
     results = attend(attention, heads_of(attention, operands_of(attention, received.tensors, local), 0, 1))
     whole = Results(attention)
     whole.keep(results, 0, 1)
-    shapes = grids(attention, sizes)
+    shapes = grids(attention.departures, sizes)
     after = [departing(d, grid, results[d.result]) for d, grid in zip(attention.departures, shapes, strict=True)]
     outputs = Outputs(attention.deliveries, attention.joins, [x.shape for x in after], inputs[0])
     for number, x in enumerate(after):
@@ -76,7 +76,7 @@ def fake(
     received = [like.new_empty(s) for s in output_shapes(plan.deliveries, plan.joins, [x.shape for x in inputs])]
     results = attend(attention, operands_of(attention, received, local))
     whole = [_fake_result(results[known.number], known.layout) for known in attention.results]
-    after = sent_shapes(attention, sizes)
+    after = sent_shapes(attention.departures, sizes)
     outputs = [like.new_empty(s) for s in output_shapes(attention.deliveries, attention.joins, after)]
     return [*received, *whole, *outputs]
 

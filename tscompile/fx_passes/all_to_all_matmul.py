@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from ..lowering import ops
-from ..problem import FusionProblem, GatherUse, Keep, Plan
-from ..templates.all_to_all_gemm import Received
+from ..problem import FusionProblem, GatherUse, Keep, Panels, Plan
+from ..templates.all_to_all_gemm import Received, as_panels, panel_shapes, panels_of
 from .all_to_all_permute import Site, find_site, site_of, value_of
 from .collectives import Collective
 from .cuts import Placement
@@ -44,10 +44,14 @@ aten = torch.ops.aten
 def reference(
     plan: Plan, group_name: str, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """inputs [R, M, O, Q] of each exchange -> one [M, N] per matmul, then what was received, [M, K], if the plan returns it."""
-    received = Received(inputs)
-    for number, x in enumerate(inputs):
-        for source, block in enumerate(ops.all_to_all(x, group_name)):
+    """inputs [R, f1, ..., fk] of each exchange -> one [M, N] per matmul, then what was received, [M, K], if the plan returns it.
+
+    They are exchanged as the program does, in its order: other ranks may run other ops in place of the same collectives.
+    """
+    received = Received(as_panels(plan, inputs))
+    for number in sorted(range(len(inputs)), key=lambda n: plan.panels[n].issued if plan.panels else n):
+        blocks = ops.all_to_all(inputs[number], group_name)
+        for source, block in enumerate(panels_of(blocks, plan.panels[number]) if plan.panels else blocks):
             received.put(number, source, block)
     outputs = [ops.matmul(received.tensor, other, bias) for other, bias in zip(others, biases, strict=True)]
     return [*outputs, received.tensor] if plan.return_gathered else outputs
@@ -56,31 +60,12 @@ def reference(
 def fake(
     plan: Plan, ranks: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    rows = inputs[0].shape[1]
+    rows = panel_shapes(plan, inputs)[0][1]
     outputs = [other.new_empty((rows, other.shape[1])) for other in others]
     return [*outputs, inputs[0].new_empty((rows, others[0].shape[0]))] if plan.return_gathered else outputs
 
 
 ops.define_op(KIND, "Tensor[] inputs, Tensor[] others, Tensor?[] biases", fake=fake, reference=reference)
-
-
-@dataclass(frozen=True)
-class Panels:
-    """Dims of an exchange's grid: those of the left operand's rows, and of its columns outside and inside of the rank."""
-
-    rows: tuple[int, ...]
-    outer: tuple[int, ...]
-    inner: tuple[int, ...]
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """As they lie in the left operand."""
-        return (*self.rows, *self.outer, 0, *self.inner)
-
-    @property
-    def sent(self) -> tuple[int, ...]:
-        """The dims of what goes to one rank."""
-        return (*self.rows, *self.outer, *self.inner)
 
 
 @dataclass(frozen=True)
@@ -258,10 +243,13 @@ def _match(operand: Operand) -> Match:
     dtype = dtype_name(site.exchanges[0].dtype)
     sizes = operand.sizes()
     use = GatherUse("lhs", False, "cols", dtype)
-    plan = Plan(KIND, "", "", dtype, uses=(use,) * len(operand.matmuls), return_gathered=operand.returned)
+    panels = tuple(replace(p, issued=number) for p, number in zip(operand.panels, operand.numbers, strict=True))
+    plan = Plan(
+        KIND, "", "", dtype, uses=(use,) * len(operand.matmuls), return_gathered=operand.returned, panels=panels
+    )
     copied = 0
-    for source, panels in zip(operand.sources, operand.panels, strict=True):
-        if not source.lies_together(panels.sent):
+    for source, sent in zip(operand.sources, operand.panels, strict=True):
+        if not source.lies_together(sent.sent):
             copied += hint(product(source.view.shape)) * site.exchanges[0].dtype.itemsize
     problem = FusionProblem(
         kind=KIND,
@@ -289,14 +277,10 @@ def _rewrite(context: Context, operand: Operand, plan: Plan) -> fx.Node:
     # Everything is built before anything is replaced: a size that no graph value spells must leave the program as it was.
     with builder.before(first.node):
         grids = [source.build(builder) for source in operand.sources]
-        inputs = [
-            _sent(builder, grid, panels, sizes)
-            for grid, panels, sizes in zip(grids, operand.panels, operand.sizes(), strict=True)
-        ]
         others = [builder.matrix(m.rhs, m.batched) for m in operand.matmuls]
         biases = [m.bias for m in operand.matmuls]
         tail = (context.token, plan.dumps(), first.group)
-        node = builder.call(ops.op(KIND), inputs, others, biases, *tail, like=first.node)
+        node = builder.call(ops.op(KIND), grids, others, biases, *tail, like=first.node)
         count = len(operand.matmuls) + operand.returned
         outs = [builder.call(operator.getitem, node, i, like=first.node) for i in range(count)]
         new = _received(builder, operand, outs[-1], grids) if operand.returned else []
@@ -310,13 +294,6 @@ def _rewrite(context: Context, operand: Operand, plan: Plan) -> fx.Node:
             old.replace_all_uses_with(value)
     erase_unused(context.graph, [*(m.node for m in operand.matmuls), *site.nodes()])
     return node
-
-
-def _sent(builder: Builder, grid: fx.Node, panels: Panels, sizes: tuple[Size, Size, Size]) -> fx.Node:
-    """`[R, M, O, Q]` of an exchange's grid; a copy only where rows, or columns, have no common stride."""
-    moved = [0, *panels.sent]
-    node = grid if moved == list(range(len(moved))) else builder.call(aten.permute.default, grid, moved)
-    return builder.reshape(node, [grid.meta["val"].shape[0], *sizes], [grid])
 
 
 def _received(

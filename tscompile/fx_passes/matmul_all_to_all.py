@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from ..lowering import ops
 from ..problem import Departure, Keep, Plan
 from ..templates.all_to_all import output_shapes
-from ..templates.gemm_all_to_all import shapes_sent, views_sent
+from ..templates.attention import sent_shapes
+from ..templates.gemm_all_to_all import views_sent
 from .all_to_all_permute import Site, exchange_problem, find_site
 from .all_to_all_permute import reference as exchanged
 from .attention import is_attention
@@ -59,7 +60,7 @@ def fake(
     biases: Sequence[Tensor | None],
     sizes: Sequence[int],
 ) -> list[Tensor]:
-    shapes = output_shapes(plan.deliveries, plan.joins, shapes_sent(plan.departures, sizes))
+    shapes = output_shapes(plan.deliveries, plan.joins, sent_shapes(plan.departures, sizes))
     return [lhs[0].new_empty(shape) for shape in shapes]
 
 

@@ -13,10 +13,37 @@ from math import prod
 from torch import Tensor
 
 from ..nvshmem.heap import Channel
-from ..problem import FusionProblem, Plan
+from ..problem import FusionProblem, Panels, Plan
 from .all_to_all import arena_bytes, arrived, post
 from .arithmetic import MIN_PIECE, RunningSum, is_low_precision, multiply
 from .template import register_template, shm_refusal
+
+
+def as_panels(plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What exchanges send, `[R, f1, ..., fk]` in the program's order, as `[R, M, O, Q]`: views where strides allow that.
+
+    Without panels in the plan the inputs have these dims.
+    """
+    if not plan.panels:
+        return list(inputs)
+    return [panels_of(x, panels) for x, panels in zip(inputs, plan.panels, strict=True)]
+
+
+def panel_shapes(plan: Plan, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Shapes of `as_panels`, without the copies that these may take."""
+    if not plan.panels:
+        return [tuple(x.shape) for x in inputs]
+    return [_panel_shape(x, panels) for x, panels in zip(inputs, plan.panels, strict=True)]
+
+
+def _panel_shape(x: Tensor, panels: Panels) -> tuple[int, ...]:
+    groups = (panels.rows, panels.outer, panels.inner)
+    return x.shape[0], *(prod(x.shape[dim] for dim in dims) for dims in groups)
+
+
+def panels_of(x: Tensor, panels: Panels) -> Tensor:
+    """The panels of one exchange, or of what was received of it."""
+    return x.permute(0, *panels.sent).reshape(_panel_shape(x, panels))
 
 
 def _columns(sent: Sequence[Tensor]) -> list[tuple[int, int, int]]:
@@ -64,7 +91,7 @@ class _PanelProduct:
 
 @register_template("all_to_all_matmul")
 class ShmAllToAllGemm:
-    """inputs `[R, M, O, Q]`, dim 0 the destination, in any strides; others `[K, N]`."""
+    """inputs as `as_panels` takes them, dim 0 the destination, in any strides; others `[K, N]`."""
 
     def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return shm_refusal(problem)
@@ -82,6 +109,7 @@ class ShmAllToAllGemm:
         others: Sequence[Tensor],
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
+        inputs = as_panels(plan, inputs)
         places = post(channel, inputs).places
         late = is_low_precision(inputs[0].dtype)
         received = Received(inputs) if late or plan.return_gathered else None

@@ -84,10 +84,10 @@ def _value(argument: Argument, operands: Sequence[Tensor]) -> Any:
     return argument.value
 
 
-def grids(attention: Attention, sizes: Sequence[int]) -> list[list[int]]:
-    """The shape that each exchange after the attention gives to the result that it sends."""
+def grids(departures: Sequence[Departure], sizes: Sequence[int]) -> list[list[int]]:
+    """Of an op's `sizes`, the shape that each exchange gives to what it sends of a result."""
     found, start = [], 0
-    for departure in attention.departures:
+    for departure in departures:
         found.append(list(sizes[start : start + departure.sizes]))
         start += departure.sizes
     return found
@@ -98,9 +98,9 @@ def sent_shape(departure: Departure, grid: Sequence[int]) -> list[int]:
     return [grid[left[dim]] for dim in departure.order]
 
 
-def sent_shapes(attention: Attention, sizes: Sequence[int]) -> list[list[int]]:
-    """Shapes of what the exchanges after the attention send."""
-    return [sent_shape(d, grid) for d, grid in zip(attention.departures, grids(attention, sizes), strict=True)]
+def sent_shapes(departures: Sequence[Departure], sizes: Sequence[int]) -> list[list[int]]:
+    """`[R, f1, ..., fk]` of what each exchange sends."""
+    return [sent_shape(d, grid) for d, grid in zip(departures, grids(departures, sizes), strict=True)]
 
 
 def departing(departure: Departure, grid: Sequence[int], result: Tensor, heads: int | None = None) -> Tensor:
@@ -201,7 +201,7 @@ class ShmAttention:
     ) -> int:
         attention = attention_of(plan)
         width = inputs[0].element_size()
-        shapes = [*(list(x.shape) for x in inputs), *sent_shapes(attention, sizes)]
+        shapes = [*(list(x.shape) for x in inputs), *sent_shapes(attention.departures, sizes)]
         return sum(aligned(int(prod(shape)) * width) for shape in shapes)
 
     def run(
@@ -213,7 +213,7 @@ class ShmAttention:
         sizes: Sequence[int],
     ) -> list[Tensor]:
         attention, groups = attention_of(plan), int(plan.schedule.split()[0])
-        after = sent_shapes(attention, sizes)
+        after = sent_shapes(attention.departures, sizes)
         shapes = [*(list(x.shape) for x in inputs), *after]
         heads = [*attention.heads, *(heads_sent(departure) for departure in attention.departures)]
         arenas = _Arenas(channel, shapes, heads, groups, inputs[0].dtype)
@@ -236,7 +236,7 @@ class ShmAttention:
                     received.deliver(number, rank, block, arenas.part(number, group))
             results = attend(attention, heads_of(attention, operands, group, groups))
             for number, (departure, grid) in enumerate(
-                zip(attention.departures, grids(attention, sizes), strict=True), len(inputs)
+                zip(attention.departures, grids(attention.departures, sizes), strict=True), len(inputs)
             ):
                 result = results[departure.result]
                 arenas.write(number, group, departing(departure, grid, result, result.shape[1]), everyone)

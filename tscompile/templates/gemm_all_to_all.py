@@ -10,29 +10,14 @@ from ..nvshmem.heap import Channel
 from ..problem import Departure, FusionProblem, Plan
 from .all_to_all import Posts, arena_bytes
 from .arithmetic import multiply
-from .attention import departing, sent_shape
+from .attention import departing, grids, sent_shapes
 from .template import register_template, shm_refusal, torch_dtype
-
-
-def cut_grids(departures: Sequence[Departure], sizes: Sequence[int]) -> list[list[int]]:
-    """Of the op's `sizes`, those that each exchange gives to the columns that it sends."""
-    found, start = [], 0
-    for departure in departures:
-        found.append(list(sizes[start : start + departure.sizes]))
-        start += departure.sizes
-    return found
-
-
-def shapes_sent(departures: Sequence[Departure], sizes: Sequence[int]) -> list[list[int]]:
-    """`[R, f1, ..., fk]` of each exchange."""
-    grids = cut_grids(departures, sizes)
-    return [sent_shape(departure, grid) for departure, grid in zip(departures, grids, strict=True)]
 
 
 def views_sent(departures: Sequence[Departure], sizes: Sequence[int], results: Sequence[Tensor]) -> list[Tensor]:
     """What each exchange sends, as a view of the matmuls' contiguous `results`."""
     found = []
-    for departure, grid in zip(departures, cut_grids(departures, sizes), strict=True):
+    for departure, grid in zip(departures, grids(departures, sizes), strict=True):
         result = results[departure.result]
         if departure.columns is not None:
             result = result.narrow(1, *departure.columns)
@@ -56,7 +41,7 @@ class ShmGemmAllToAll:
         biases: Sequence[Tensor | None],
         sizes: Sequence[int],
     ) -> int:
-        return arena_bytes(shapes_sent(plan.departures, sizes), torch_dtype(plan.dtype))
+        return arena_bytes(sent_shapes(plan.departures, sizes), torch_dtype(plan.dtype))
 
     def run(
         self,
@@ -67,7 +52,7 @@ class ShmGemmAllToAll:
         biases: Sequence[Tensor | None],
         sizes: Sequence[int],
     ) -> list[Tensor]:
-        posts = Posts(channel, shapes_sent(plan.departures, sizes), torch_dtype(plan.dtype))
+        posts = Posts(channel, sent_shapes(plan.departures, sizes), torch_dtype(plan.dtype))
         results = [a.new_empty((a.shape[0], b.shape[1])) for a, b in zip(lhs, rhs, strict=True)]
         sent = views_sent(plan.departures, sizes, results)
         for index, result in enumerate(results):

@@ -16,7 +16,7 @@ from tscompile.lowering import cost_model, planner
 from tscompile.options import Options
 from tscompile.problem import Delivery, Departure, Fuse, FusionProblem, Gemm, Keep, Plan
 from tscompile.templates.all_to_all import output_shapes
-from tscompile.templates.gemm_all_to_all import shapes_sent
+from tscompile.templates.attention import sent_shapes
 from tscompile.templates.nvlink import projected as nvlink_projected
 from tscompile.templates.nvlink import widths
 from tscompile.templates.nvlink.kernels.config import WORD_BYTES
@@ -68,7 +68,7 @@ def sent(found: Projection, buffer: Tensor, owner: int) -> Tensor:
 def collected(found: Projection, case: Case, buffers: Sequence[Tensor], rank: int) -> list[Tensor]:
     """What the kernel makes of the slot: the own block from the buffer, the others in the order of each leg's grid."""
     plan, sizes = case.plan, case.args[0][3]
-    shapes = output_shapes(plan.deliveries, plan.joins, shapes_sent(plan.departures, sizes))
+    shapes = output_shapes(plan.deliveries, plan.joins, sent_shapes(plan.departures, sizes))
     outputs = [torch.full(shape, float("nan"), dtype=buffers[0].dtype) for shape in shapes]
     rows = rows_of(found.legs, found.batches)
     for source, buffer in enumerate(buffers):

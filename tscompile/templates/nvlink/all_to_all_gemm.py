@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...problem import FusionProblem, Plan
+from ..all_to_all_gemm import as_panels, panel_shapes
 from ..template import register_template, torch_dtype
 from .channel import DeviceChannel, DeviceLink
 from .gather_blocks import block_kernels, block_launches, blocks_of
@@ -25,7 +26,7 @@ from .tiles import Row, panel_tiles
 
 @register_template("all_to_all_matmul", "nvlink")
 class NvlinkAllToAllGemm:
-    """inputs `[R, M, O, Q]` of each exchange, dim 0 the destination, with equal Q, in any strides; others `[K, N]`."""
+    """inputs as `as_panels` takes them, dim 0 the destination, with equal Q, in any strides; others `[K, N]`."""
 
     def supports(self, problem: FusionProblem, plan: Plan) -> str | None:
         return panels_refusal(problem, plan)
@@ -33,9 +34,10 @@ class NvlinkAllToAllGemm:
     def scratch_bytes(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> int:
-        if not inputs[0].numel() or len({int(x.shape[3]) for x in inputs}) > 1:
+        shapes = panel_shapes(plan, inputs)
+        if not inputs[0].numel() or len({int(shape[3]) for shape in shapes}) > 1:
             return -1
-        shard = _shard(inputs)
+        shard = _shard(shapes)
         for use, other in zip(plan.uses, others, strict=True):
             if blocks_of(use, plan.dtype, size, shard, other) is not None:
                 return shard[0] * shard[1] * size * torch_dtype(plan.dtype).itemsize
@@ -44,7 +46,7 @@ class NvlinkAllToAllGemm:
     def kernels(
         self, plan: Plan, size: int, inputs: Sequence[Tensor], others: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> list[tuple[Any, ...]]:
-        return list(block_kernels(plan, size, _shard(inputs), others, biases))
+        return list(block_kernels(plan, size, _shard(panel_shapes(plan, inputs)), others, biases))
 
     def run(
         self,
@@ -54,7 +56,7 @@ class NvlinkAllToAllGemm:
         others: Sequence[Tensor],
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        inputs = [_readable(x) for x in inputs]
+        inputs = [_readable(x) for x in as_panels(plan, inputs)]
         recipe: Recipe = channel.site.recipe
         if recipe is None or recipe.link is not channel.link:
             recipe = channel.site.recipe = _recipe(channel.link, plan, inputs, others, biases)
@@ -64,9 +66,9 @@ class NvlinkAllToAllGemm:
         return outputs
 
 
-def _shard(inputs: Sequence[Tensor]) -> tuple[int, int]:
-    """What a rank sends another as the [P, Q] of a gather: P = (M, panels)."""
-    return sum(int(x.shape[1] * x.shape[2]) for x in inputs), int(inputs[0].shape[3])
+def _shard(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """What a rank sends another as the [P, Q] of a gather: P = (M, panels). shapes: `[R, M, O, Q]` of each exchange."""
+    return sum(int(shape[1] * shape[2]) for shape in shapes), int(shapes[0][3])
 
 
 def _recipe(
@@ -76,12 +78,12 @@ def _recipe(
     others: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> Recipe:
-    shard, item, rows = _shard(inputs), inputs[0].element_size(), int(inputs[0].shape[1])
-    panels = [(int(x.shape[2]), int(x.shape[3])) for x in inputs]
+    shapes, steps = [x.shape for x in inputs], [int(x.stride(0)) for x in inputs]
+    shard, item, rows = _shard(shapes), inputs[0].element_size(), int(shapes[0][1])
     k, columns = (int(size) for size in others[0].shape)
+    panels = [(int(shape[2]), int(shape[3])) for shape in shapes]
     count, _ = chunk_count(rows, columns, k, panels, link.size, plan.uses[0])
     bounds = chunk_rows(rows, count)
-    shapes, steps = [x.shape for x in inputs], [int(x.stride(0)) for x in inputs]
     chunks = [parcels_of(shapes, steps, link.rank, item, bound) for bound in bounds]
     one = len(inputs) == 1
 

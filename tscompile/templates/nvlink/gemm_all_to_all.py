@@ -16,8 +16,8 @@ from torch import Tensor
 from ...nvshmem.stream import Step
 from ...problem import FusionProblem, Gemm, Plan
 from ..all_to_all import output_shapes
+from ..attention import sent_shapes
 from ..fresh import maker
-from ..gemm_all_to_all import shapes_sent
 from ..template import register_template, torch_dtype
 from .all_to_all import strides_of
 from .call import EPOCH, SOURCE, Call, parcel_step
@@ -80,7 +80,7 @@ class NvlinkGemmAllToAll:
         if recipe is None or recipe.link is not channel.link:
             found = project(plan, channel.size, _gemms(lhs, rhs), sizes)
             assert found is not None, "scratch_bytes says so"
-            shapes = output_shapes(plan.deliveries, plan.joins, shapes_sent(plan.departures, sizes))
+            shapes = output_shapes(plan.deliveries, plan.joins, sent_shapes(plan.departures, sizes))
             recipe = channel.site.recipe = _Recipe(channel.link, found, shapes, torch_dtype(plan.dtype), lhs[0].device)
         return recipe.run(channel, lhs, rhs, biases)
 

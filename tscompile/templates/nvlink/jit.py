@@ -48,10 +48,13 @@ def _build(name: str, args: tuple[Any, ...]) -> tuple[bytes, LaunchSpec]:
     """Compile `<name>_kernel(*args)` of kernels/<name>.py."""
     load_tilelang()
     from ...language.compile import build_cubin, parse
+
+    def write() -> Any:  # importing the module parses, too: its macros
+        return getattr(importlib.import_module(f"{__package__}.kernels.{name}"), f"{name}_kernel")(*args)
+
+    function = parse(write)
     from .kernels.gemm import PASS_CONFIGS
 
-    module = importlib.import_module(f"{__package__}.kernels.{name}")
-    function = parse(lambda: getattr(module, f"{name}_kernel")(*args))
     return build_cubin(function, pass_configs=PASS_CONFIGS)
 
 
