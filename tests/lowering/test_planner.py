@@ -83,6 +83,63 @@ def test_exchanges_on_cpu_pay_once_for_the_start() -> None:
     assert isinstance(planner.plan(exchanges(3, 3, "cpu"), plan, Options()), Fuse)
 
 
+def projected(
+    count: int, tokens: int, ranks: int, device: str = "cuda", **changes: object
+) -> tuple[FusionProblem, Plan]:
+    """What follows an attention of 32 heads of 128, or its gradients where `count` is 3: exchanges, and the projection behind them."""
+    use = GatherUse("lhs", False, "cols", "bfloat16")
+    rows = tokens // ranks
+    problem = FusionProblem(
+        "all_to_all_matmul",
+        ranks,
+        True,
+        device,
+        "bfloat16",
+        count * rows * 4096 * 2,
+        (Gemm(rows, 4096, count * 4096),),
+        gemm_dtypes=("bfloat16",),
+        pieces=count * rows,
+        exchanges=count,
+        panels_of=((1, 4096 // ranks),) * count,
+    )
+    return replace(problem, **changes), Plan("all_to_all_matmul", "", "", "bfloat16", uses=(use,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("count", "tokens", "ranks"), [(1, 16384, 4), (3, 16384, 4), (1, 8192, 2), (3, 65536, 2)])
+def test_projections_of_what_is_exchanged_hide_it_where_there_is_much(
+    count: int, tokens: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, plan = projected(count, tokens, ranks)
+    predicted = cost_model.predict(problem, plan.uses)
+    gemm = cost_model._cublas_us(problem.gemms[0])
+    assert gemm < predicted.fused_us < predicted.partial_us < predicted.original_us
+    kept = planner.plan(problem, plan, Options())
+    assert isinstance(kept, Keep) and kept.code == "unproven" and "exchange and its permutes fused" in kept.reason
+    assert isinstance(planner.plan(problem, plan, Options(fuse="always")), Fuse)
+    monkeypatch.setattr(planner, "UNPROVEN", set())
+    assert isinstance(planner.plan(problem, plan, Options()), Fuse)
+
+
+def test_projections_of_little_leave_the_exchange_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "UNPROVEN", set())
+    kept = planner.plan(*projected(3, 2048, 4), Options())
+    assert isinstance(kept, Keep) and kept.code == "no-gain"
+    assert kept.reason.endswith("us with the exchange and its permutes fused")
+
+
+def test_what_is_copied_before_it_is_sent_costs_a_permute() -> None:
+    problem, plan = projected(1, 16384, 4)
+    whole = cost_model.predict(problem, plan.uses)
+    copied = cost_model.predict(replace(problem, copied_bytes=problem.comm_bytes), plan.uses)
+    assert copied.fused_us - whole.fused_us == pytest.approx(cost_model.PERMUTE.us(problem.comm_bytes / (1 << 20)))
+    assert copied.partial_us == whole.partial_us
+
+
+def test_panels_on_cpu_ranks_gain_nothing() -> None:
+    kept = planner.plan(*projected(1, 16384, 4, "cpu"), Options())
+    assert isinstance(kept, Keep) and kept.code == "no-gain"
+
+
 def test_predictions_grow_with_every_cost() -> None:
     base = cost_model.predict(PROBLEM)
     for larger in (

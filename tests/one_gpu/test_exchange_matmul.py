@@ -13,6 +13,7 @@ from torch import Tensor
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
 from tscompile.templates.all_to_all_gemm import Received
+from tscompile.templates.nvlink import all_to_all_gemm
 from tscompile.templates.nvlink.channel import Site
 
 from .group import SLOT_BYTES, Group
@@ -34,6 +35,7 @@ class Shape:
     right one.
 
     lies: "together", or with gaps between what goes to each rank ("apart"), or within ("strided").
+    chunks: in which the operand travels; as many as the sizes choose, if 0.
     """
 
     outers: tuple[int, ...]
@@ -44,6 +46,7 @@ class Shape:
     plain_layout: bool = False
     bias: bool = False
     returned: bool = False
+    chunks: int = 0
 
 
 SHAPES = [
@@ -59,6 +62,10 @@ SHAPES = [
     Shape((1, 1), 256, 1040, (2056,), returned=True),
     Shape((1,), 64, 16, (72, 71), returned=True),  # the second follows on what was received
     Shape((1, 1), 64, 16, (72, 71)),
+    Shape((1,), 128, 1040, (520,), returned=True, chunks=4),
+    Shape((2,), 72, 300, (264, 72), plain_layout=True, bias=True, chunks=2),
+    Shape((1, 1, 1), 64, 520, (1032,), returned=True, chunks=3),
+    Shape((1, 1), 40, 257, (512,), lies="apart", chunks=3),
 ]
 
 
@@ -112,8 +119,11 @@ class Op:
 
     def call(self, rank: int) -> list[Tensor]:
         """On the current stream."""
-        channel = self.group.links[rank].open(self.sites[rank])
-        outputs: list[Tensor] = self.template.run(channel, self.plan, *self.args(rank))
+        with pytest.MonkeyPatch.context() as patch:
+            if self.shape.chunks:
+                patch.setattr(all_to_all_gemm, "chunk_count", lambda *_: (self.shape.chunks, 0.0))
+            channel = self.group.links[rank].open(self.sites[rank])
+            outputs: list[Tensor] = self.template.run(channel, self.plan, *self.args(rank))
         return outputs
 
     def truth(self) -> list[list[Tensor]]:
@@ -209,7 +219,7 @@ def test_graphs_among_eager_calls(patch: pytest.MonkeyPatch, ranks: int) -> None
         group.each(op.call)
         torch.cuda.synchronize()
     dice = random.Random(ranks)
-    used = [*ops[:3], *ops[5:8], *ops[-2:]]
+    used = [*ops[:3], *ops[5:8], *ops[-5:]]
     graphs = [torch.cuda.CUDAGraph() for _ in range(ranks)]
     captured: list[list[list[Tensor]]] = []
     for rank, graph in enumerate(graphs):
@@ -231,7 +241,7 @@ def test_graphs_among_eager_calls(patch: pytest.MonkeyPatch, ranks: int) -> None
             ops[which].check(outputs, truths[which])
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6]], ids=["one exchange", "three"])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6], SHAPES[-2]], ids=["one exchange", "three", "chunks"])
 def test_a_rank_that_stays_away(patch: pytest.MonkeyPatch, shape: Shape) -> None:
     """The others give up in time, fill their outputs with NaN and leave a record."""
     group = Group(patch, 3, timeout_s=1.5)

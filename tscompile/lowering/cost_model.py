@@ -17,7 +17,7 @@ from ..templates.nvlink import sums, widths
 from ..templates.nvlink.gather_rows import one_kernel
 from ..templates.nvlink.kernels.config import ITEM_BYTES, SMS
 from ..templates.nvlink.mesh_tiles import Operand, mesh_us
-from ..templates.nvlink.panels import copies_of
+from ..templates.nvlink.panels import chunk_count, copies_of
 from ..templates.nvlink.projected import project
 from ..templates.nvlink.refusal import block_sizes, serves_use, shard_of, sides_of
 
@@ -248,9 +248,9 @@ def _blocks_gemm(problem: FusionProblem, use: GatherUse, gemm: Gemm) -> _Gemm:
     return _Gemm(tiling.tiles, widths.tile_us(tiling.width, k))
 
 
-def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: float, copies: int = 1) -> float:
+def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: float) -> float:
     """Of all matmuls of a gather. The first kernel hides the transport: that of the uses that read rows, else of one that has the ranks
-    in its result, else of one that sums over them. The other matmuls come after it. copies: that a peer sends, of blocks."""
+    in its result, else of one that sums over them. The other matmuls come after it."""
     reads: Sequence[GatherUse | None] = uses or [None] * len(problem.gemms)
     ranks = problem.group_size
     rows: list[Gemm] = []
@@ -272,7 +272,7 @@ def _gather_us(problem: FusionProblem, uses: Sequence[GatherUse], received: floa
         tail = -(-first.tiles // ranks // SMS) * first.wave_us
     else:  # every tile needs it: the last part of the first wave, and all other waves
         tail = (first.waves - 1 + 1 / ranks) * first.wave_us
-    longest = max(first.us, widths.copied_us(received, copies * (ranks - 1)) + tail)
+    longest = max(first.us, widths.push_us(received, ranks) + tail)
     return longest + widths.COPIED_TAIL_US + sum(gemm.us for gemm in rest)
 
 
@@ -297,12 +297,13 @@ def _predict_projected_gpu(problem: FusionProblem, plan: Plan) -> Prediction:
 def _predict_panels_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Prediction:
     moved = _predict_exchanges_gpu(problem)
     matmuls = ORIGINAL_US + sum(_cublas_us(gemm) for gemm in problem.gemms)
-    received = problem.comm_bytes / _MIB * (problem.group_size - 1) / problem.group_size
-    copies = copies_of(problem.panels_of)
     before = PERMUTE.us(problem.copied_bytes / _MIB) if problem.copied_bytes else 0.0
     if problem.exchanges > 1:  # the own panels are put beside one another
+        copies = copies_of(problem.panels_of)
         before += copies * OWN_PANEL.latency_us + OWN_PANEL.us_per_mib * problem.comm_bytes / problem.group_size / _MIB
-    fused = before + _gather_us(problem, uses, received, copies)
+    first, *rest = problem.gemms
+    _, us = chunk_count(first.m, first.n, first.k, problem.panels_of, problem.group_size, uses[0])
+    fused = before + us + sum(_blocks_gemm(problem, use, gemm).us for use, gemm in zip(uses[1:], rest, strict=True))
     return Prediction(fused, moved.original_us + matmuls, moved.fused_us + matmuls)
 
 

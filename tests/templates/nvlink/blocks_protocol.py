@@ -60,7 +60,7 @@ class BlockGatherer:
         done, total = self.held.get(entry, (0, self.out.new_zeros((form.tile_m, form.tile_n))))
         row, col, stored_rows, *_, stored_columns = entry
         _, _, _, own, block, place, mask, _ = self.table[entry[4] + done] if form.contracts else entry
-        if any(mask >> source & 1 and source not in self.arrived for source in range(8)):
+        if any(mask >> source & 1 and source not in self.arrived for source in range(32)):
             return False
         sizes = (form.tile_m, form.tile_n) if form.gathered_left else (form.tile_n, form.tile_m)
         starts = (row, col) if form.gathered_left else (col, row)

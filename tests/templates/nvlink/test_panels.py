@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from dataclasses import replace
 from typing import Any
@@ -16,11 +17,12 @@ from tscompile.nvshmem import stream
 from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
 from tscompile.templates import find_template
 from tscompile.templates.all_to_all_gemm import Received
-from tscompile.templates.nvlink import tiles
-from tscompile.templates.nvlink.channel import ACK, MAIN, SIDE, Site
-from tscompile.templates.nvlink.panels import Parcel, copies_of, parcels_of
+from tscompile.templates.nvlink import all_to_all_gemm, panels, tiles
+from tscompile.templates.nvlink.channel import ACK, FLAGS, MAIN, SIDE, Site
+from tscompile.templates.nvlink.panels import Parcel, chunk_count, chunk_rows, copies_of, panels_us, parcels_of
 from tscompile.templates.nvlink.tiles import panel_tiles
 
+from . import host_code
 from .blocks_protocol import BlockWorld, Form
 from .fake_gpu import Gpu, Launched
 from .protocol import Actor, Claims, run_all
@@ -58,8 +60,11 @@ def copy(parcel: Parcel, sources: list[Tensor], owner: int, slot: Tensor) -> Non
     outers=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     inner=st.integers(1, 4),
     gap=st.integers(0, 3),
+    cut=st.integers(1, 5),
 )
-def test_parcels_make_up_what_is_received(ranks: int, rows: int, outers: list[int], inner: int, gap: int) -> None:
+def test_parcels_make_up_what_is_received(
+    ranks: int, rows: int, outers: list[int], inner: int, gap: int, cut: int
+) -> None:
     shapes = [(ranks, rows, outer, inner) for outer in outers]
     sent = []
     for _ in range(ranks):
@@ -67,14 +72,14 @@ def test_parcels_make_up_what_is_received(ranks: int, rows: int, outers: list[in
         stores = [torch.randint(-99, 99, (ranks, rows * outer * inner + gap), dtype=torch.int16) for outer in outers]
         parts = [store[:, gap:].view(shape) for store, shape in zip(stores, shapes, strict=True)]
         sent.append(parts)
-    panels = [(outer, inner) for outer in outers]
     for owner in range(ranks):
         slot = torch.full((rows, sum(outers) * ranks * inner), 77, dtype=torch.int16)
         for rank, parts in enumerate(sent):
-            parcels = parcels_of(shapes, [x.stride(0) for x in parts], rank, 2)
-            assert len(parcels) == copies_of(panels)
-            for parcel in parcels:
-                copy(parcel, parts, owner, slot)
+            for chunk in {(0, min(cut, rows)), (min(cut, rows), rows)}:
+                parcels = parcels_of(shapes, [x.stride(0) for x in parts], rank, 2, chunk)
+                assert len(parcels) == copies_of([(outer, inner) for outer in outers])
+                for parcel in parcels:
+                    copy(parcel, parts, owner, slot)
         assert torch.equal(slot, received(sent, owner))
 
 
@@ -85,36 +90,62 @@ def test_parcels_make_up_what_is_received(ranks: int, rows: int, outers: list[in
     k_first=st.booleans(),
     tile_n=st.integers(3, 9),
     placed=st.booleans(),
+    chunks=st.integers(1, 4),
     workers=st.integers(1, 5),
     seed=SEEDS,
 )
 def test_whatever_arrives_when(
-    ranks: int, sizes: tuple[int, int, int, int], k_first: bool, tile_n: int, placed: bool, workers: int, seed: int
+    ranks: int,
+    sizes: tuple[int, int, int, int],
+    k_first: bool,
+    tile_n: int,
+    placed: bool,
+    chunks: int,
+    workers: int,
+    seed: int,
 ) -> None:
     """Each element of the result is stored once, from blocks that are there; and no order of events holds it up."""
     form = Form(True, True, (False, k_first), 4, tile_n, 3)
     pieces, inner, width, free = sizes
     rank = seed % ranks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE_M", 4)
+        for module in (tiles, panels):
+            patch.setattr(module, "TILE_M", 4)
         patch.setattr(tiles, "BAND", 3)
-        table = panel_tiles(rank, ranks, pieces, width, free, tile_n, placed)
-    count = pieces * ranks
-    rows, walk = table[:-count], table[-count:]
-    assert [row[5] for row in walk[:pieces]] == [piece * ranks + rank for piece in range(pieces)]
-    assert all(row[6] == 0 and row[3] == (not placed) for row in walk[:pieces])
-    assert list(dict.fromkeys(row[6] for row in walk[pieces:])) == [1 << (rank + s) % ranks for s in range(1, ranks)]
+        bounds = chunk_rows(width, chunks)
+        table = panel_tiles(rank, ranks, pieces, bounds, free, tile_n, placed)
+    assert len(bounds) <= chunks and [0, *(end for _, end in bounds)] == [*(start for start, _ in bounds), width]
+    count, last = pieces * ranks, len(bounds) - 1
+    rows, walks = table[: -count * len(bounds)], table[-count * len(bounds) :]
+    for chunk in range(len(bounds)):
+        walk = walks[chunk * count : (chunk + 1) * count]
+        assert [row[5] for row in walk[:pieces]] == [piece * ranks + rank for piece in range(pieces)]
+        assert all(row[6] == 0 and row[3] == (not placed) for row in walk[:pieces])
+        order = [1 << (last - chunk) * 8 + (rank + step) % ranks for step in range(1, ranks)]
+        assert list(dict.fromkeys(row[6] % (1 << 32) for row in walk[pieces:])) == order
+    assert all(-(1 << 31) <= word < 1 << 31 for row in table for word in row)
     world = BlockWorld(form, rank, ranks, pieces, inner, width, free, table, seed)
+    played = world.gatherer
     if placed:
-        world.of(rank, world.gatherer.slot).copy_(world.gatherer.own)
-        world.gatherer.own.fill_(1 << 40)
+        world.of(rank, played.slot).copy_(played.own)
+        played.own.fill_(1 << 40)
+
+    def arrive(source: int, chunk: int) -> bool:
+        """A copy engine: data, then the flag."""
+        first, end = bounds[chunk]
+        world.of(source, played.slot)[first:end].copy_(world.of(source, world.whole)[first:end])
+        played.arrived.add((last - chunk) * 8 + source)
+        return True
+
     claims, dice = Claims(rows), random.Random(seed)
-    sources = [source for source in range(ranks) if source != rank]
-    dice.shuffle(sources)
-    engine = Actor(Claims([(source,) for source in sources]), 1, lambda row: world.arrive(row[0]) is None)  # type: ignore[misc]
-    run_all([engine, *(Actor(claims, dice.randint(1, 4), Steps(world.gatherer)) for _ in range(workers))], seed)
-    assert torch.equal(world.gatherer.written, torch.ones_like(world.gatherer.written))
-    assert torch.equal(world.gatherer.out, world.truth)
+    engines = [
+        Actor(Claims([(source, chunk) for chunk in range(len(bounds))]), 1, lambda row: arrive(*row))  # type: ignore[misc]
+        for source in range(ranks)
+        if source != rank
+    ]
+    run_all([*engines, *(Actor(claims, dice.randint(1, 4), Steps(played)) for _ in range(workers))], seed)
+    assert torch.equal(played.written, torch.ones_like(played.written))
+    assert torch.equal(played.out, world.truth)
 
 
 def collect(gpu: Gpu, launched: Launched) -> None:
@@ -133,7 +164,7 @@ def collect(gpu: Gpu, launched: Launched) -> None:
 def play(gpu: Gpu, launched: Launched) -> None:
     if launched.name != "gather_blocks":
         return
-    emulate(gpu, launched, walks=1)
+    emulate(gpu, launched)
     if launched.args[1]:
         collect(gpu, launched)
 
@@ -248,6 +279,28 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.driver.launched[-1].values["ack"] == ACK and gpu.link.pinned == [call.site.recipe]
 
 
+@pytest.mark.parametrize("outers", [(1,), (2,), (1, 1)], ids=str)
+def test_an_operand_in_chunks(monkeypatch: pytest.MonkeyPatch, outers: tuple[int, ...]) -> None:
+    """Chunk by chunk to all peers; the flags of the last one are those that whoever waits for everything waits for."""
+    monkeypatch.setattr(all_to_all_gemm, "chunk_count", lambda *_: (3, 0.0))
+    gpu = gpu_with(monkeypatch, 1, 4)
+    call = Call(gpu, outers, 128 * 5 + 40, 64, (264,), returned=True)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(call.run(), call.wanted, strict=True))
+    gpu.driver.issued.clear()
+    call.run()
+    side = [step for step in gpu.driver.issued if step["stream"] == SIDE]
+    flags = []
+    for step in side:
+        if step["kind"] == stream.WRITE:
+            peer = next(peer for peer in range(4) if 0 <= step["dst"] - gpu.memory.bases[peer] < 1 << 32)
+            flags.append((peer, (step["dst"] - gpu.memory.bases[peer]) // 4 - FLAGS))  # the third call has slot 1
+    assert flags == [(peer, 8 * chunk + 1) for chunk in (2, 1, 0) for peer in (0, 3, 2)]
+    copies = [step for step in side if step["kind"] == stream.COPY_ROWS]
+    assert len(copies) == 9 * copies_of([(outer, 64) for outer in outers])
+    assert sum(step["rows"] * step["bytes"] for step in copies) == 3 * sum(x[0].nbytes for x in call.own)
+
+
 def test_operands_of_one_exchange_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = gpu_with(monkeypatch, 2, 4)
     for lies in ("together", "apart"):
@@ -320,3 +373,73 @@ def test_sizes_that_are_not_served_run_the_original_ops() -> None:
 
     assert need(64) == 16 * 4 * 64 * 2 and need(64, 64) == 2 * need(64)
     assert need(64, 32) == need(64, columns=71) == need(36) == -1
+
+
+def test_large_operands_travel_in_chunks_and_small_ones_whole() -> None:
+    """A copy and its flag take the copy engine as long as 2.6 MiB of data."""
+
+    def chosen(tokens: int, ranks: int, count: int) -> int:
+        shape = ((1, 4096 // ranks),) * count
+        return chunk_count(tokens // ranks, 4096, count * 4096, shape, ranks, USE)[0]
+
+    assert chosen(2048, 4, 1) == chosen(2048, 2, 3) == 1
+    assert min(chosen(32768, 4, 1), chosen(65536, 4, 3), chosen(16384, 2, 3)) >= 3
+
+
+def test_the_time_of_a_matmul_of_panels() -> None:
+    """It hides all but the first chunk of a transport that is shorter than it, and itself in one that is longer."""
+    whole, cut = (panels_us(1024, 100.0, 4, 96.0, 1, chunks) for chunks in (1, 4))
+    gemm = 8 * 100.0
+    assert gemm < cut < whole < gemm + 10 + 24 + 96 * 3.1 + 20
+    assert cut < gemm + (10 + 24 + 24 * 3.1) + 20
+    long = panels_us(132, 10.0, 4, 1000.0, 1, 1)
+    assert 3100 < long < 3100 + 60
+
+
+# ---- what is returned, by the device code on the host ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    tile = host_code.kernel_text("tile.h")
+    names = ("copy_words", "copy_rows", "collect_wait", "collect_shards")
+    parts = [
+        host_code.part(tile, "enum { TSK_COPIED"),
+        *(host_code.part(tile, f"TSL void tsk_{name}") for name in names),
+    ]
+    runner = (host_code.HERE / "host_collect.h").read_text()
+    return host_code.build(tmp_path_factory.mktemp("collect"), *parts, runner=runner)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "ctas", "pieces", "words"),
+    [
+        (2, 2, 1, 1),
+        (2, 2, 1, 5000),  # all share it, more than once around
+        (3, 2, 37, 3),  # a warp for each
+        (2, 1, 5, 700),
+        (4, 3, 40, 256),
+        (8, 2, 9, 17),
+    ],
+)
+def test_the_device_code_returns_what_was_received(
+    library: ctypes.CDLL, ranks: int, ctas: int, pieces: int, words: int, placed: bool
+) -> None:
+    """placed: the own shard is in the slot, too."""
+    whole = [torch.randint(0, 1 << 30, (pieces, ranks, 4 * words), dtype=torch.int32) for _ in range(ranks)]
+    slots = [each.clone() for each in whole]
+    shards = [each[:, rank].contiguous() for rank, each in enumerate(whole)]
+    if placed:
+        shards = slots
+    else:
+        for rank, slot in enumerate(slots):
+            slot[:, rank] = -1
+    outs = [torch.full_like(each, -1) for each in whole]
+    group = host_code.Group.of(ranks)
+    flags = [torch.full((8,), 5, dtype=torch.int32) for _ in range(ranks)]
+    contexts = group.contexts(slots, flags)
+    lists = [host_code.pointers(each) for each in (contexts, outs, shards)]
+    sizes = 7, ranks, ctas, pieces, ctypes.c_int64(16 * words), 3  # and 2 of the cell
+    host_code.call(library.collect, group, *sizes, *lists)
+    assert all(torch.equal(out, each) for out, each in zip(outs, whole, strict=True))

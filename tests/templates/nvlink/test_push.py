@@ -97,7 +97,8 @@ def test_slices_are_large_enough_to_send_and_many_where_there_is_much() -> None:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     tile = host_code.kernel_text("tile.h")
-    helpers = [host_code.part(tile, f"TSL {name}") for name in ("int tsk_claim", "void tsk_copy_bytes")]
+    names = ("TSL int tsk_claim", "enum { TSK_COPIED", "TSL void tsk_copy_words", "TSL void tsk_copy_rows")
+    helpers = [host_code.part(tile, name) for name in names]
     runner = (host_code.HERE / "host_push.h").read_text()
     return host_code.build(tmp_path_factory.mktemp("push"), *helpers, host_code.kernel_text("push.h"), runner=runner)
 

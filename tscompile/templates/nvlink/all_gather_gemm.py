@@ -87,4 +87,4 @@ def _recipe(
     # The own shard is read where it lies, unless a tile has rows of others too, or a later matmul reads the slot.
     local = any(launch.spans for launch in launches) or (bool(rest) and not plan.return_gathered)
     full = (pieces, link.size * columns)
-    return Recipe(link, plan, full, launches, rest, [] if uses.pushed else [parcel], [parcel] if local else [])
+    return Recipe(link, plan, full, launches, rest, [] if uses.pushed else [[parcel]], [parcel] if local else [])

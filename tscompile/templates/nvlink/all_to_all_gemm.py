@@ -7,7 +7,6 @@ with this rank's own panels, which are read where they lie, or in the slot if se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from ..template import register_template, torch_dtype
 from .channel import DeviceChannel, DeviceLink
 from .gather_blocks import block_kernels, block_launches, blocks_of
 from .kernels.config import WORD_BYTES
-from .panels import parcels_of
+from .panels import chunk_count, chunk_rows, parcels_of
 from .recipe import Recipe
 from .refusal import panels_refusal
-from .tiles import panel_tiles
+from .tiles import Row, panel_tiles
 
 
 @register_template("all_to_all_matmul", "nvlink")
@@ -79,20 +78,24 @@ def _recipe(
     others: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> Recipe:
-    shapes = [x.shape for x in inputs]
-    shard, item = _shard(shapes), inputs[0].element_size()
-    parcels = parcels_of(shapes, [x.stride(0) for x in inputs], link.rank, item)
+    shapes, steps = [x.shape for x in inputs], [int(x.stride(0)) for x in inputs]
+    shard, item, rows = _shard(shapes), inputs[0].element_size(), int(shapes[0][1])
+    k, columns = (int(size) for size in others[0].shape)
+    panels = [(int(shape[2]), int(shape[3])) for shape in shapes]
+    count, _ = chunk_count(rows, columns, k, panels, link.size, plan.uses[0])
+    bounds = chunk_rows(rows, count)
+    chunks = [parcels_of(shapes, steps, link.rank, item, bound) for bound in bounds]
     one = len(inputs) == 1
-    table = partial(_tiles, link.rank, link.size, not one)
+
+    def table(pieces: int, rows: int, columns: int, tile_n: int) -> list[Row]:
+        return panel_tiles(link.rank, link.size, pieces, bounds, columns, tile_n, placed=not one)
+
     launches, rest = block_launches(link, plan, shard, others, biases, table)
     # What follows the kernels reads the slot, unless the kernels have put everything into an output.
-    local = parcels if not one or (rest and not plan.return_gathered) else []
-    own = link.rank * inputs[0].stride(0) * item if one else None
-    return Recipe(link, plan, (shard[0], link.size * shard[1]), launches, rest, parcels, local, own)
-
-
-def _tiles(rank: int, ranks: int, placed: bool, pieces: int, rows: int, columns: int, tile_n: int) -> Any:
-    return panel_tiles(rank, ranks, pieces, rows, columns, tile_n, placed)
+    local = not one or (rest and not plan.return_gathered)
+    placed = parcels_of(shapes, steps, link.rank, item, (0, rows)) if local else []
+    own = link.rank * steps[0] * item if one else None
+    return Recipe(link, plan, (shard[0], link.size * shard[1]), launches, rest, chunks, placed, own)
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import TscompileError
+from ...language.context import MAX_RANKS
 from ...nvshmem import stream
 from ...nvshmem.stream import Step
 from ...problem import FusionProblem, Plan
@@ -27,8 +28,6 @@ from .lasting import lasting_tables
 from .mesh_tiles import Operand, Rectangle, chunk_copies, mesh_table, operands_refusal, tile_width
 from .operands import pointer_of
 from .refusal import nvlink_refusal, sides_of
-
-_FLAG_STRIDE = 8  # of a chunk: TSL_MAX_RANKS
 
 
 def problem_operands(problem: FusionProblem, plan: Plan) -> tuple[Operand, Operand]:
@@ -257,6 +256,6 @@ def _sends(channel: DeviceChannel, copies: Sequence[Rectangle]) -> list[Step]:
                     dst_pitch=copy.target_pitch,
                     src_pitch=copy.pitch,
                 ),
-                channel.signal_step(peer, chunk * _FLAG_STRIDE + channel.rank),
+                channel.signal_step(peer, chunk * MAX_RANKS + channel.rank),
             ]
     return steps

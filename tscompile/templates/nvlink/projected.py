@@ -26,9 +26,6 @@ MOST_CHUNKS = 3  # that one matmul is cut into
 _MOST_COPIES = 4  # of a leg, to each peer
 _MOST_PITCH = (1 << 31) - 1  # bytes between two rows of a copy
 _ALIGNMENT = 256  # of chunks in the buffer, in bytes, as cuBLAS has it from torch
-# A row that a copy engine sends costs as much as so many bytes more. [measured 2026-11-28, 2x H200, 8K rows that lie 24 KiB apart: 256
-# bytes at 112 GB/s, 1024 at 264, 2048 at 280, 4096 at 345]
-_ROW_BYTES = 400
 # The pass that collects: its start, and reading and writing what a rank receives, at 3.5 TB/s [measured likewise].
 _COLLECT_US = 6.0
 _COLLECTED_BYTES_PER_US = 3.5e6
@@ -161,8 +158,8 @@ def _overlapped_us(
         computed += widths.cublas_us(chunk.rows, chunk.columns, gemms[chunk.matmul].k)
         mib, count = 0.0, 0
         for number in chunk.legs:
-            slower = 1.0 + _ROW_BYTES / parcels[number][0].width
-            mib += legs[number].words * WORD_BYTES * slower * (ranks - 1) / (1 << 20)
+            rows = widths.row_factor(parcels[number][0].width)
+            mib += legs[number].words * WORD_BYTES * rows * (ranks - 1) / (1 << 20)
             count += len(parcels[number]) * (ranks - 1)
         sent = max(computed, sent) + widths.copied_us(mib, count)
     held = sum(leg.words for leg in legs) * WORD_BYTES * ranks

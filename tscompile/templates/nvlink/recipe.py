@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...language.context import MAX_RANKS
 from ...nvshmem.stream import Step, steps_of
 from ...problem import GatherUse, Plan
 from ..fresh import maker
@@ -26,7 +27,7 @@ class Recipe:
     Args:
         full: shape [P, R*Q] of what is in the slot in the end.
         launches: the kernels. rest: indices of the uses that they do not serve, which torch multiplies.
-        parcels: what copy engines send to each peer; none if a kernel pushes.
+        chunks: what copy engines send to each peer, and a flag behind each chunk; none if a kernel pushes.
         local: what is copied into the own slot.
         own: bytes from the address of the first tensor to this rank's own shard; None if kernels read that in the slot.
     """
@@ -38,14 +39,14 @@ class Recipe:
         full: tuple[int, int],
         launches: Sequence[RowsLaunch | BlocksLaunch],
         rest: Sequence[int],
-        parcels: Sequence[Parcel],
+        chunks: Sequence[Sequence[Parcel]],
         local: Sequence[Parcel],
         own: int | None = 0,
     ) -> None:
         self.link, self.rest = link, rest
         self.dtype = torch_dtype(plan.dtype)
         self._full, self._launches = full, launches
-        self._parcels, self._local, self._own = parcels, local, own
+        self._chunks, self._local, self._own = chunks, local, own
         self._new = maker(link.device)
         self._calls: dict[int, Call] = {}
 
@@ -56,11 +57,15 @@ class Recipe:
         local = [parcel_step(channel, parcel, channel.rank, MAIN) for parcel in self._local]
         launches = [launch.kernel.step(v, MAIN) for launch, v in zip(self._launches, values, strict=True)]
         side: list[Step] = []
-        # The previous rank's copies first, so that at any time every rank sends to another one.
-        for distance in range(1, channel.size) if self._parcels else ():
-            peer = (channel.rank - distance) % channel.size
-            side += [parcel_step(channel, parcel, peer, SIDE) for parcel in self._parcels]
-            side.append(channel.signal_step(peer, channel.rank))
+        # The flags of the last chunk are those of a gather. The previous rank's copies first, so that at any time every rank sends to
+        # another one.
+        for number, parcels in enumerate(reversed(self._chunks)):
+            sends: list[Step] = []
+            for distance in range(1, channel.size):
+                peer = (channel.rank - distance) % channel.size
+                sends += [parcel_step(channel, parcel, peer, SIDE) for parcel in parcels]
+                sends.append(channel.signal_step(peer, number * MAX_RANKS + channel.rank))
+            side = sends + side
         if channel.captured:
             channel.link.pinned.append(self)
         return Call(channel, [*local, *launches], side, values)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ...language.context import MAX_RANKS
 from ...problem import FusionProblem, GatherUse, Gemm, Plan
 from ..template import torch_dtype
 from .kernels.config import DTYPE_CODES, MAX_LEGS, MAX_OPERANDS, MAX_TARGETS
 from .operands import aligned_sizes
 from .sums import problem_plan
 
-MAX_RANKS = 8
 CAPABILITY = (9, 0)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...language.context import MAX_RANKS
 from .kernels.config import TILE_M
 
 BAND = 8  # tile rows that are walked together along the columns, so that their operands stay in L2
@@ -140,28 +141,51 @@ def contraction_tiles(rank: int, ranks: int, pieces: int, m: int, n: int, tile_n
     return rows
 
 
-def panel_tiles(rank: int, ranks: int, pieces: int, m: int, n: int, tile_n: int, placed: bool) -> list[Row]:
-    """Table of a result [m, n] whose left operand is another one on every rank: its tiles, then their one walk over all blocks.
+def panel_tiles(
+    rank: int, ranks: int, pieces: int, chunks: Sequence[tuple[int, int]], n: int, tile_n: int, placed: bool
+) -> list[Row]:
+    """Table of a result of `n` columns whose left operand is another one on every rank: its tiles, then a walk over all blocks for each
+    chunk.
 
-    Every tile begins with this rank's own blocks. placed: these are in the slot, too.
+    The operand arrives in chunks of rows, and tiles come in their order. Every tile begins with this rank's own blocks. The flags of a
+    chunk, and its bits of a MASK, are those of the ranks of a gather for the last one, the next MAX_RANKS for the one before it.
+
+    Args:
+        chunks: first row of each, and that behind its last; tiles do not span them. placed: the own blocks are in the slot, too.
     """
-    walk = _walk(_bands(-(-m // TILE_M), BAND), -(-n // tile_n))
-    places = [(t * TILE_M, c * tile_n) for t, c in walk]
-    rows: list[Row] = [
-        (row, col, min(TILE_M, m - row), 0, len(places), row, 0, min(tile_n, n - col)) for row, col in places
+    places = [
+        (row * TILE_M, column * tile_n, number, end)
+        for number, (start, end) in enumerate(chunks)
+        for row, column in _walk(
+            [tuple(start // TILE_M + i for i in band) for band in _bands(-(-(end - start) // TILE_M), BAND)],
+            -(-n // tile_n),
+        )
     ]
-    return rows + _blocks_walk(rank, ranks, pieces, rank, placed)
+    count = pieces * ranks
+    rows: list[Row] = [
+        (row, col, min(TILE_M, end - row), 0, len(places) + chunk * count, row, 0, min(tile_n, n - col))
+        for row, col, chunk, end in places
+    ]
+    for chunk in reversed(range(len(chunks))):
+        rows += _blocks_walk(rank, ranks, pieces, rank, placed, chunk * MAX_RANKS)
+    return rows
 
 
-def _blocks_walk(rank: int, ranks: int, pieces: int, start: int, placed: bool = False) -> list[Row]:
+def _blocks_walk(rank: int, ranks: int, pieces: int, start: int, placed: bool = False, first_bit: int = 0) -> list[Row]:
     """The blocks of rank `start`, then those of the next ranks. placed: this rank's own are read in the slot."""
     rows: list[Row] = []
     for source in ((start + step) % ranks for step in range(ranks)):
+        mask = 0 if source == rank else _int32(1 << (first_bit + source))
         for piece in range(pieces):
             whole = piece * ranks + source
             own = source == rank and not placed
-            rows.append((0, 0, 0, int(own), piece if own else whole, whole, 0 if source == rank else 1 << source, 0))
+            rows.append((0, 0, 0, int(own), piece if own else whole, whole, mask, 0))
     return rows
+
+
+def _int32(bits: int) -> int:
+    """The number that has these 32 bits."""
+    return bits - (bits >> 31 << 32)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ _LOADED_BYTES_PER_US = 10.5e6
 _PASS_US = 10.0
 _COPY_US = 8.0
 _PUSH_US_PER_MIB = 3.1
+# A row that a copy engine sends costs as much as so many bytes more. [measured 2026-11-28, 2x H200, 8K rows that lie 24 KiB apart: 256
+# bytes at 112 GB/s, 1024 at 264, 2048 at 280, 4096 at 345]
+_ROW_BYTES = 400
 # A gather whose kernel pushes: us until the first byte is there and us per MiB that one rank receives, of two ranks and for each further
 # one; us per MiB of the shard, which warps must at least read and store; how much longer a GEMM takes beside it. [measured 2026-11-28,
 # 2x and 4x H200, 128 to 8192 rows: within 10 %, but for matmuls of 10 us]
@@ -166,6 +169,11 @@ def push_us(mib: float, ranks: int) -> float:
 def copied_us(mib: float, copies: int) -> float:
     """Until `copies` copies by the copy engine of a peer are there, one after the other, while `mib` MiB arrive in all."""
     return _PASS_US + _COPY_US * copies + _PUSH_US_PER_MIB * mib
+
+
+def row_factor(nbytes: int) -> float:
+    """How much longer a copy of rows of so many bytes takes than one of one piece."""
+    return 1.0 + _ROW_BYTES / max(nbytes, 1)
 
 
 @dataclass(frozen=True)

@@ -137,11 +137,9 @@ TSL void tsk_collect_slices(TskAddress context, TskAddress out, TskAddress x, in
     if (i && lane < slices)
       tsl_wait_epoch(context.p, (const void *)(c->flags[rank] + 4ull * (lane * TSL_MAX_RANKS + source)), now, source, site);
     __syncwarp();
-    for (int p = 0; p < pieces; ++p) {
-      const int64_t at = ((int64_t)p * size + source) * bytes;
-      const char *from = i ? (const char *)c->data[rank] + at : (char *)x.p + p * bytes;
-      tsk_copy_bytes((char *)out.p + at, from, bytes);
-    }
+    const int64_t at = source * bytes, pitch = size * bytes;
+    const char *from = i ? (const char *)c->data[rank] + at : (const char *)x.p;
+    tsk_copy_rows((char *)out.p + at, from, pieces, bytes, pitch, i ? pitch : bytes);
   }
 }
 

@@ -50,13 +50,14 @@ TSL uint32_t tsk_epoch(TskAddress context, int epoch) {
 
 // ---- waits ------------------------------------------------------------------------------------------------------------------
 
-// Loading warp: lane r waits for the data of rank r if `mask` has it and `ready` has not; returns the new `ready`.
+// Loading warp: waits for what `mask` has and `ready` has not; returns the new `ready`. Bit r is the data of rank r, or where these come
+// in chunks bit TSL_MAX_RANKS * i + r is one of them; flags have the same numbers.
 TSL int tsk_wait_ranks(TskAddress context, int mask, int ready, int epoch, int site) {
   const TslContext *c = tsl_context(context.p);
   if ((mask & ~ready) == 0) return ready;
   const int lane = threadIdx.x & 31;
-  if (lane < TSL_MAX_RANKS && ((mask & ~ready) >> lane & 1))
-    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane, site);
+  if ((mask & ~ready) >> lane & 1)
+    tsl_wait_epoch(context.p, (const void *)(c->flags[c->rank] + 4ull * lane), tsk_epoch(context, epoch), lane % TSL_MAX_RANKS, site);
   __syncwarp();
   tsl_fence_async();
   return ready | mask;
@@ -238,16 +239,31 @@ TSL void tsk_signal_peers(TskAddress context, int flag, int epoch) {
 
 // ---- collecting warps (2 and 3): copy what arrived in the slot to the op's own output -------------------------------------------
 
-TSL void tsk_copy_bytes(void *to, const void *from, int64_t bytes) {   // by all CTAs; bytes is a multiple of 16
-  const int64_t total = bytes / 16, stride = 64ll * gridDim.x;
+enum { TSK_COPIED = 8 * 16 };   // bytes that a thread has on their way
+
+TSL void tsk_copy_words(char *to, const char *from, int64_t words, int64_t first, int64_t stride) {   // of 16 bytes
   #pragma unroll 1
-  for (int64_t i = (int64_t)blockIdx.x * 64 + (int)threadIdx.x - 64; i < total; i += stride * 8) {
+  for (int64_t i = first; i < words; i += stride * 8) {
     uint4 v[8];
     #pragma unroll
-    for (int u = 0; u < 8; ++u) if (i + u * stride < total) v[u] = tsl_ld_v4((const char *)from + (i + u * stride) * 16);
+    for (int u = 0; u < 8; ++u) if (i + u * stride < words) v[u] = tsl_ld_v4(from + (i + u * stride) * 16);
     #pragma unroll
-    for (int u = 0; u < 8; ++u) if (i + u * stride < total) tsl_st_v4((char *)to + (i + u * stride) * 16, v[u]);
+    for (int u = 0; u < 8; ++u) if (i + u * stride < words) tsl_st_v4(to + (i + u * stride) * 16, v[u]);
   }
+}
+// By all CTAs: rows of `bytes`, a multiple of 16. All share each row, or a warp copies one by itself: whichever takes fewer round trips to
+// memory one after the other. Thousands of short rows that all share would take milliseconds.
+TSL void tsk_copy_rows(char *to, const char *from, int rows, int64_t bytes, int64_t to_pitch, int64_t from_pitch) {
+  const int warps = 2 * gridDim.x, thread = (int)threadIdx.x - 64;
+  const int64_t all = 32ll * warps * TSK_COPIED, one = 32ll * TSK_COPIED;
+  const int64_t together = rows * ((bytes + all - 1) / all), apart = (rows + warps - 1) / warps * ((bytes + one - 1) / one);
+  if (together <= apart) {
+    for (int r = 0; r < rows; ++r)
+      tsk_copy_words(to + r * to_pitch, from + r * from_pitch, bytes / 16, (int64_t)blockIdx.x * 64 + thread, 32ll * warps);
+    return;
+  }
+  for (int r = blockIdx.x * 2 + thread / 32; r < rows; r += warps)
+    tsk_copy_words(to + r * to_pitch, from + r * from_pitch, bytes / 16, thread & 31, 32);
 }
 TSL void tsk_collect_wait(TskAddress context, int flag, int epoch, int peer, int site) {
   const TslContext *c = tsl_context(context.p);
@@ -263,11 +279,10 @@ TSL void tsk_collect_shards(TskAddress context, TskAddress out, TskAddress shard
   for (int i = 0; i < size; ++i) {
     const int source = (rank + i) % size;
     if (i) tsk_collect_wait(context, source, epoch, source, site);
-    for (int p = 0; p < pieces; ++p) {
-      const int64_t at = ((int64_t)p * size + source) * bytes;
-      const char *from = i || placed ? (const char *)c->data[rank] + at : (char *)shard.p + p * bytes;
-      tsk_copy_bytes((char *)out.p + at, from, bytes);
-    }
+    const int64_t at = source * bytes, pitch = size * bytes;
+    const bool apart = !i && !placed;
+    tsk_copy_rows((char *)out.p + at, apart ? (const char *)shard.p : (const char *)c->data[rank] + at, pieces, bytes, pitch,
+                  apart ? bytes : pitch);
   }
 }
 
