@@ -222,18 +222,13 @@ def gpu_mesh(size: int, layout: str, ranks: tuple[int, int] = (2, 2), **changes:
     return replace(problem, **changes), Plan("mesh_matmul", "", "", "bfloat16", uses, second_size=down)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "UNPROVEN", set())
-
-
-def test_a_kernel_that_has_not_run_is_used_if_it_is_asked_for() -> None:
+def test_a_kernel_that_has_not_run_is_used_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "UNPROVEN", {("mesh_matmul", "nvlink")})
     kept = planner.plan(*gpu_mesh(8192, "summa"), Options())
     assert isinstance(kept, Keep) and kept.code == "unproven" and "tilescale.fuse=always" in kept.reason
     assert isinstance(planner.plan(*gpu_mesh(8192, "summa"), Options(fuse="always")), Fuse)
 
 
-@pytest.mark.usefixtures("proven")
 @pytest.mark.parametrize("layout", ["summa", "blocks"])
 @pytest.mark.parametrize(("size", "least"), [(8192, 1.25), (16384, 1.18)])
 def test_large_meshes_of_gpus_are_fused(size: int, least: float, layout: str) -> None:
@@ -249,14 +244,12 @@ def test_large_meshes_of_gpus_are_fused(size: int, least: float, layout: str) ->
     assert predicted.fused_us > max(transport, 2 * (size / 2) ** 2 * size / 800e6)
 
 
-@pytest.mark.usefixtures("proven")
 def test_small_meshes_of_gpus_are_kept() -> None:
     for size in (256, 512):
         kept = planner.plan(*gpu_mesh(size, "summa"), Options())
         assert isinstance(kept, Keep) and kept.code == "no-gain"
 
 
-@pytest.mark.usefixtures("proven")
 def test_one_fused_gather_is_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, plan = gpu_mesh(8192, "summa")
     monkeypatch.setattr(cost_model, "_gather_us", lambda *_: 100.0)
@@ -279,7 +272,6 @@ def test_meshes_that_no_kernel_serves(change: dict[str, object], words: str) -> 
     assert isinstance(kept, Keep) and kept.code == "unsupported" and words in kept.reason
 
 
-@pytest.mark.usefixtures("proven")
 def test_a_mesh_that_needs_more_memory_than_is_allowed() -> None:
     """The ranks of a mesh cannot find out call by call, as those of one group do."""
     problem, plan = gpu_mesh(8192, "summa")

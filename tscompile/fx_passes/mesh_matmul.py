@@ -10,8 +10,7 @@ the other one as it arrives, and GPUs multiply what has arrived of both. What el
 from the op's further outputs.
 
 Leaves to all_gather_matmul: gathers of one group; a gathered tensor that several matmuls read; operands that cross ranks in different
-dtypes; a group of one rank; on GPUs symbolic sizes, sizes where one fused gather beside NCCL's is predicted to be faster, and all of
-them unless `tilescale.fuse` is "always", until the kernel has been measured on four GPUs.
+dtypes; a group of one rank; on GPUs symbolic sizes, and sizes where one fused gather beside NCCL's is predicted to be faster.
 """
 
 from __future__ import annotations

@@ -189,8 +189,8 @@ def _predict_cpu(problem: FusionProblem) -> Prediction:
 # [measured 2026-11-28, 4x H200 with NVLink, torch 2.11.0+cu130, NCCL 2.28.9, bfloat16, slowest rank, GPU warm: the 52 sizes of
 # benchmarks/results/gpu-ops-4xh200-2026-11-28.json, 128 to 8192 rows; most times are met within 8 %]
 ORIGINAL_US = 3.0  # between the two ops of the original sequence
-# Time of the collective by the MiB of the whole tensor, 4 ranks: the lesser of both, since NCCL sends a few MiB by another protocol, in
-# which every rank beyond two adds a latency. [few MiB: also gpu-forms-4xh200-2026-11-28.json and gpu-forms-2xh200-2026-11-28.json, 16 to
+# Time of the collective by the MiB of the whole tensor, 4 ranks: the lesser of both, since NCCL sends a few MiB by another protocol,
+# in which every rank beyond two adds a latency. [few MiB: gpu-forms-4xh200-2026-11-28.json and gpu-forms-2xh200-2026-11-28.json, 16 to
 # 1024 rows]
 NCCL = {
     "all_gather_matmul": (Link(43.0, 2.6), Link(12.0, 8.0)),
@@ -313,8 +313,7 @@ def _predict_chunks_gpu(problem: FusionProblem) -> Prediction:
     sent = problem.comm_bytes / _MIB * (ranks - 1) / ranks
     attention = sum(2.0 * g.m * g.n * g.k for g in problem.gemms) / (ATTENTION_TFLOPS * 1e6)
     collectives = sum(
-        _collective_us(_AS_GEMM[problem.kind], sent / problem.exchanges, ranks)
-        for _ in range(problem.exchanges)
+        _collective_us(_AS_GEMM[problem.kind], sent / problem.exchanges, ranks) for _ in range(problem.exchanges)
     )
     steps = ranks * (CHUNK_LAUNCHES_US + problem.merged_bytes / _MIB * MERGE_GPU_US_PER_MIB)
     fused = (

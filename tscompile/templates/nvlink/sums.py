@@ -28,8 +28,9 @@ _GEMM_FACTOR = 1.04  # of an all_reduce: its GEMM adds, signals and writes resul
 _PULL_WAVES = 1.2  # waves whose transport follows the last one
 _LATENCY_US = 22.0  # from a tile's last product to its sum at every rank
 _TAIL_US = 10.0
-# Pushes from registers: us for fences, flags and sums, of two ranks and for each further one, and per MiB that one rank sends. [measured
-# 2026-11-28, 2x and 4x H200, 16 to 1024 rows: benchmarks/results/gpu-forms-*; within 10 %, on 4x H200 up to 20 % for 16 to 512 rows]
+# Pushes from registers: us for fences, flags and sums, of two ranks and for each further one, and per MiB that one rank sends.
+# [measured 2026-11-28, 2x and 4x H200, 16 to 1024 rows: benchmarks/results/gpu-forms-*; within 10 %, on 4x H200 up to 20 % for 16 to
+# 512 rows]
 _WAY_US = {"scatter": (6.5, 1.3), "one_shot": (7.0, 0.8), "two_shot": (9.0, 1.5)}
 _SEND_US_PER_MIB = 4.3
 

@@ -33,9 +33,9 @@ _PUSH_US_PER_MIB = 3.1
 # A row that a copy engine sends costs as much as so many bytes more. [measured 2026-11-28, 2x H200, 8K rows that lie 24 KiB apart: 256
 # bytes at 112 GB/s, 1024 at 264, 2048 at 280, 4096 at 345]
 _ROW_BYTES = 400
-# A gather whose kernel pushes: us until the first byte is there and us per MiB that one rank receives, of two ranks and for each further
-# one; us per MiB of the shard, which warps must at least read and store; how much longer a GEMM takes beside it. [measured 2026-11-28,
-# 2x and 4x H200, 128 to 8192 rows: within 10 %, but for matmuls of 10 us]
+# A gather whose kernel pushes: us until the first byte is there and us per MiB that one rank receives, of two ranks and for each
+# further one; us per MiB of the shard, which warps must at least read and store; how much longer a GEMM takes beside it.
+# [measured 2026-11-28, 2x and 4x H200, 128 to 8192 rows: within 10 %, but for matmuls of 10 us]
 _PUSHED_US, _PUSHED_RANK_US = 9.0, 1.5
 _PUSHED_US_PER_MIB, _PUSHED_RANK_US_PER_MIB = 3.3, 0.5
 _STORED_US_PER_MIB = 7.5
