@@ -26,7 +26,11 @@ def gather(x: Tensor, dim: int) -> Tensor:
     assert group is not None
     if TORCH >= (2, 13):
         return funcol.all_gather_tensor_autograd(x.contiguous(), dim, group)
-    return torch.cat(funcol.all_gather_tensor_autograd(x.contiguous(), 0, group).chunk(dist.get_world_size()), dim)
+    gathered = funcol.all_gather_tensor_autograd(x.contiguous(), 0, group)
+    gathered = gathered.flatten().view(
+        gathered.shape
+    )  # whose gradient is contiguous, as NCCL's reduce_scatter wants it
+    return torch.cat(gathered.chunk(dist.get_world_size()), dim)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:

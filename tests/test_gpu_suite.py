@@ -99,6 +99,18 @@ def test_benchmark_of_exchanges(tmp_path: Path, ranks: int) -> None:
         assert case["eager"]["gbytes_per_s"] == pytest.approx(case["bytes_sent"] / us["ours"] / 1e3)
 
 
+@pytest.mark.parametrize(("name", "cases"), [("model_ulysses", 3), ("bench_kv_gather", 2)])
+def test_benchmark_of_programs_around_attention(tmp_path: Path, name: str, cases: int) -> None:
+    path = tmp_path / "attention.json"
+    torchrun(f"benchmarks.{name}", "--tiny", f"--out={path}")
+    found = json.loads(path.read_text())["cases"]
+    assert len(found) == cases
+    for case in found:
+        assert not case["failures"], case["failures"]
+        assert set(case["rounds"]["eager"][0]) == {"inductor", "tilescale", "roof"} and len(case["errors"]) == 2
+    assert any(site["decision"] == "fused" for case in found for site in case["sites"])
+
+
 def test_benchmark_of_models(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     torchrun("benchmarks.model_llama", "--tiny", "--quick", "--device=cpu", "--dtype=float32", f"--out={path}")

@@ -102,6 +102,9 @@ class Op:
         self.biases = [[empty(n) if shape.bias else None for n in shape.free] for _ in range(ranks)]
         self.refill()
         assert 0 < found.scratch_bytes(self.plan, ranks, *self.args(0)) <= SLOT_BYTES
+        # Loading a kernel of torch's waits for the GPU, on which one of ours would wait for ranks that have not been called yet.
+        for each, bias in zip(self.weights[0], self.biases[0], strict=True):
+            torch.mm(empty(rows, k), each) if bias is None else torch.addmm(bias, empty(rows, k), each)
 
     def refill(self) -> None:
         for rank in range(self.group.size):
