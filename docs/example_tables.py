@@ -117,3 +117,33 @@ def ulysses(result: Mapping[str, Any]) -> str:
     said = f"{what}; milliseconds, eager calls, slowest rank.\n\n"
     header = ["", "Inductor", "tilescale", "roof", "speed-up", "at the roof", "of the roof"]
     return machine(result["environment"]) + said + table(header, rows)
+
+
+def exchange_matmuls(result: Mapping[str, Any]) -> str:
+    """all_to_all_matmul against an exchange and a matmul."""
+    rows = []
+    for case in result["cases"]:
+        found = case["graph"]
+        us, gained = found["us"], found["speedup"]
+        times = [f"{us[side]:.0f}" for side in ("ours", "apart", "nccl")]
+        rows.append(
+            [case["what"], f"{case['tokens'] >> 10}K", *times, interval(gained["apart"]), interval(gained["nccl"])]
+        )
+    said = "32 heads of 128; replays of CUDA graphs, medians of interleaved rounds, slowest rank.\n\n"
+    header = ["", "tokens", "ours, us", "apart, us", "NCCL, us", "speed-up over apart", "over NCCL"]
+    return machine(result["environment"]) + said + table(header, rows)
+
+
+def meshes(result: Mapping[str, Any]) -> str:
+    """mesh_matmul against two gathers and a matmul."""
+    rows = []
+    for case in result["cases"]:
+        us = case["us"]
+        one = min(us["one_gather, left"], us["one_gather, right"])
+        times = [us["gemm"], us["original"], one, us["tscompile"]]
+        gained = case["faster_than_original"]["tscompile"]
+        goal = f"{case['goal']:.2f}x" if case["goal"] else "-"
+        rows.append([case["name"], *(f"{time:.0f}" for time in times), f"{gained:.2f}x", goal])
+    said = "Microseconds, eager calls, medians of interleaved rounds, slowest rank.\n\n"
+    header = ["", "cuBLAS alone", "original", "one gather", "ours", "over the original", "at least"]
+    return machine(result["environment"]) + said + table(header, rows)

@@ -128,7 +128,7 @@ def measured_in_full() -> str:
 
 def newest_gpu_result(kind: str) -> tuple[Path, dict[str, Any]] | None:
     """The newest committed result of a GPU benchmark, "ops" or "model", if there is one."""
-    found = [(path, json.loads(path.read_text())) for path in RESULTS.glob(f"gpu-{kind}-*.json")]
+    found = [(path, json.loads(path.read_text())) for path in RESULTS.glob(f"gpu-{kind}-[0-9]x*.json")]
     return max(found, key=lambda pair: str(pair[1]["environment"]["date"]), default=None)
 
 
@@ -167,6 +167,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-exchanges": lambda: examples_on_gpus("exchange", example_tables.exchanges),
     "measured-ulysses": lambda: examples_on_gpus("ulysses", example_tables.ulysses),
     "measured-projected": lambda: examples_on_gpus("projected", example_tables.ulysses),
+    "measured-exchange-matmul": lambda: examples_on_gpus("exchange-matmul", example_tables.exchange_matmuls),
+    "measured-kv-gather": lambda: examples_on_gpus("kv-gather", example_tables.ulysses),
+    "measured-meshes": lambda: examples_on_gpus("mesh", example_tables.meshes),
     "measured-experts": lambda: examples_on_gpus("deepep", example_tables.experts),
     "measured-gpu-models": lambda: gpu_in_full("model"),
 }

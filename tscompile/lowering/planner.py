@@ -19,7 +19,6 @@ from . import cost_model
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
 # Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
 UNPROVEN = {
-    ("all_to_all_matmul", "nvlink"),
     ("all_gather_attention", "nvlink"),
     ("attention_reduce_scatter", "nvlink"),
 }
