@@ -23,7 +23,6 @@ class ExchangeLaunch:
         offset: bytes behind the start of a slot, first_flag: of a slot, where this launch's part begins.
         copied: copy engines send the legs, each with a flag behind it: `[ranks - 1, legs]` from `first_flag` on, the next rank's first.
         ctas: of the kernel.
-        last: no later launch of the call reads the slot.
     """
 
     def __init__(
@@ -36,7 +35,6 @@ class ExchangeLaunch:
         first_flag: int = 0,
         copied: bool = False,
         ctas: int = SMS,
-        last: bool = True,
     ) -> None:
         rows = rows_of(legs, batches)
         self._table = lasting(lambda: torch.tensor(rows, dtype=torch.int32, device=link.device), link.device)
@@ -49,8 +47,6 @@ class ExchangeLaunch:
             "offset": offset,
             "copied": int(copied),
         }
-        if not last:
-            self._fixed["ack"] = -1
         self.kernel = kernel("exchange", ctas)
         sources = [leg.source for leg in legs]
         targets = [target for leg in legs for target in leg.targets]

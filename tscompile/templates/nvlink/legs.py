@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Delivery
-from ..all_to_all import Outputs, Part
+from ..all_to_all import Outputs
 from .kernels.config import DATA_FLAGS, GRID_DIMS, MAX_LEGS, MAX_TARGETS, UNIT_WORDS, WORD_BYTES
 
 # Each batch takes a fence, but CTAs must share the batches evenly. [measured 2026-11-28, 2x H200, 0.5 to 96 MiB to a peer: 140 or more
@@ -53,14 +53,12 @@ def legs_of(
     deliveries: Sequence[Delivery],
     joins: Sequence[int],
     inputs: Sequence[Tensor],
-    only: Sequence[Part] | None = None,
 ) -> list[Leg]:
     """The exchanges of `inputs`, `[R, f1, ..., fk]` each.
 
     Args:
         deliveries, joins: as in the plan.
         inputs: their sizes and strides count; meta tensors will do.
-        only: of each exchange, the part that is sent and delivered.
     """
     meta = torch.empty(0, device="meta", dtype=inputs[0].dtype)
     outputs = Outputs(deliveries, joins, [x.shape for x in inputs], meta)
@@ -78,8 +76,7 @@ def legs_of(
     legs = []
     for number, (x, wanted) in enumerate(zip(inputs, targets, strict=True)):
         source = Layout(number, 0, x.stride(0), tuple(x.stride()[1:]), (-1,) * (x.dim() - 1))
-        leg = Leg(tuple(x.shape[1:]), source, tuple(wanted))
-        legs += _split(leg if only is None else _narrowed(leg, only[number]))
+        legs += _split(Leg(tuple(x.shape[1:]), source, tuple(wanted)))
     return legs
 
 
@@ -93,19 +90,19 @@ def _split(leg: Leg) -> list[Leg]:
         return [leg]
     parts = []
     for index in range(leg.sizes[dim]):
-        part = _narrowed(leg, (dim + 1, index, 1))
+        part = _at(leg, dim, index)
         wanted = [t for t in part.targets if t.fixed[dim] == index]
         free = [replace(t, fixed=(*t.fixed[:dim], -1, *t.fixed[dim + 1 :])) for t in wanted]
         parts.append(replace(part, targets=tuple(free)))
     return parts
 
 
-def _narrowed(leg: Leg, part: Part) -> Leg:
-    dim, start, length = part
-    sizes = (*leg.sizes[: dim - 1], length, *leg.sizes[dim:])
+def _at(leg: Leg, dim: int, index: int) -> Leg:
+    """What of it has this index of a dim, which stays with size 1."""
+    sizes = (*leg.sizes[:dim], 1, *leg.sizes[dim + 1 :])
 
     def moved(layout: Layout) -> Layout:
-        return replace(layout, start=layout.start + start * layout.strides[dim - 1])
+        return replace(layout, start=layout.start + index * layout.strides[dim])
 
     return Leg(sizes, moved(leg.source), tuple(moved(target) for target in leg.targets))
 
@@ -157,8 +154,8 @@ class Batches:
         return (ranks - 1) * self.count
 
 
-def batches_of(words: Sequence[int], ranks: int, share: int = 1) -> Batches:
-    """Batches of legs of so many words. share: launches that share the flags of a slot."""
+def batches_of(words: Sequence[int], ranks: int) -> Batches:
+    """Batches of legs of so many words."""
 
     def cut(units: int) -> Batches:
         firsts, count = [], 0
@@ -170,7 +167,7 @@ def batches_of(words: Sequence[int], ranks: int, share: int = 1) -> Batches:
     units = 1
     while True:
         found = cut(units)
-        crowded = found.flags(ranks) > DATA_FLAGS // share
+        crowded = found.flags(ranks) > DATA_FLAGS
         if not crowded and (units >= _LONGEST or found.flags(ranks) <= _MOST_BATCHES):
             return found
         units *= 2
@@ -180,12 +177,11 @@ def worded(
     deliveries: Sequence[Delivery],
     joins: Sequence[int],
     inputs: Sequence[Tensor],
-    only: Sequence[Part] | None = None,
 ) -> list[Leg] | None:
     """`legs_of` in words, None if the kernel cannot take them."""
     if not 1 <= len(inputs) <= MAX_LEGS or len(deliveries) > MAX_TARGETS:
         return None
-    legs = [in_words(leg, inputs[0].element_size()) for leg in legs_of(deliveries, joins, inputs, only)]
+    legs = [in_words(leg, inputs[0].element_size()) for leg in legs_of(deliveries, joins, inputs)]
     found = [leg for leg in legs if leg is not None and leg.words]
     return found if len(found) == len(legs) <= MAX_LEGS else None
 
