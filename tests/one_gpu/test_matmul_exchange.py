@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.cases import Case, projected
+from tests.templates.nvlink.fake_gpu import most_chunks
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import projected as nvlink_projected
 from tscompile.templates.nvlink.channel import Site
 
 from .group import SLOT_BYTES, Group
@@ -26,11 +26,6 @@ if not torch.cuda.is_available():
 def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as made:
         yield made
-
-
-def most_chunks(patch: pytest.MonkeyPatch) -> None:
-    """As many chunks as there can be: the sizes of these tests would have one."""
-    patch.setattr(nvlink_projected, "_overlapped_us", lambda gemms, chunks, *_: -len(chunks))
 
 
 # As tests/cases.py takes them: one matmul for q, k and v, three, or others; exchanges apart, fused, or delivered twice.

@@ -17,7 +17,7 @@ from tscompile.language.launch_spec import LaunchSpec, launch_spec
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.problem import Gemm
-from tscompile.templates.nvlink import channel, gemm_reduce, widths
+from tscompile.templates.nvlink import channel, gemm_reduce, projected, widths
 from tscompile.templates.nvlink.channel import DeviceLink
 from tscompile.templates.nvlink.launch import Kernel
 from tscompile.templates.nvlink.sums import SumPlan, pull_plan
@@ -35,6 +35,16 @@ def large_forms(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(gemm_reduce, "terms_plan", pulled)
     patch.setattr(widths, "pushes", lambda *_: False)
+
+
+def most_chunks(patch: pytest.MonkeyPatch, count: int | None = None) -> None:
+    """What large matmuls do that are exchanged, of any size: they are cut into as many chunks as can be, or into `count`."""
+
+    def best(ways: Sequence[projected._Way]) -> projected._Way:
+        wanted = [way for way in ways if count in (None, len(way.chunks))]
+        return max(wanted, key=lambda way: len(way.chunks))
+
+    patch.setattr(projected, "_best", best)
 
 
 class FakeMemory:

@@ -17,7 +17,7 @@ from tscompile.problem import FusionProblem, GatherUse, Gemm, Plan
 from tscompile.templates import find_template
 from tscompile.templates.all_to_all_gemm import Received
 from tscompile.templates.nvlink import tiles
-from tscompile.templates.nvlink.channel import ACK, MAIN, SIDE, Site
+from tscompile.templates.nvlink.channel import ACK, FLAGS, MAIN, SIDE, Site
 from tscompile.templates.nvlink.panels import Parcel, copies_of, parcels_of
 from tscompile.templates.nvlink.tiles import panel_tiles
 
@@ -222,17 +222,18 @@ def test_results(
 
 
 def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To each peer its own part, the previous rank's first, and one flag behind all of it."""
+    """To each peer its own part, the previous rank's first, and one flag behind all of it: what is short, behind the last copy."""
     gpu = gpu_with(monkeypatch, 1, 4)
     call = Call(gpu, (1, 1), 16, 64, (72,))
     call.run()
     copies = [step for step in gpu.driver.issued if step["kind"] in (stream.COPY_ROWS, stream.WRITE)]
     side = [step for step in copies if step["stream"] == SIDE]
-    assert [step["kind"] for step in side] == [stream.COPY_ROWS, stream.COPY_ROWS, stream.WRITE] * 3
+    assert [step["kind"] for step in side] == [stream.COPY_ROWS] * 6 + [stream.WRITE] * 3
     part, line = 16 * 64 * 2, 4 * 64 * 2
     slot = gpu.link.slot_offset(1)
     for first, peer in enumerate((0, 3, 2)):
-        q, k, flag = side[3 * first : 3 * first + 3]
+        q, k, flag = *side[2 * first : 2 * first + 2], side[6 + first]
+        assert flag["dst"] == gpu.memory.bases[peer] + (FLAGS + gpu.link.rank) * 4
         assert [step["src"] for step in (q, k)] == [x.data_ptr() + peer * part for x in call.own]
         assert [step["dst"] - gpu.memory.bases[peer] - slot for step in (q, k)] == [128, line + 128]
         assert {(s["rows"], s["bytes"], s["src_pitch"], s["dst_pitch"]) for s in (q, k)} == {(16, 128, 128, 2 * line)}

@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...nvshmem.stream import Step, steps_of
+from ...nvshmem.stream import steps_of
 from ...problem import GatherUse, Plan
 from ..fresh import maker
 from ..template import torch_dtype
-from .call import EPOCH, SOURCE, Call, parcel_step
-from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
+from .call import EPOCH, SOURCE, Call, parcel_step, send_steps
+from .channel import MAIN, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch
 from .gather_rows import RowsLaunch
 from .operands import pointer_of
 from .panels import Parcel
+
+# Of what a peer gets, at most, for one call of the driver to set all flags: a copy takes no longer than the call that would set its own
+# flag, 5 us at 372 GB/s (projected.py, docs/dev/gpu.md), so the kernel waits no longer than it would for the host.
+_TOGETHER_BYTES = 2 << 20
 
 
 class Recipe:
@@ -55,12 +59,10 @@ class Recipe:
         values = [launch.values(known) for launch in self._launches]
         local = [parcel_step(channel, parcel, channel.rank, MAIN) for parcel in self._local]
         launches = [launch.kernel.step(v, MAIN) for launch, v in zip(self._launches, values, strict=True)]
-        side: list[Step] = []
         # The previous rank's copies first, so that at any time every rank sends to another one.
-        for distance in range(1, channel.size) if self._parcels else ():
-            peer = (channel.rank - distance) % channel.size
-            side += [parcel_step(channel, parcel, peer, SIDE) for parcel in self._parcels]
-            side.append(channel.signal_step(peer, channel.rank))
+        peers = [(channel.rank - distance) % channel.size for distance in range(1, channel.size)]
+        sends = [(peer, self._parcels, channel.rank) for peer in peers if self._parcels]
+        side = send_steps(channel, sends, _TOGETHER_BYTES)
         if channel.captured:
             channel.link.pinned.append(self)
         return Call(channel, [*local, *launches], side, values)
