@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import host_issue
+from benchmarks import driver_calls, host_issue
 from tests.cases import Case
 from tests.cases import projected as projected_case
 from tests.templates.nvlink.fake_gpu import large_forms, most_chunks
@@ -126,6 +126,23 @@ def test_what_a_rank_of_a_ulysses_block_asks_of_the_driver(monkeypatch: pytest.M
         for _ in range(3):
             found = calls(rank, *host_issue.back())
         assert found == ALONE
+
+
+def test_the_benchmark_of_the_drivers_calls_counts_calls(rank: StubRank) -> None:
+    """Flags that follow one another are one call."""
+    found = {}
+    for name, steps in driver_calls.kinds(1 << 40, 1 << 41).items():
+        rank.driver.calls()
+        assert 0 < driver_calls.measure(rank.driver, rank.link._queues, steps, rounds=1) < 1000
+        found[name] = rank.driver.calls()
+        assert len(found[name]) == driver_calls.CALLS
+    assert [row[:2] for row in found.values()] == [
+        ["copy", "copy"],
+        ["rows", "rows"],
+        ["copy", "flag"],
+        ["copy", "flags"],
+        ["record", "await"],
+    ]
 
 
 def test_an_op_of_a_mesh_is_no_more_than_two_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
