@@ -228,7 +228,8 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     call.run()
     copies = [step for step in gpu.driver.issued if step["kind"] in (stream.COPY_ROWS, stream.WRITE)]
     side = [step for step in copies if step["stream"] == SIDE]
-    assert [step["kind"] for step in side] == [stream.COPY_ROWS] * 6 + [stream.WRITE] * 3
+    assert [step["kind"] for step in side] == [stream.COPY_ROWS] * 6 + [stream.WRITE] * 4
+    assert side.pop()["dst"] == gpu.memory.bases[1] + (FLAGS + 1) * 4, "for itself, behind all copies"
     part, line = 16 * 64 * 2, 4 * 64 * 2
     slot = gpu.link.slot_offset(1)
     for first, peer in enumerate((0, 3, 2)):

@@ -71,6 +71,7 @@ class Call:
         values: those that LAUNCH steps point at.
         early: more steps of the copy stream, in parts that the caller issues one by one before all others: each starts where the main
             stream is then.
+        joins: steps of the main stream wait for all of the copy stream.
 
     Attributes:
         words: set before the steps are issued: [EPOCH], which the flags of the copy stream take (in a captured call they read it when
@@ -86,13 +87,14 @@ class Call:
         side: Sequence[Step],
         values: list[Values],
         early: Sequence[Sequence[Step]] = (),
+        joins: bool = False,
     ) -> None:
         self.values = values
         opening, closing = [], []
         if channel.captured:
             self._opening = channel.link.opener.values(channel.values())
             opening = [channel.link.opener.step(self._opening, MAIN)]
-        if side or early:
+        if (side or early) and not joins:
             closing = [
                 Step(kind=stream.RECORD, stream=SIDE, event=JOIN),
                 Step(kind=stream.AWAIT, stream=MAIN, event=JOIN),

@@ -27,6 +27,11 @@ _TOGETHER_BYTES = 2 << 20
 class Recipe:
     """What the calls of one site with the same layout share.
 
+    What follows a call on the main stream may write where its copies read, so it must come behind them. In an eager call the copy
+    stream sets a flag of this rank behind all copies, and the last kernel waits for it as for those of the peers (tiles.joined): to
+    join the streams would take two calls of the driver. The stream itself writes such a flag and takes no SM, of which the kernel may
+    hold all. In a captured call a flag is a copy, which within a GPU might take one: there the streams join.
+
     Args:
         full: shape [P, R*Q] of what is in the slot in the end.
         launches: the kernels. rest: indices of the uses that they do not serve, which torch multiplies.
@@ -56,16 +61,19 @@ class Recipe:
     def _call(self, channel: DeviceChannel) -> Call:
         """The steps of a call in the channel's slot."""
         known = channel.values()
-        values = [launch.values(known) for launch in self._launches]
+        values = [launch.values(known, channel.captured) for launch in self._launches]
         local = [parcel_step(channel, parcel, channel.rank, MAIN) for parcel in self._local]
         launches = [launch.kernel.step(v, MAIN) for launch, v in zip(self._launches, values, strict=True)]
         # The previous rank's copies first, so that at any time every rank sends to another one.
         peers = [(channel.rank - distance) % channel.size for distance in range(1, channel.size)]
         sends = [(peer, self._parcels, channel.rank) for peer in peers if self._parcels]
         side = send_steps(channel, sends, _TOGETHER_BYTES)
+        joins = bool(side) and not channel.captured
+        if joins:
+            side.append(channel.signal_step(channel.rank, channel.rank))
         if channel.captured:
             channel.link.pinned.append(self)
-        return Call(channel, [*local, *launches], side, values)
+        return Call(channel, [*local, *launches], side, values, joins=joins)
 
     def run(
         self,
