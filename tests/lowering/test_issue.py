@@ -220,9 +220,9 @@ def test_a_gather_that_a_gradient_reads(rank: StubRank, returned: bool) -> None:
     assert found == [*FORK, *SENDS, *copies, *ALONE, *([] if returned else ["record"])]
 
 
-def projection(parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, chunks: int | None = None) -> Case:
-    """Matmuls whose results are exchanged by four ranks, in as many chunks as there are exchanges, or in so many."""
-    most_chunks(monkeypatch, chunks)
+def projection(parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Case:
+    """Matmuls whose results are exchanged by four ranks, in as many chunks as there are exchanges."""
+    most_chunks(monkeypatch)
     case = projected_case(4, 0, BF16, parts=parts, dim=8)
     return replace(case, plan=replace(case.plan, executor="nvlink"))
 

@@ -88,13 +88,13 @@ def _strided_copy(x: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["as planned", "cut"])
+@pytest.mark.parametrize("cut", [0, 2, 5], ids=["as planned", "two chunks", "as many as can be"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_results_and_bits(patch: pytest.MonkeyPatch, ranks: int, cut: bool) -> None:
+def test_results_and_bits(patch: pytest.MonkeyPatch, ranks: int, cut: int) -> None:
     """The right results, and the same bits again."""
     group = Group(patch, ranks)
     if cut:
-        most_chunks(patch)
+        most_chunks(patch, cut)
     for shape in SHAPES:
         op = Op(group, shape)
         for _ in range(3):

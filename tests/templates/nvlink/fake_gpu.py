@@ -37,12 +37,12 @@ def large_forms(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(widths, "pushes", lambda *_: False)
 
 
-def most_chunks(patch: pytest.MonkeyPatch, count: int | None = None) -> None:
-    """What large matmuls do that are exchanged, of any size: they are cut into as many chunks as can be, or into `count`."""
+def most_chunks(patch: pytest.MonkeyPatch, count: int = 99) -> None:
+    """What large matmuls do whose results are exchanged, of any size: they are cut, into `count` chunks or as many as can be."""
 
     def best(ways: Sequence[projected._Way]) -> projected._Way:
-        wanted = [way for way in ways if count in (None, len(way.chunks))]
-        return max(wanted, key=lambda way: len(way.chunks))
+        fewest = min(len(way.chunks) for way in ways)
+        return max((way for way in ways if len(way.chunks) <= max(count, fewest)), key=lambda way: len(way.chunks))
 
     patch.setattr(projected, "_best", best)
 
