@@ -139,8 +139,8 @@ def at(address: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=dtype).view(shape)
 
 
-def emulate(gpu: Gpu, launched: Launched, walks: int = 0) -> None:
-    """The kernel, with everything arrived. walks: over all blocks, that the table has; as many as ranks, if 0."""
+def emulate(gpu: Gpu, launched: Launched) -> None:
+    """The kernel, with everything arrived."""
     if launched.name != "gather_blocks":
         return
     config, _ = launched.args
@@ -156,8 +156,8 @@ def emulate(gpu: Gpu, launched: Launched, walks: int = 0) -> None:
         assert operand.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in operand.stride()[:2])
     span = v["width"] if config.contracts else v["blocks"] * v["inner"]
     shape = (span, v["free"]) if config.gathered_left else (v["free"], span)
-    ranks = v["blocks"] // v["own_blocks"]
-    rows = v["tiles"] + ((walks or ranks) * v["blocks"] if config.contracts else 0)
+    tiles = at(v["table"], v["tiles"], 8, dtype=torch.int32)
+    rows = int(tiles[:, 4].max()) + v["blocks"] if config.contracts else v["tiles"]  # the last walk that a tile takes
     table = [tuple(row) for row in at(v["table"], rows, 8, dtype=torch.int32).tolist()]
     form = Form(config.gathered_left, config.contracts, config.k_first, config.tile_m, config.tile_n, config.tile_k)
     played = BlockGatherer(form, X.float(), A.float(), B.float(), table, torch.full(shape, torch.nan))

@@ -108,16 +108,20 @@ def test_what_a_gather_launches(gpu: Gpu) -> None:
     assert {launch.values["epoch"] for launch in gpu.driver.launched} == {0}
 
 
+def table_of(launch: Launched, walk: int = 0) -> list[list[int]]:
+    """The table of a gather's launch. walk: rows behind the tiles."""
+    words = (ctypes.c_int32 * (8 * (launch.values["tiles"] + walk))).from_address(launch.values["table"])
+    return [words[row : row + 8] for row in range(0, len(words), 8)]
+
+
 def waits_for_itself(launch: Launched, rank: int = 1, walk: int = 0) -> list[int]:
-    """The rows of a gather's table that wait for the rank's own copies."""
-    rows = launch.values["tiles"] + walk
-    table = (ctypes.c_int32 * (8 * rows)).from_address(launch.values["table"])
-    return [row for row in range(rows) if table[8 * row + 6] >> rank & 1]
+    """The rows that wait for the rank's own copies."""
+    return [number for number, row in enumerate(table_of(launch, walk)) if row[6] >> rank & 1]
 
 
 @pytest.mark.parametrize("use", [("lhs", True, "rows"), ("rhs", False, "cols"), ("rhs", False, "rows")], ids=str)
 def test_a_kernel_of_blocks_ends_behind_the_copies(gpu: Gpu, use: tuple[str, bool, str]) -> None:
-    """A tile that is not the last one may end later: in a sum each waits, where its walk ends."""
+    """Its last tile waits for them, of a sum at the end of a walk of its own, in the order that it has without."""
     gathered = GatherUse(*use, BF16)
     plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=(gathered,))
     shard = random(1, 64 * 64) if use[2] == "rows" else random(64, 64)
@@ -128,13 +132,19 @@ def test_a_kernel_of_blocks_ends_behind_the_copies(gpu: Gpu, use: tuple[str, boo
     run(gpu, site, plan, shard, [other], [None])
     first, second = fused(gpu)
     assert first.name == "gather_blocks" and first.values["table"] == second.values["table"]
-    tiles = first.values["tiles"]
-    ends = [tiles - 1] if not walk else [tiles + end for end in (3, 7, 11, 15)]
-    assert waits_for_itself(first, walk=walk) == ends
+    eager = table_of(first, walk + walk // 4)
+    assert waits_for_itself(first, walk=walk + walk // 4) == [len(eager) - 1]
     assert not [step for step in gpu.driver.issued if step["kind"] == stream.AWAIT and step["event"] == JOIN]
     gpu.torch.capturing = True
     run(gpu, site, plan, shard, [other], [None])
+    captured = table_of(fused(gpu)[-1], walk)
     assert waits_for_itself(fused(gpu)[-1], walk=walk) == []
+    tiles = first.values["tiles"]
+    *others, last = eager[:tiles]
+    assert others == captured[: tiles - 1] and eager[tiles : tiles + walk] == captured[tiles:]
+    if walk:
+        begin, end = last[4], captured[tiles - 1][4]
+        assert [row[:6] for row in eager[begin : begin + 4]] == [row[:6] for row in captured[end : end + 4]]
 
 
 def copies(patch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def collect(gpu: Gpu, launched: Launched) -> None:
 def play(gpu: Gpu, launched: Launched) -> None:
     if launched.name != "gather_blocks":
         return
-    emulate(gpu, launched, walks=1)
+    emulate(gpu, launched)
     if launched.args[1]:
         collect(gpu, launched)
 

@@ -97,13 +97,19 @@ def gather_tiles(
 def joined(rows: Sequence[Row], rank: int, walk: int = 0) -> list[Row]:
     """The table of a gather whose kernel does not end before this rank's own copies have ended: behind them stands its own flag.
 
-    The last tile waits for it. walk: rows of a walk, if the table ends in walks; then each tile waits where its walk ends.
+    The last tile waits for it and no other one does, so copies that end late hold up nothing else.
+
+    Args:
+        walk: rows of a walk, if the table ends in walks. The last tile gets one of its own, which waits where it ends.
     """
-    tiles = sum(row[2] > 0 for row in rows)
     found = list(rows)
-    for end in range(tiles + walk - 1, len(rows), walk) if walk else [len(rows) - 1]:
-        row = found[end]
-        found[end] = (*row[:6], row[6] | 1 << rank, row[7])
+    last = sum(row[2] > 0 for row in rows) - 1
+    if walk:
+        first = found[last][4]
+        found[last] = (*found[last][:4], len(rows), *found[last][5:])
+        found += rows[first : first + walk]
+        last = len(found) - 1
+    found[last] = (*found[last][:6], found[last][6] | 1 << rank, found[last][7])
     return found
 
 
