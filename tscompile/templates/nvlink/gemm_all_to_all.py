@@ -27,8 +27,8 @@ from .kernels.config import SMS, WORD_BYTES
 from .projected import Chunk, Projection, project
 from .refusal import exchange_refusal
 
-# Of what a peer gets of the last chunk's legs, each, at most, for one call of the driver to set all flags behind the copies. To collect
-# that much takes 5 us at 3.5 TB/s, as long as the call that would set a flag of its own takes the host (projected.py has both).
+# The most that a peer gets of a leg of the last chunk for one call of the driver to set all flags, behind all copies. To collect that
+# much takes 5 us at 3.5 TB/s, no longer than a call of its own would take the host (projected.py has both).
 _TOGETHER_BYTES = 8 << 20
 
 

@@ -128,7 +128,6 @@ def project(plan: Plan, ranks: int, gemms: Sequence[Gemm], sizes: Sequence[int])
 def _best(ways: Sequence[_Way]) -> _Way:
     """The way that takes least; of those that no prediction can tell apart from it, the one that takes the host least: the rest of the
     program may leave it no time to spare."""
-
     least = min(way.us for way in ways)
     return min((way for way in ways if way.us <= _AS_GOOD * least), key=lambda way: (way.host_us, way.us))
 
