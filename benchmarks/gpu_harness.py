@@ -142,6 +142,21 @@ class Timer:
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / calls / 1e3 if done else math.inf
 
+    def host_seconds(self, function: Callable[[], object], rounds: int = 8) -> float:
+        """What the host takes to enqueue a call behind other work: the least of the rounds on this rank. All ranks do this alike."""
+        least = math.inf
+        for _ in range(rounds):
+            if self.cuda:
+                torch.cuda.synchronize()
+                dist.barrier()
+                self.heat()
+            begin = time.perf_counter()
+            if not self._issue(function, 1):
+                return math.inf
+            least = min(least, time.perf_counter() - begin)
+        self.synchronize()
+        return least
+
     def _issue(self, function: Callable[[], object], calls: int) -> bool:
         """False if a call raised. This rank must not leave then: the others wait for it in the next barrier."""
         try:

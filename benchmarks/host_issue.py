@@ -5,8 +5,9 @@
 The path is the product's, from the runtime to stream.c; only the calls of the CUDA driver are stubs, and torch allocates on the CPU.
 Times are microseconds of a call, the least of many short rounds, and inclusive: a row has those below it in it.
 
-Traps: what the driver's calls and torch's allocator for GPUs take is not in these times, and comes on top (a launch 2 to 4 us, other
-calls about 1). Other programs on the same cores spoil some rounds; the least ones differ by 10 % from run to run.
+Traps: what the driver's calls, torch's matmuls and its allocator for GPUs take is not in these times, and comes on top (a launch 2 to 4
+us, other calls about 1; in a virtual machine 5 each, and 30 for a matmul). So the calls are counted as well. Other programs on the same
+cores spoil some rounds; the least ones differ by 10 % from run to run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from tests.templates.nvlink.fake_gpu import large_forms
 from tests.templates.nvlink.stub_gpu import GROUP, StubRank, fused_only
 from tscompile.fx_passes import patterns  # noqa: F401  (importing it registers the ops)
-from tscompile.problem import Delivery, GatherUse, Plan
+from tscompile.problem import Delivery, Departure, GatherUse, Plan
 from tscompile.templates import find_template
 
 Case = tuple[Plan, tuple[Any, ...]]
@@ -33,6 +34,8 @@ Section = Callable[[], object]
 BF16 = "bfloat16"
 ROWS = GatherUse("lhs", False, "rows", BF16)
 ROUNDS, CALLS = 300, 50
+TOKENS, HEADS, DIM = 8192, 32, 128  # of a Ulysses block, in all
+RANKS, SLOT_BYTES = 4, 48 << 20
 
 
 def cases() -> dict[str, Case]:
@@ -46,13 +49,52 @@ def cases() -> dict[str, Case]:
     exchange: dict[str, Any] = {"deliveries": tuple(Delivery(i, (2, 0, 1, 3)) for i in range(3)), "joins": (1, 1, 1)}
     exchanged = Plan("all_to_all_permute", "g/4", "nvlink", BF16, **exchange)
     heads = [torch.randn(128, 4, 2, 64).to(torch.bfloat16).transpose(0, 1) for _ in range(3)]
+    matmul_all_to_all, projected = ulysses()
     return {
         "reduce_scatter": (scatter, ([x], [right], [None], [], 1)),
         "all_reduce": (reduce, ([x], [right], [None], [])),
         "gather": (gather, (shard, [right], [None])),
         "gather3": (three, (shard, [right] * 3, [None] * 3)),
         "exchange3": (exchanged, (heads,)),
+        "projected3": (matmul_all_to_all, projected),
+        "back": back(),
     }
+
+
+def ulysses() -> Case:
+    """q, k and v of one projection, as the block of benchmarks/model_ulysses.py sends them."""
+    tokens, width = TOKENS // RANKS, HEADS * DIM
+    shape = [1, tokens, 3, RANKS, HEADS // RANKS, DIM]
+    departures = tuple(Departure(0, len(shape), ((2, part),), (2, 0, 1, 3, 4)) for part in range(3))
+    deliveries = tuple(Delivery(part, (1, 0, 2, 3, 4)) for part in range(3))
+    plan = Plan(
+        "matmul_all_to_all", "g/5", "nvlink", BF16, deliveries=deliveries, joins=(1,) * 3, departures=departures
+    )
+    x, weight = (torch.empty(*size, dtype=torch.bfloat16) for size in ((tokens, width), (3 * width, width)))
+    return plan, ([x], [weight.t()], [None], shape * 3)
+
+
+def back() -> Case:
+    """The exchange behind its attention: `[batch, heads of a rank, tokens, dim]`, as [R, batch, tokens of a rank, heads, dim]."""
+    plan = Plan("all_to_all_permute", "g/6", "nvlink", BF16, deliveries=(Delivery(0, (1, 2, 0, 3, 4)),), joins=(1,))
+    attended = torch.empty(1, HEADS // RANKS, RANKS, TOKENS // RANKS, DIM, dtype=torch.bfloat16)
+    return plan, ([attended.permute(2, 0, 3, 1, 4)],)
+
+
+class Matmuls:
+    """Stands for `torch.mm`, which computes nothing and allocates nothing: the CPU's allocator takes long for results of this size."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._results: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        shape = a.shape[0], b.shape[1]
+        found = self._results.get(shape)
+        if found is None:
+            found = self._results[shape] = a.new_empty(shape)
+        return found
 
 
 def sections(rank: StubRank, plan: Plan, args: tuple[Any, ...]) -> dict[str, Section]:
@@ -71,7 +113,7 @@ def sections(rank: StubRank, plan: Plan, args: tuple[Any, ...]) -> dict[str, Sec
         "group.launch": lambda: group.launch(plan, args, fused_only),
         "executor.run": lambda: executor.run(template, None, plan, args, memo),  # type: ignore[arg-type]
         "template.run": lambda: template.run(rank.link.open(site), plan, *args),
-        "link.issue": lambda: rank.link.issue(call.steps),
+        "link.issue": lambda: [rank.link.issue(steps) for steps in (*call.early, call.steps)],
         "(an empty call)": lambda: None,
     }
 
@@ -96,14 +138,18 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         large_forms(patch)  # they cost the host most
-        rank, table = StubRank(patch), {}
+        rank, table = StubRank(patch, size=RANKS, slot_bytes=SLOT_BYTES), {}
+        matmuls = Matmuls()
+        patch.setattr(torch, "mm", matmuls)
         for name, (plan, args) in cases().items():
             functions = sections(rank, plan, args)
             table |= {(section, name): function for section, function in functions.items()}
             for _ in range(10):
                 rank.driver.calls()
+                matmuls.count = 0
                 rank.launch(plan, args)
-            print(f"{name}: {' '.join(rank.driver.calls())}")
+            found = rank.driver.calls()
+            print(f"{name}: {len(found)} calls, {matmuls.count} matmuls: {' '.join(found)}")
             if name == profiled:
                 with cProfile.Profile() as profile:
                     for _ in range(20000):

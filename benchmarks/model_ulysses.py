@@ -7,7 +7,8 @@ one projection for q, k and v and one for the output, bfloat16. `deepspeed` perm
 (tests/programs/attention.py has their spellings). Both sides have the same attention: cuDNN's, unless `--attention` says otherwise.
 Training takes `functional`, with functional collectives and one permute each way: torch 2.11 gets gradients of the others wrong.
 `roof` computes what a rank computes, without exchanges and permutes: an overlap can be no faster. Before any timing results and
-gradients are compared with Inductor's. Modes race in rounds of shuffled order; the slowest rank counts.
+gradients are compared with Inductor's. Modes race in rounds of shuffled order; the slowest rank counts. `host` is what rank 0 takes to
+enqueue a step: no step is faster.
 """
 
 from __future__ import annotations
@@ -146,6 +147,10 @@ def run_case(
         race = gpu.race(
             {mode: gpu.Side(run.step) for mode, run in runs.items()}, timer, args.rounds, SEED, graphs=False
         )
+    host = {}
+    with gpu.limit(args.limit):
+        for mode in race.eager[0] if timer.cuda and race.eager else ():
+            host[mode] = timer.host_seconds(runs[mode].step)
     rows = tscompile.reports().to_json()["rows"]
     return {
         "training": training,
@@ -153,6 +158,7 @@ def run_case(
         "dim": args.dim,
         "attention": args.attention,
         "rounds": {"eager": race.eager},
+        "host": host,
         "errors": errors,
         "sites": [{key: row[key] for key in ("phase", "pattern", "decision", "code", "reason")} for row in rows],
         "failures": failures | race.failures,
@@ -167,6 +173,8 @@ def lines(case: dict[str, Any]) -> list[str]:
         text += f": {harness.paired_ratio(rounds, 'inductor', 'tilescale'):.2f}x"
     if {"roof", "tilescale"} <= times.keys():
         text += f", {harness.paired_ratio(rounds, 'roof', 'tilescale'):.2f} of the roof"
+    if case["host"]:
+        text += "; host " + ", ".join(f"{mode} {1e3 * seconds:.3f} ms" for mode, seconds in case["host"].items())
     fused = [f"{site['pattern']} {site['decision']} [{site['code']}]" for site in case["sites"]]
     failed = [f"{mode} FAILED: {why}" for mode, why in case["failures"].items()]
     return [text, "; ".join(fused), *failed]

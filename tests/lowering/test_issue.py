@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import driver_calls, host_issue
 from tests.cases import Case
 from tests.cases import projected as projected_case
-from tests.templates.nvlink.fake_gpu import large_forms
+from tests.templates.nvlink.fake_gpu import large_forms, most_chunks
 from tests.templates.nvlink.stub_gpu import CALLS, StubRank
 from tscompile.errors import HeapError, PeerError
 from tscompile.lowering import mesh, runtime
 from tscompile.lowering.mesh_state import MeshState
 from tscompile.problem import Delivery, GatherUse, Plan
-from tscompile.templates.nvlink import projected
-from tscompile.templates.nvlink.channel import Site
+from tscompile.templates.nvlink import gemm_all_to_all, recipe
+from tscompile.templates.nvlink.channel import FLAGS, Site
 
 BF16 = "bfloat16"
 ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "rows", BF16)
@@ -27,7 +28,7 @@ SUM = Plan("matmul_all_reduce", "g/sum", "nvlink", BF16, coefficients=(1.0,))
 SCATTER = Plan("matmul_reduce_scatter", "g/scatter", "nvlink", BF16, coefficients=(1.0,))
 GATHER = Plan("all_gather_matmul", "g/gather", "nvlink", BF16, uses=(ROWS,))
 ALONE = ["launch", "record"]  # the watchdog asks for the event
-FORK, SENDS, JOIN = ["record", "await"], ["copy", "flag"] * 3, ["record", "await"]
+FORK, SENDS, JOIN = ["record", "await"], ["copy"] * 3 + ["flags"], ["record", "await"]
 
 
 @pytest.fixture
@@ -66,16 +67,85 @@ def test_a_sum_is_one_launch_and_one_event(rank: StubRank, plan: Plan) -> None:
 def test_a_gather_of_four_ranks(rank: StubRank) -> None:
     shard, other, weight = random(1, 128 * 64), random(1, 128 * 64), random(256, 64).t()
     args = shard, [weight], [None]
-    steady = [*FORK, *SENDS, *ALONE[:1], *JOIN, *ALONE[1:]]
+    steady = [*FORK, *SENDS, *ALONE]
     for _ in range(2):
-        assert calls(rank, GATHER, args) == [*FORK, *SENDS, *["encode"] * 3, "launch", *JOIN, "record"]
+        assert calls(rank, GATHER, args) == [*FORK, *SENDS, *["encode"] * 3, *ALONE]
     for _ in range(6):
-        assert calls(rank, GATHER, args) == steady
+        assert calls(rank, GATHER, args) == steady and len(steady) == 8
     # The maps of the slot and of the weight stay.
-    assert calls(rank, GATHER, (other, [weight], [None])) == [*FORK, *SENDS, "encode", "launch", *JOIN, "record"]
+    assert calls(rank, GATHER, (other, [weight], [None])) == [*FORK, *SENDS, "encode", *ALONE]
 
 
-def test_an_op_of_a_mesh_is_no_more_than_two_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_call_sets_the_flags_of_all_peers(rank: StubRank) -> None:
+    """Each peer's, to the epoch of the call, which kernels compare as 32 bits."""
+    args = random(1, 128 * 64), [random(256, 64).t()], [None]
+    for epoch in (1, 2, 3):
+        assert "flags" in calls(rank, GATHER, args)
+        addresses = [rank.link.address(peer, ((epoch & 1) * FLAGS + 1) * 4) for peer in (0, 3, 2, 1)]
+        assert rank.driver.flags(4) == [(address, epoch) for address in addresses], "its own last, behind all copies"
+    rank.link._eager = (1 << 32) - 2
+    rank.launch(GATHER, args)
+    assert [value for _, value in rank.driver.flags(3)] == [(1 << 32) - 1] * 3
+
+
+def test_long_copies_have_a_flag_each(rank: StubRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that waits for one shard is not to wait for those of other ranks."""
+    monkeypatch.setattr(recipe, "_TOGETHER_BYTES", 128 * 64 * 2 - 1)
+    monkeypatch.setattr(gemm_all_to_all, "_TOGETHER_BYTES", 1)
+    args = random(1, 128 * 64), [random(256, 64).t()], [None]
+    for _ in range(3):
+        found = calls(rank, GATHER, args)
+    assert found == [*FORK, *["copy", "flag"] * 2, "copy", "flags", *ALONE]
+    case = projection((2,), monkeypatch)
+    for _ in range(3):
+        found = calls(rank, case.plan, case.args[1])
+    # Nobody waits for the first chunk before the last one is sent.
+    assert found == [*FORK, *["rows"] * 3, "flags", *FORK, *["rows", "flag"] * 3, "launch", *JOIN, "record"]
+
+
+def test_the_driver_refuses_flags(rank: StubRank) -> None:
+    args = random(1, 128 * 64), [random(256, 64).t()], [None]
+    rank.launch(GATHER, args)
+    (call,) = rank.group.memo(None, GATHER, args).kept.recipe._calls.values()  # type: ignore[arg-type]
+    rank.driver.refused.value = CALLS.index("flags")
+    with pytest.raises(HeapError, match=r"CUDA refused a flag \(step 6 of 11: CUresult 700\)"):
+        rank.link.issue(call.steps)
+
+
+def test_what_a_rank_of_a_ulysses_block_asks_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8K tokens on four ranks: q, k and v of one projection, sent; and the exchange behind the attention."""
+    rank, matmuls = StubRank(monkeypatch, slot_bytes=host_issue.SLOT_BYTES), host_issue.Matmuls()
+    monkeypatch.setattr(torch, "mm", matmuls)
+    plan, args = host_issue.ulysses()
+    with torch.no_grad():
+        for _ in range(3):
+            matmuls.count = 0
+            found = calls(rank, plan, args)
+        assert found == [*[*FORK, *["rows"] * 3, "flags"] * 2, "launch", *JOIN, "record"] and len(found) == 16
+        assert matmuls.count == 2
+        for _ in range(3):
+            found = calls(rank, *host_issue.back())
+        assert found == ALONE
+
+
+def test_the_benchmark_of_the_drivers_calls_counts_calls(rank: StubRank) -> None:
+    """Flags that follow one another are one call."""
+    found = {}
+    for name, steps in driver_calls.kinds(1 << 40, 1 << 41).items():
+        rank.driver.calls()
+        assert 0 < driver_calls.measure(rank.driver, rank.link._queues, steps, rounds=1) < 1000
+        found[name] = rank.driver.calls()
+        assert len(found[name]) == driver_calls.CALLS
+    assert [row[:2] for row in found.values()] == [
+        ["copy", "copy"],
+        ["rows", "rows"],
+        ["copy", "flag"],
+        ["copy", "flags"],
+        ["record", "await"],
+    ]
+
+
+def test_what_an_op_of_a_mesh_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two ranks each; the driver's calls for the left operand's group and for the right one's. Steady: addresses stay."""
     large_forms(monkeypatch)
     with torch.no_grad():
@@ -92,8 +162,6 @@ def test_an_op_of_a_mesh_is_no_more_than_two_gathers(monkeypatch: pytest.MonkeyP
         ends = [*JOIN, "record"]
         assert found[-15:] == [*FORK, "copy", "flag", *FORK, "rows", "flag", "launch", *ends, *ends]
         assert set(found[:-15]) <= {"encode"}
-        gather = calls(row, GATHER, (random(1, 128 * 64), [random(256, 64).t()], [None]))
-        assert 2 * len([call for call in gather if call != "encode"]) > 15
 
 
 @pytest.mark.parametrize("plan", [SUM, GATHER], ids=lambda plan: plan.kind)
@@ -149,12 +217,12 @@ def test_a_gather_that_a_gradient_reads(rank: StubRank, returned: bool) -> None:
     for _ in range(4):
         found = calls(rank, plan, args)
     copies = [] if returned else ["copy"]  # the own shard, for the matmul behind
-    assert found == [*FORK, *SENDS, *copies, "launch", *JOIN, "record", *([] if returned else ["record"])]
+    assert found == [*FORK, *SENDS, *copies, *ALONE, *([] if returned else ["record"])]
 
 
 def projection(parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Case:
     """Matmuls whose results are exchanged by four ranks, in as many chunks as there are exchanges."""
-    monkeypatch.setattr(projected, "_overlapped_us", lambda gemms, chunks, *_: -len(chunks))
+    most_chunks(monkeypatch)
     case = projected_case(4, 0, BF16, parts=parts, dim=8)
     return replace(case, plan=replace(case.plan, executor="nvlink"))
 
@@ -165,7 +233,7 @@ def test_projections_send_behind_each_chunk(
 ) -> None:
     """Each chunk forks the copy stream; at the end there are one kernel, one join and the event."""
     case = projection(parts, monkeypatch)
-    one = [*FORK, *["rows", "flag"] * 3]
+    one = [*FORK, *["rows"] * 3, "flags"]
     for _ in range(4):
         assert calls(rank, case.plan, case.args[1]) == [*one * sum(parts), "launch", *JOIN, "record"]
 

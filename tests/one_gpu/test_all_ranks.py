@@ -163,3 +163,30 @@ def test_a_rank_that_stays_away(patch: pytest.MonkeyPatch, kind: str, pushed: bo
     assert first_hand and all(record.site == 7 and record.expected > record.seen for record in first_hand)
     if kind != REDUCE:  # there a rank may also wait for a sum of one that waits itself
         assert any(record.peer == 2 for record in first_hand)
+
+
+@pytest.mark.parametrize("shape", [Shape(GATHER, 256, (512,), 512), Shape(GATHER, 37, (512, 264), 520)], ids=str)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_follows_a_gather_may_overwrite_its_shard(patch: pytest.MonkeyPatch, ranks: int, shape: Shape) -> None:
+    """However late the copy stream is: the kernel ends behind the rank's own copies."""
+    group = Group(patch, ranks)
+    op = Op(group, shape, form=False)
+    group.each(op.call)  # loads the kernels and makes the tables
+    torch.cuda.synchronize()
+    dice = random.Random(ranks)
+
+    def call(rank: int) -> list[torch.Tensor]:
+        outputs = op.call(rank)
+        op.x[rank].fill_(float("nan"))
+        return outputs
+
+    for _ in range(12):
+        op.refill()
+        truth = op.truth()
+        torch.cuda.synchronize()
+        for link in group.links:
+            with torch.cuda.stream(link.side):
+                torch.cuda._sleep(int(dice.choice((0, 0.1, 1)) * 2_000_000))
+        outputs = group.each(call)
+        torch.cuda.synchronize()
+        op.check(outputs, truth)

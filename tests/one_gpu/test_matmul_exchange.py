@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.cases import Case, projected
+from tests.templates.nvlink.fake_gpu import most_chunks
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import projected as nvlink_projected
 from tscompile.templates.nvlink.channel import Site
 
 from .group import SLOT_BYTES, Group
@@ -26,11 +26,6 @@ if not torch.cuda.is_available():
 def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as made:
         yield made
-
-
-def most_chunks(patch: pytest.MonkeyPatch) -> None:
-    """As many chunks as there can be: the sizes of these tests would have one."""
-    patch.setattr(nvlink_projected, "_overlapped_us", lambda gemms, chunks, *_: -len(chunks))
 
 
 # As tests/cases.py takes them: one matmul for q, k and v, three, or others; exchanges apart, fused, or delivered twice.
@@ -93,13 +88,13 @@ def _strided_copy(x: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["as planned", "cut"])
+@pytest.mark.parametrize("cut", [0, 2, 5], ids=["as planned", "two chunks", "as many as can be"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_results_and_bits(patch: pytest.MonkeyPatch, ranks: int, cut: bool) -> None:
+def test_results_and_bits(patch: pytest.MonkeyPatch, ranks: int, cut: int) -> None:
     """The right results, and the same bits again."""
     group = Group(patch, ranks)
     if cut:
-        most_chunks(patch)
+        most_chunks(patch, cut)
     for shape in SHAPES:
         op = Op(group, shape)
         for _ in range(3):

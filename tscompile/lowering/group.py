@@ -463,11 +463,14 @@ def _layout(args: tuple[Any, ...]) -> tuple[Any, ...]:
     layout: list[Any] = []
     for value in args:
         if value.__class__ is list:  # as a rule
-            for item in value:
-                if isinstance(item, torch.Tensor):
-                    layout += item.shape, item.stride()
-                else:  # None or a size
-                    layout.append(item)
+            if value and value[0].__class__ is int:
+                layout += value  # sizes, which may be many
+            else:
+                for item in value:
+                    if isinstance(item, torch.Tensor):
+                        layout += item.shape, item.stride()
+                    else:  # None
+                        layout.append(item)
             layout.append(len(value))
         elif isinstance(value, torch.Tensor):
             layout += value.shape, value.stride()

@@ -11,6 +11,7 @@ typedef int (*copy_fn)(uint64_t dst, uint64_t src, size_t bytes, void *stream);
 typedef int (*copy2d_fn)(const void *what, void *stream);
 typedef int (*value_fn)(void *stream, uint64_t address, uint32_t value, unsigned flags);
 typedef int (*value64_fn)(void *stream, uint64_t address, uint64_t value, unsigned flags);
+typedef int (*batch_fn)(void *stream, unsigned count, const void *operations, unsigned flags);
 typedef int (*record_fn)(void *event, void *stream);
 typedef int (*wait_fn)(void *stream, void *event, unsigned flags);
 typedef int (*create_fn)(void **event, unsigned flags);
@@ -29,6 +30,7 @@ static copy_fn copy_async;
 static copy2d_fn copy2d_async;
 static value_fn write_value;
 static value64_fn write_value64;
+static batch_fn batch_operations;
 static record_fn event_record;
 static wait_fn stream_wait;
 static create_fn event_create;
@@ -55,6 +57,14 @@ struct copy2d {
     void *dst_array;
     size_t dst_pitch, width, height;
 };
+/* cuda.h's CUstreamBatchMemOpParams, of an operation that writes */
+struct operation {
+    int kind;
+    uint64_t address, value;
+    unsigned flags;
+    uint64_t alias, unused;
+};
+enum { WRITE_VALUE_32 = 2, MAX_OPERATIONS = 64 };
 enum { MEMORY_DEVICE = 2, DISABLE_TIMING = 2, MAX_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2 };
 enum { QUEUES = 3, MAX_RANK = 5, MAX_MAPS = 12, MAX_PARAMETERS = 64, MAP_BYTES = 128, BAD_STEP = -1, BAD_KERNEL = -2 };
 
@@ -107,6 +117,7 @@ int tsc_stream_load(void) {
     copy2d_async = (copy2d_fn)dlsym(driver, "cuMemcpy2DAsync_v2");
     write_value = (value_fn)dlsym(driver, "cuStreamWriteValue32_v2");
     write_value64 = (value64_fn)dlsym(driver, "cuStreamWriteValue64_v2");
+    batch_operations = (batch_fn)dlsym(driver, "cuStreamBatchMemOp_v2");
     event_record = (record_fn)dlsym(driver, "cuEventRecord");
     stream_wait = (wait_fn)dlsym(driver, "cuStreamWaitEvent");
     event_create = (create_fn)dlsym(driver, "cuEventCreate");
@@ -118,17 +129,19 @@ int tsc_stream_load(void) {
     function_attribute = (attribute_fn)dlsym(driver, "cuFuncSetAttribute");
     encode_map = (encode_fn)dlsym(driver, "cuTensorMapEncodeTiled");
     launch_kernel = (launch_fn)dlsym(driver, "cuLaunchKernel");
-    return !(copy_async && copy2d_async && write_value && write_value64 && event_record && stream_wait && event_create && event_query &&
-             exchange_mode && module_load && module_global && module_function && function_attribute && encode_map && launch_kernel);
+    return !(copy_async && copy2d_async && write_value && write_value64 && batch_operations && event_record && stream_wait &&
+             event_create && event_query && exchange_mode && module_load && module_global && module_function && function_attribute &&
+             encode_map && launch_kernel);
 }
 
 /* For the test that stream.py mirrors the structs. */
-void tsc_stream_sizes(uint64_t sizes[5]) {
+void tsc_stream_sizes(uint64_t sizes[6]) {
     sizes[0] = sizeof(struct step);
     sizes[1] = sizeof(struct map);
     sizes[2] = sizeof(struct kernel);
     sizes[3] = sizeof(struct made);
     sizes[4] = sizeof(struct queues);
+    sizes[5] = sizeof(struct operation);
 }
 
 /* A new event without timing, 0 if there is no context or no memory. */
@@ -197,9 +210,22 @@ static int launch(const struct kernel *k, uint64_t *values, void *stream) {
     return launch_kernel(k->function, k->grid, 1, 1, k->threads, 1, 1, k->shared, stream, parameters, 0);
 }
 
+static uint32_t written(const struct step *s) { return s->word ? (uint32_t)*(const uint64_t *)s->word : s->value; }
+
+/* Issue the flags at the head of n steps that are of one stream, in one call, and set `count` to how many; returns 0 or the CUresult.
+ * Operations are enqueued in the order of the array, and each writes behind a fence for all work before it, as it would on its own. */
+static int write_flags(const struct step *s, int n, void *stream, int *count) {
+    struct operation operations[MAX_OPERATIONS];
+    int i = 0;
+    for (; i < n && i < MAX_OPERATIONS && s[i].kind == WRITE && s[i].stream == s->stream; ++i)
+        operations[i] = (struct operation){.kind = WRITE_VALUE_32, .address = s[i].dst, .value = written(s + i)};
+    *count = i;
+    return i == 1 ? write_value(stream, s->dst, written(s), 0) : batch_operations(stream, (unsigned)i, operations, 0);
+}
+
 /* Issue n steps in order; returns 0, or the number of the step that failed, from 1, above the 32 bits of its CUresult. */
 int64_t tsc_issue(const struct step *steps, int n, const struct queues *queues) {
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0, count = 1; i < n; i += count, count = 1) {
         const struct step *s = steps + i;
         void *stream = queues->streams[s->stream];
         const uint64_t *word = (const uint64_t *)s->word;
@@ -221,7 +247,7 @@ int64_t tsc_issue(const struct step *steps, int n, const struct queues *queues) 
             break;
         }
         case WRITE:
-            rc = write_value(stream, s->dst, word ? (uint32_t)*word : s->value, 0);
+            rc = write_flags(s, n - i, stream, &count);
             break;
         case WRITE64:
             rc = write_value64(stream, s->dst, s->src, 0);

@@ -17,7 +17,7 @@ from tscompile.language.launch_spec import LaunchSpec, launch_spec
 from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES, SLOTS
 from tscompile.problem import Gemm
-from tscompile.templates.nvlink import channel, gemm_reduce, widths
+from tscompile.templates.nvlink import channel, gemm_reduce, projected, widths
 from tscompile.templates.nvlink.channel import DeviceLink
 from tscompile.templates.nvlink.launch import Kernel
 from tscompile.templates.nvlink.sums import SumPlan, pull_plan
@@ -35,6 +35,16 @@ def large_forms(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(gemm_reduce, "terms_plan", pulled)
     patch.setattr(widths, "pushes", lambda *_: False)
+
+
+def most_chunks(patch: pytest.MonkeyPatch, count: int = 99) -> None:
+    """What large matmuls do whose results are exchanged, of any size: they are cut, into `count` chunks or as many as can be."""
+
+    def best(ways: Sequence[projected._Way]) -> projected._Way:
+        fewest = min(len(way.chunks) for way in ways)
+        return max((way for way in ways if len(way.chunks) <= max(count, fewest)), key=lambda way: len(way.chunks))
+
+    patch.setattr(projected, "_best", best)
 
 
 class FakeMemory:

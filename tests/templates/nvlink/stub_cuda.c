@@ -9,7 +9,7 @@ static void *stub_symbol(const char *name);
 #include "stream.c"
 
 enum { MAX_CALLS = 4096, SHOWN = 64 };
-enum { CALL_COPY, CALL_COPY_ROWS, CALL_WRITE, CALL_RECORD, CALL_AWAIT, CALL_ENCODE, CALL_LAUNCH };
+enum { CALL_COPY, CALL_COPY_ROWS, CALL_WRITE, CALL_RECORD, CALL_AWAIT, CALL_ENCODE, CALL_LAUNCH, CALL_FLAGS };
 
 int stub_count, stub_calls[MAX_CALLS];
 int stub_refused = -1;        /* a kind of call that fails */
@@ -23,6 +23,16 @@ static int note(int kind) {
 static int stub_copy(uint64_t dst, uint64_t src, size_t bytes, void *stream) { return note(CALL_COPY); }
 static int stub_copy2d(const void *what, void *stream) { return note(CALL_COPY_ROWS); }
 static int stub_write(void *stream, uint64_t address, uint32_t value, unsigned flags) { return note(CALL_WRITE); }
+uint64_t stub_flags[2 * SHOWN]; /* address and value of each flag of the last call that sets several */
+static int stub_batch(void *stream, unsigned count, const void *array, unsigned flags) {
+    const struct operation *operations = array;
+    for (unsigned i = 0; i < count && i < SHOWN; ++i) {
+        if (operations[i].kind != WRITE_VALUE_32 || operations[i].flags) return 1 /* CUDA_ERROR_INVALID_VALUE */;
+        stub_flags[2 * i] = operations[i].address;
+        stub_flags[2 * i + 1] = operations[i].value;
+    }
+    return count < 2 ? 1 : note(CALL_FLAGS);
+}
 static int stub_record(void *event, void *stream) { return note(CALL_RECORD); }
 static int stub_await(void *stream, void *event, unsigned flags) { return note(CALL_AWAIT); }
 static int stub_create(void **event, unsigned flags) {
@@ -55,6 +65,7 @@ static void *stub_symbol(const char *name) {
     static const struct { const char *name; void *function; } known[] = {
         {"cuMemcpyDtoDAsync_v2", stub_copy}, {"cuMemcpy2DAsync_v2", stub_copy2d}, {"cuStreamWriteValue32_v2", stub_write},
         {"cuStreamWriteValue64_v2", stub_write64}, {"cuModuleGetGlobal_v2", stub_global},
+        {"cuStreamBatchMemOp_v2", stub_batch},
         {"cuEventRecord", stub_record}, {"cuStreamWaitEvent", stub_await}, {"cuEventCreate", stub_create},
         {"cuEventQuery", stub_query}, {"cuTensorMapEncodeTiled", stub_encode}, {"cuLaunchKernel", stub_launch},
     };

@@ -19,7 +19,7 @@ from tscompile.templates.nvlink import channel, exchange, gather_blocks, gather_
 
 from .fake_gpu import FakeDriver, FakeTorch
 
-CALLS = ("copy", "rows", "flag", "record", "await", "encode", "launch")  # as stub_cuda.c numbers them
+CALLS = ("copy", "rows", "flag", "record", "await", "encode", "launch", "flags")  # as stub_cuda.c numbers them
 GROUP = "a group"
 
 
@@ -40,6 +40,7 @@ class StubDriver(stream.Driver):
         self.refused = ctypes.c_int.in_dll(self._library, "stub_refused")  # number of a call that fails, -1 for none
         self._shown = ctypes.c_int.in_dll(self._library, "stub_shown")
         self._parameters = (ctypes.c_uint64 * 64).in_dll(self._library, "stub_parameters")
+        self._flags = (ctypes.c_uint64 * 128).in_dll(self._library, "stub_flags")
         self.refused.value, self._shown.value = -1, 0
         self.calls()
 
@@ -48,6 +49,10 @@ class StubDriver(stream.Driver):
         found = [CALLS[kind] for kind in self._calls[: self._count.value]]
         self._count.value = 0
         return found
+
+    def flags(self, count: int) -> list[tuple[int, int]]:
+        """Addresses and values of the first flags of the last call that set several."""
+        return [(self._flags[2 * i], self._flags[2 * i + 1]) for i in range(count)]
 
     def show(self, parameters: int) -> None:
         """How many parameters of a launch to keep."""
@@ -61,10 +66,17 @@ class StubDriver(stream.Driver):
 class StubRank:
     """One rank of `size`, whose ops the runtime launches. Of several, the last one's `torch` and `driver` count."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, rank: int = 1, size: int = 4, group: str = GROUP) -> None:
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        rank: int = 1,
+        size: int = 4,
+        group: str = GROUP,
+        slot_bytes: int = 4 << 20,
+    ) -> None:
         self.name = group
         heaps, _ = fake_heaps(size)
-        grow(heaps, [4 << 20] * size)
+        grow(heaps, [slot_bytes] * size)
         self.driver, self.torch = StubDriver(), FakeTorch()
         self.kernels = FakeDriver(heaps[rank].memory)  # type: ignore[arg-type]
         for module in (exchange, gather_blocks, gather_rows, gemm_reduce, mesh_gemm, nvlink):

@@ -156,8 +156,8 @@ def emulate(gpu: Gpu, launched: Launched) -> None:
         assert operand.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in operand.stride()[:2])
     span = v["width"] if config.contracts else v["blocks"] * v["inner"]
     shape = (span, v["free"]) if config.gathered_left else (v["free"], span)
-    tiles = at(v["table"], v["tiles"], 8, dtype=torch.int32).tolist()
-    rows = max(row[4] for row in tiles) + v["blocks"] if config.contracts else v["tiles"]  # walks follow the tiles
+    tiles = at(v["table"], v["tiles"], 8, dtype=torch.int32)
+    rows = int(tiles[:, 4].max()) + v["blocks"] if config.contracts else v["tiles"]  # the last walk that a tile takes
     table = [tuple(row) for row in at(v["table"], rows, 8, dtype=torch.int32).tolist()]
     form = Form(config.gathered_left, config.contracts, config.k_first, config.tile_m, config.tile_n, config.tile_k)
     played = BlockGatherer(form, X.float(), A.float(), B.float(), table, torch.full(shape, torch.nan))

@@ -121,12 +121,13 @@ def test_values_and_their_places() -> None:
 def test_the_native_structs_are_those_of_c() -> None:
     """A mismatch would pass wrong addresses to the GPU."""
     source = Path(stream.__file__).with_name("stream.c")
-    sizes = (ctypes.c_uint64 * 5)()
+    sizes = (ctypes.c_uint64 * 6)()
     ctypes.CDLL(str(native.build(source, ("-ldl",)))).tsc_stream_sizes(sizes)
-    step, tensor_map, kernel, made, queues = sizes
+    step, tensor_map, kernel, made, queues, operation = sizes
     mirrored = (stream.Step, stream.NativeMap, stream.NativeKernel, stream.Queues)
     assert [step, tensor_map, kernel, queues] == [ctypes.sizeof(kind) for kind in mirrored]
     assert made == 8 * stream.MADE_WORDS
+    assert operation == 48, "CUstreamBatchMemOpParams of cuda.h"
     limits = f"MAX_RANK = {stream.MAX_RANK}, MAX_MAPS = {stream.MAX_MAPS}, MAX_PARAMETERS = {stream.MAX_PARAMETERS},"
     assert limits in source.read_text()
 

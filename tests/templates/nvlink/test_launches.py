@@ -13,8 +13,8 @@ from tscompile.nvshmem import stream
 from tscompile.nvshmem.device import CONTROL_BYTES
 from tscompile.problem import GatherUse, Plan
 from tscompile.templates import find_template
-from tscompile.templates.nvlink import gather_rows, gemm_reduce, widths
-from tscompile.templates.nvlink.channel import ACK, SIDE, Site
+from tscompile.templates.nvlink import gather_blocks, gather_rows, gemm_reduce, widths
+from tscompile.templates.nvlink.channel import ACK, FLAGS, JOIN, SIDE, Site
 from tscompile.templates.nvlink.sums import SumPlan, push_plans
 
 from .fake_gpu import SLOT_BYTES, Gpu, Launched, large_forms
@@ -26,7 +26,7 @@ ROWS, GRADIENT = GatherUse("lhs", False, "rows", BF16), GatherUse("lhs", True, "
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made = Gpu(monkeypatch)
-    for module in (gather_rows, gemm_reduce):
+    for module in (gather_blocks, gather_rows, gemm_reduce):
         monkeypatch.setattr(module, "kernel", made.driver.kernel)
     return made
 
@@ -81,23 +81,70 @@ def test_what_a_gather_launches(gpu: Gpu) -> None:
         assert launch.values["ack"] == -1  # the weight gradient reads the slot after them
     side = [step for step in gpu.driver.issued if step["kind"] in (stream.COPY_ROWS, stream.WRITE)]
     local = side.pop(-1)  # the own shard is copied, too: a tile has rows of several ranks
-    assert [step["kind"] for step in side] == [stream.COPY_ROWS, stream.WRITE] * 3
+    assert [step["kind"] for step in side] == [stream.COPY_ROWS] * 3 + [stream.WRITE] * 4
+    flags = [base + (FLAGS + 1) * 4 for base in gpu.memory.bases]
+    assert [step["dst"] for step in side[3:]] == [flags[peer] for peer in (0, 3, 2, 1)]  # its own behind all copies
     assert {step["stream"] for step in side} == {SIDE} != {local["stream"]}
     base = [owner + CONTROL_BYTES + SLOT_BYTES for owner in gpu.memory.bases]
     nbytes = 16 * 64 * 2
-    assert [step["dst"] for step in [*side[::2], local]] == [base[peer] + nbytes for peer in (0, 3, 2, 1)]
-    for step in [*side[::2], local]:
+    assert [step["dst"] for step in [*side[:3], local]] == [base[peer] + nbytes for peer in (0, 3, 2, 1)]
+    for step in [*side[:3], local]:
         assert (step["rows"], step["bytes"], step["dst_pitch"]) == (2, nbytes, 4 * nbytes)
         assert step["src"] == shard.data_ptr()
-    assert [step["value"] for step in side[1::2]] == [1] * 3
+    assert [step["value"] for step in side[3:]] == [1] * 4
+    assert [waits_for_itself(launch) for launch in launched] == [[], [], [launched[2].values["tiles"] - 1]]
     # Captured, it opens first and acknowledges last.
     gpu.driver.launched.clear()
+    gpu.driver.issued.clear()
     gpu.torch.capturing = True
     run(gpu, site, plan, shard, *args)
+    assert [waits_for_itself(launch) for launch in fused(gpu)] == [[]] * 3
+    own = [step for step in gpu.driver.issued if step["dst"] == gpu.memory.bases[1] + (2 * FLAGS + FLAGS + 1) * 4]
+    joins = [step for step in gpu.driver.issued if step["kind"] == stream.AWAIT and step["event"] == JOIN]
+    assert own == [] and len(joins) == 1, "a copy within the GPU might need an SM"
     names = [launch.args[0] if launch.name == "service" else launch.name for launch in gpu.driver.launched]
     assert names == ["tsk_open", *["all_gather"] * 3, "tsk_acknowledge"]
     assert gpu.link.pinned == [site.recipe]
     assert {launch.values["epoch"] for launch in gpu.driver.launched} == {0}
+
+
+def table_of(launch: Launched, walk: int = 0) -> list[list[int]]:
+    """The table of a gather's launch. walk: rows behind the tiles."""
+    words = (ctypes.c_int32 * (8 * (launch.values["tiles"] + walk))).from_address(launch.values["table"])
+    return [words[row : row + 8] for row in range(0, len(words), 8)]
+
+
+def waits_for_itself(launch: Launched, rank: int = 1, walk: int = 0) -> list[int]:
+    """The rows that wait for the rank's own copies."""
+    return [number for number, row in enumerate(table_of(launch, walk)) if row[6] >> rank & 1]
+
+
+@pytest.mark.parametrize("use", [("lhs", True, "rows"), ("rhs", False, "cols"), ("rhs", False, "rows")], ids=str)
+def test_a_kernel_of_blocks_ends_behind_the_copies(gpu: Gpu, use: tuple[str, bool, str]) -> None:
+    """Its last tile waits for them, of a sum at the end of a walk of its own, in the order that it has without."""
+    gathered = GatherUse(*use, BF16)
+    plan = Plan("all_gather_matmul", "g/site", "nvlink", BF16, uses=(gathered,))
+    shard = random(1, 64 * 64) if use[2] == "rows" else random(64, 64)
+    k = 256 if gathered.contracts_ranks else 64
+    other = random(k, 72) if use[0] == "lhs" else random(72, k)
+    site, walk = Site(5), 16 if gathered.contracts_ranks else 0
+    run(gpu, site, plan, shard, [other], [None])
+    run(gpu, site, plan, shard, [other], [None])
+    first, second = fused(gpu)
+    assert first.name == "gather_blocks" and first.values["table"] == second.values["table"]
+    eager = table_of(first, walk + walk // 4)
+    assert waits_for_itself(first, walk=walk + walk // 4) == [len(eager) - 1]
+    assert not [step for step in gpu.driver.issued if step["kind"] == stream.AWAIT and step["event"] == JOIN]
+    gpu.torch.capturing = True
+    run(gpu, site, plan, shard, [other], [None])
+    captured = table_of(fused(gpu)[-1], walk)
+    assert waits_for_itself(fused(gpu)[-1], walk=walk) == []
+    tiles = first.values["tiles"]
+    *others, last = eager[:tiles]
+    assert others == captured[: tiles - 1] and eager[tiles : tiles + walk] == captured[tiles:]
+    if walk:
+        begin, end = last[4], captured[tiles - 1][4]
+        assert [row[:6] for row in eager[begin : begin + 4]] == [row[:6] for row in captured[end : end + 4]]
 
 
 def copies(patch: pytest.MonkeyPatch) -> None:

@@ -253,17 +253,19 @@ def test_results(
 
 
 def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To each peer its own part, the previous rank's first, and one flag behind all of it."""
+    """To each peer its own part, the previous rank's first, and one flag behind all of it: what is short, behind the last copy."""
     gpu = gpu_with(monkeypatch, 1, 4)
     call = Call(gpu, (1, 1), 16, 64, (72,))
     call.run()
     copies = [step for step in gpu.driver.issued if step["kind"] in (stream.COPY_ROWS, stream.WRITE)]
     side = [step for step in copies if step["stream"] == SIDE]
-    assert [step["kind"] for step in side] == [stream.COPY_ROWS, stream.COPY_ROWS, stream.WRITE] * 3
+    assert [step["kind"] for step in side] == [stream.COPY_ROWS] * 6 + [stream.WRITE] * 4
+    assert side.pop()["dst"] == gpu.memory.bases[1] + (FLAGS + 1) * 4, "for itself, behind all copies"
     part, line = 16 * 64 * 2, 4 * 64 * 2
     slot = gpu.link.slot_offset(1)
     for first, peer in enumerate((0, 3, 2)):
-        q, k, flag = side[3 * first : 3 * first + 3]
+        q, k, flag = *side[2 * first : 2 * first + 2], side[6 + first]
+        assert flag["dst"] == gpu.memory.bases[peer] + (FLAGS + gpu.link.rank) * 4
         assert [step["src"] for step in (q, k)] == [x.data_ptr() + peer * part for x in call.own]
         assert [step["dst"] - gpu.memory.bases[peer] - slot for step in (q, k)] == [128, line + 128]
         assert {(s["rows"], s["bytes"], s["src_pitch"], s["dst_pitch"]) for s in (q, k)} == {(16, 128, 128, 2 * line)}
@@ -295,7 +297,8 @@ def test_an_operand_in_chunks(monkeypatch: pytest.MonkeyPatch, outers: tuple[int
         if step["kind"] == stream.WRITE:
             peer = next(peer for peer in range(4) if 0 <= step["dst"] - gpu.memory.bases[peer] < 1 << 32)
             flags.append((peer, (step["dst"] - gpu.memory.bases[peer]) // 4 - FLAGS))  # the third call has slot 1
-    assert flags == [(peer, 8 * chunk + 1) for chunk in (2, 1, 0) for peer in (0, 3, 2)]
+    own = (1, 1)  # behind all copies
+    assert flags == [*((peer, 8 * chunk + 1) for chunk in (2, 1, 0) for peer in (0, 3, 2)), own]
     copies = [step for step in side if step["kind"] == stream.COPY_ROWS]
     assert len(copies) == 9 * copies_of([(outer, 64) for outer in outers])
     assert sum(step["rows"] * step["bytes"] for step in copies) == 3 * sum(x[0].nbytes for x in call.own)

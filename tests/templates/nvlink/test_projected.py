@@ -17,12 +17,12 @@ from tscompile.options import Options
 from tscompile.problem import Delivery, Departure, Fuse, FusionProblem, Gemm, Keep, Plan
 from tscompile.templates.all_to_all import output_shapes
 from tscompile.templates.attention import sent_shapes
-from tscompile.templates.nvlink import projected as nvlink_projected
 from tscompile.templates.nvlink import widths
 from tscompile.templates.nvlink.kernels.config import WORD_BYTES
 from tscompile.templates.nvlink.legs import rows_of
-from tscompile.templates.nvlink.projected import Projection, project
+from tscompile.templates.nvlink.projected import Chunk, Projection, _best, _Way, project
 
+from .fake_gpu import most_chunks
 from .test_legs import ITEMS, offset, words_of
 
 
@@ -37,25 +37,23 @@ def projection_of(case: Case) -> Projection:
     return found
 
 
-def computed(found: Projection, args: Sequence[Any]) -> Tensor:
-    """The buffer of a rank, as the chunks write it."""
+def computed(found: Projection, args: Sequence[Any]) -> list[Tensor]:
+    """The chunks of a rank."""
     lhs, rhs, biases, _ = args
-    buffer = torch.full((found.items,), float("nan"), dtype=lhs[0].dtype)
+    chunks = []
     for chunk in found.chunks:
-        out = buffer.as_strided((chunk.rows, chunk.columns), (chunk.columns, 1), chunk.start)
-        assert out.isnan().all(), "chunks lie apart"
         columns = slice(chunk.first, chunk.end)
-        out.copy_(lhs[chunk.matmul] @ rhs[chunk.matmul][:, columns])
+        chunks.append(lhs[chunk.matmul] @ rhs[chunk.matmul][:, columns])
         if biases[chunk.matmul] is not None:
-            out += biases[chunk.matmul][columns]
-    return buffer
+            chunks[-1] += biases[chunk.matmul][columns]
+    return chunks
 
 
-def sent(found: Projection, buffer: Tensor, owner: int) -> Tensor:
+def sent(found: Projection, chunks: Sequence[Tensor], owner: int) -> Tensor:
     """A rank's part of the slot of `owner`, as words, from the copies alone."""
-    source = words_of(buffer)
-    part = torch.full((found.batches.count * found.batches.words, ITEMS), float("nan"), dtype=buffer.dtype)
+    part = torch.full((found.batches.count * found.batches.words, ITEMS), float("nan"), dtype=chunks[0].dtype)
     for parcel in (parcel for parcels in found.parcels for parcel in parcels):
+        source = words_of(chunks[parcel.tensor])
         start, place = (parcel.source + owner * parcel.step) // WORD_BYTES, parcel.target // WORD_BYTES
         pitch, target, width = (value // WORD_BYTES for value in (parcel.pitch, parcel.target_pitch, parcel.width))
         for row in range(parcel.rows):
@@ -65,14 +63,14 @@ def sent(found: Projection, buffer: Tensor, owner: int) -> Tensor:
     return part
 
 
-def collected(found: Projection, case: Case, buffers: Sequence[Tensor], rank: int) -> list[Tensor]:
-    """What the kernel makes of the slot: the own block from the buffer, the others in the order of each leg's grid."""
+def collected(found: Projection, case: Case, computed: Sequence[Sequence[Tensor]], rank: int) -> list[Tensor]:
+    """What the kernel makes of the slot: the own block from its chunk, the others in the order of each leg's grid."""
     plan, sizes = case.plan, case.args[0][3]
     shapes = output_shapes(plan.deliveries, plan.joins, sent_shapes(plan.departures, sizes))
-    outputs = [torch.full(shape, float("nan"), dtype=buffers[0].dtype) for shape in shapes]
+    outputs = [torch.full(shape, float("nan"), dtype=computed[0][0].dtype) for shape in shapes]
     rows = rows_of(found.legs, found.batches)
-    for source, buffer in enumerate(buffers):
-        part = None if source == rank else sent(found, buffer, rank)
+    for source, chunks in enumerate(computed):
+        part = None if source == rank else sent(found, chunks, rank)
         for number, leg in enumerate(found.legs):
             _, words, first, count, *_ = row = rows[number]
             for target, place in zip(leg.targets, rows[len(found.legs) + first :][:count], strict=True):
@@ -81,7 +79,7 @@ def collected(found: Projection, case: Case, buffers: Sequence[Tensor], rank: in
                     here, there = offset(row, word), offset(place, word)
                     assert here is not None
                     if part is None:
-                        value = words_of(buffer)[leg.source.start + rank * row[4] + here]
+                        value = words_of(chunks[leg.source.tensor])[leg.source.start + rank * row[4] + here]
                     else:
                         value = part[found.batches.firsts[number] * found.batches.words + word]
                     if there is not None:
@@ -93,34 +91,51 @@ def check(case: Case, chunks: int) -> None:
     found = projection_of(case)
     assert len(found.chunks) == chunks
     assert sorted(leg for chunk in found.chunks for leg in chunk.legs) == list(range(len(found.legs)))
-    buffers = [computed(found, args) for args in case.args]
+    results = [computed(found, args) for args in case.args]
     rank = len(case.args) - 1
-    case.check(rank, collected(found, case, buffers, rank))
-
-
-@pytest.fixture
-def most_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvlink_projected, "_overlapped_us", lambda gemms, chunks, *_: -len(chunks))
+    case.check(rank, collected(found, case, results, rank))
 
 
 @pytest.mark.parametrize("spelling", [0, 1, 2])
 @pytest.mark.parametrize(("parts", "chunks"), [((3,), 3), ((1, 1, 1), 3), ((2, 3), 5), ((1,), 1), ((4,), 3)])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_results(most_chunks: None, ranks: int, parts: tuple[int, ...], chunks: int, spelling: int) -> None:
+def test_results(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, parts: tuple[int, ...], chunks: int, spelling: int
+) -> None:
     if spelling == 2 and sum(parts) > 4:
         pytest.skip(
             "a joined output for each of five exchanges, beside one of its own: more places than the kernel has"
         )
+    most_chunks(monkeypatch)
     check(projected(ranks, sum(parts), "bfloat16", parts=parts, dim=8, bias=True, spelling=spelling), chunks)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_ragged_sizes(most_chunks: None, seed: int) -> None:
+def test_ragged_sizes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    most_chunks(monkeypatch)
     dice = random.Random(seed)
     sizes = {"batch": dice.choice([1, 2, 5]), "tokens": dice.choice([1, 3, 7]), "dim": dice.choice([8, 16, 24])}
     parts = dice.choice([(3,), (2,), (1, 2), (1, 1, 1)])
     case = projected(dice.choice([2, 3]), seed, "bfloat16", parts=parts, spelling=dice.choice([0, 1]), **sizes)
     check(case, sum(parts))
+
+
+@pytest.mark.parametrize("spelling", [0, 1, 2])
+@pytest.mark.parametrize(("parts", "chunks", "copies"), [((3,), 1, [1]), ((4,), 2, [1, 1, 1]), ((2, 3), 3, [1, 1, 1])])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_legs_that_lie_equally_far_apart_are_one(
+    monkeypatch: pytest.MonkeyPatch, batch: int, parts: tuple[int, ...], chunks: int, copies: list[int], spelling: int
+) -> None:
+    """One copy to each peer sends them, whatever the number of parts; targets take their index of the dim that is new."""
+    most_chunks(monkeypatch, chunks)
+    if spelling == 2 and sum(parts) > 4:
+        pytest.skip("more places than the kernel has")
+    case = projected(3, sum(parts), "bfloat16", parts=parts, batch=batch, tokens=5, dim=16, spelling=spelling)
+    found = projection_of(case)
+    sent = [sum(len(found.parcels[leg]) for leg in chunk.legs) for chunk in found.chunks]
+    assert sent == [1] * chunks, "a copy of each chunk"
+    assert sum(len(leg.targets) for leg in found.legs) == len(case.plan.deliveries)
+    check(case, chunks)
 
 
 def test_one_chunk_where_nothing_is_gained() -> None:
@@ -150,13 +165,16 @@ def attention(
 def test_queries_travel_while_keys_and_values_are_projected(tokens: int, ranks: int) -> None:
     plan, gemm, sizes = attention(tokens, ranks)
     found = project(plan, ranks, [gemm], sizes)
-    assert found is not None and 2 <= len(found.chunks) <= 3
-    assert found.chunks[-1].legs == (2,), "what is exposed in the end is as short as can be"
+    assert found is not None and [(chunk.first, chunk.columns, chunk.legs) for chunk in found.chunks] == [
+        (0, 2 * gemm.k, (0,)),  # queries and keys together: a third matmul would take the host more than it gains
+        (2 * gemm.k, gemm.k, (1,)),  # what is exposed in the end is as short as can be
+    ]
+    assert [leg.words for leg in found.legs] == [2 * found.legs[1].words, found.legs[1].words]
     assert all([parcel.width for parcel in leg] == [32 * 128 * 2 // ranks] for leg in found.parcels), (
         "rows of a rank's heads"
     )
     one = widths.cublas_us(gemm.m, gemm.n, gemm.k)
-    sent = 3 * found.legs[0].words * WORD_BYTES * (ranks - 1) / (1 << 20)
+    sent = 3 * found.legs[1].words * WORD_BYTES * (ranks - 1) / (1 << 20)
     assert one < found.us < one + widths.copied_us(sent, 3 * (ranks - 1))
 
 
@@ -196,6 +214,24 @@ def test_fewer_keys_and_values_than_queries() -> None:
     found = project(plan, 4, [gemm], sizes)
     assert found is not None
     assert [(chunk.first, chunk.columns) for chunk in found.chunks] == [(0, 4096), (4096, 2048)]
+
+
+def way(chunks: int, gpu_us: float, host_us: float) -> _Way:
+    return _Way([Chunk(0, 0, 8, 8, ())] * chunks, [], gpu_us, host_us)
+
+
+@pytest.mark.parametrize(
+    ("ways", "best"),
+    [
+        ([way(1, 500, 50), way(2, 410, 140), way(3, 397, 200)], 2),  # as good as the best, as far as is known
+        ([way(1, 500, 50), way(2, 430, 140), way(3, 397, 200)], 3),
+        ([way(1, 90, 80), way(2, 70, 140), way(3, 60, 200)], 1),  # the GPU would wait for the host
+        ([way(2, 100, 140), way(2, 99, 140), way(2, 120, 140)], 2),
+    ],
+)
+def test_the_host_counts_where_it_takes_longer_and_where_nothing_else_does(ways: list[_Way], best: int) -> None:
+    found = _best(ways)
+    assert len(found.chunks) == best and found.us == min(w.us for w in ways if len(w.chunks) == best)
 
 
 def test_what_copies_cannot_send() -> None:

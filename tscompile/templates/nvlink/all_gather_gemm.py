@@ -75,6 +75,7 @@ def _recipe(
             shard.shape,
             [others[index] for index in batch.indices],
             last=batch is uses.batches[-1] and not rest,
+            joins=batch is uses.batches[-1] and not uses.pushed,
         )
         for batch in uses.batches
     ]

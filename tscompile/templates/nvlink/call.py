@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ...nvshmem import stream
 from ...nvshmem.stream import Step, Values, steps_of
@@ -36,6 +36,30 @@ def parcel_step(channel: DeviceChannel, parcel: Parcel, owner: int, number: int)
     )
 
 
+def send_steps(
+    channel: DeviceChannel, sends: Iterable[tuple[int, Sequence[Parcel], int]], together_bytes: int | None
+) -> list[Step]:
+    """Steps of the copy stream that send parcels to peers, and set a flag of each behind what it gets.
+
+    The stream orders a flag behind all copies that were issued before it, so flags may as well follow the last copy: one call of the
+    driver then sets all of them (stream.c), where each would cost the host as much as a copy. But a peer waits for what others get.
+
+    Args:
+        sends: (peer, parcels, flag of the peer), in order.
+        together_bytes: flags follow the last copy if no peer gets more bytes in one of the `sends`; None: however many. Those of a
+            captured call are copies, which are no fewer behind the last one, so each follows its own.
+    """
+    sends = list(sends)
+    most = max((sum(parcel.rows * parcel.width for parcel in parcels) for _, parcels, _ in sends), default=0)
+    together = not channel.captured and (together_bytes is None or most <= together_bytes)
+    steps: list[Step] = []
+    flags: list[Step] = []
+    for peer, parcels, flag in sends:
+        steps += [parcel_step(channel, parcel, peer, SIDE) for parcel in parcels]
+        (flags if together else steps).append(channel.signal_step(peer, flag))
+    return steps + flags
+
+
 class Call:
     """The steps of a site's calls in one slot. Made once; what differs between calls is patched in before they are issued.
 
@@ -47,6 +71,7 @@ class Call:
         values: those that LAUNCH steps point at.
         early: more steps of the copy stream, in parts that the caller issues one by one before all others: each starts where the main
             stream is then.
+        joins: steps of the main stream wait for all of the copy stream.
 
     Attributes:
         words: set before the steps are issued: [EPOCH], which the flags of the copy stream take (in a captured call they read it when
@@ -62,13 +87,14 @@ class Call:
         side: Sequence[Step],
         values: list[Values],
         early: Sequence[Sequence[Step]] = (),
+        joins: bool = False,
     ) -> None:
         self.values = values
         opening, closing = [], []
         if channel.captured:
             self._opening = channel.link.opener.values(channel.values())
             opening = [channel.link.opener.step(self._opening, MAIN)]
-        if side or early:
+        if (side or early) and not joins:
             closing = [
                 Step(kind=stream.RECORD, stream=SIDE, event=JOIN),
                 Step(kind=stream.AWAIT, stream=MAIN, event=JOIN),

@@ -17,9 +17,9 @@ from ..template import torch_dtype
 from .channel import DeviceLink
 from .jit import kernel
 from .kernels.config import BlocksConfig, depth
-from .lasting import lasting_tables
 from .operands import aligned_sizes, lies
 from .refusal import block_sizes, serves_blocks
+from .tables import tables_of
 from .tiles import Row, block_tiles, contraction_tiles
 from .widths import blocks_tiling
 
@@ -140,6 +140,7 @@ def block_launches(
             others[served.index],
             collects=plan.return_gathered and number == 0,
             last=number == len(found) - 1 and not rest,
+            joins=number == len(found) - 1,
             table=table,
         )
         for number, served in enumerate(found)
@@ -162,6 +163,7 @@ class BlocksLaunch:
         *,
         collects: bool,
         last: bool,
+        joins: bool,
         table: Table | None,
     ) -> None:
         sizes, config = served.sizes, served.config(dtype, link.size)
@@ -176,10 +178,9 @@ class BlocksLaunch:
         else:
             rows = block_tiles(*place, sizes.inner, sizes.free, left, tile_n)
         tiles = sum(row[2] > 0 for row in rows)  # the others are walks
-        (self._table,) = lasting_tables([rows], link.device)
+        self._tables = tables_of(rows, link, joins, count if contracts else 0)
         local_sizes = (count, sizes.inner) if contracts else (1, sizes.width)
         self._fixed = {
-            "table": self._table.data_ptr(),
             "tiles": tiles,
             "own_blocks": sizes.pieces,
             "blocks": count,
@@ -201,7 +202,8 @@ class BlocksLaunch:
         self.lies = lies(other, self.transposed)
         self.operands = [(served.index, columns, place_of("B"), place_of("C"), place_of("V"))]
 
-    def values(self, known: dict[str, int]) -> Values:
-        """Values of launches in one slot, but for those that change from call to call."""
+    def values(self, known: dict[str, int], captured: bool) -> Values:
+        """Values of launches in one slot, but for those that change from call to call. captured: it is one of those of graphs."""
         patched = {"X", "B", "C", "V", "epoch", "gathered"}
-        return self.kernel.values({**known, "A": known["slot"], **self._fixed}, patched)
+        table = self._tables[captured].data_ptr()
+        return self.kernel.values({**known, "A": known["slot"], "table": table, **self._fixed}, patched)

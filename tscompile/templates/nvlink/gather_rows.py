@@ -15,9 +15,9 @@ from . import widths
 from .channel import DeviceLink
 from .jit import kernel
 from .kernels.config import MAX_OPERANDS, GemmConfig, depth, loaded_rows
-from .lasting import lasting_tables
 from .operands import is_transposed, lies
 from .refusal import serves_use
+from .tables import tables_of
 from .tiles import gather_tiles
 
 # The copy engine sends the shard while the kernel multiplies; or the kernel sends it itself.
@@ -107,6 +107,7 @@ class RowsLaunch:
     Args:
         uses: what the batch belongs to. shard: its shape [P, Q]. weights: of the batch.
         last: no later kernel or matmul of the call reads the slot.
+        joins: it ends no sooner than the copies that send the shard, where no graph is captured.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class RowsLaunch:
         weights: Sequence[Tensor],
         *,
         last: bool,
+        joins: bool,
     ) -> None:
         config, pieces, k = batch.config, shard[0], int(weights[0].shape[0])
         inner = shard[1] // k
@@ -131,10 +133,9 @@ class RowsLaunch:
         table = made.rows
         if uses.pushed and batch.name != _PUSHED:  # an earlier kernel of the call has waited for all shards
             table = [(*row[:6], 0, row[7]) for row in table]
-        (self._table,) = lasting_tables([table], link.device)
+        self._tables = tables_of(table, link, joins)
         slices, slice_steps = widths.pushed_slices(pieces * inner, k)
         self._fixed = {
-            "table": self._table.data_ptr(),
             "tiles": len(table),
             "MR": pieces * inner,
             "rows": pieces * inner,
@@ -158,12 +159,13 @@ class RowsLaunch:
             for number, (index, width) in enumerate(zip(batch.indices, columns, strict=True))
         ]
 
-    def values(self, known: dict[str, int]) -> Values:
-        """Values of launches in one slot, but for those that change from call to call."""
+    def values(self, known: dict[str, int], captured: bool) -> Values:
+        """Values of launches in one slot, but for those that change from call to call. captured: it is one of those of graphs."""
         patched = {
             "X",
             "epoch",
             "gathered",
             *(f"{kind}{number}" for kind in "BCV" for number in range(len(self.operands))),
         }
-        return self.kernel.values({**known, "A": known["slot"], **self._fixed}, patched)
+        table = self._tables[captured].data_ptr()
+        return self.kernel.values({**known, "A": known["slot"], "table": table, **self._fixed}, patched)

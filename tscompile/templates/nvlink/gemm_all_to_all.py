@@ -1,7 +1,7 @@
 """matmul_all_to_all over NVLink: cuBLAS computes chunks of columns, copy engines send each while the next one is computed.
 
-A chunk is what one or several exchanges send: the queries of a projection, say, beside its keys and values. Behind the last one the
-exchange kernel collects: it takes the own blocks from where the matmuls put them and the others from the slot. Transport takes no SM.
+A chunk is what one or several exchanges send: the keys of a projection, say, beside its queries. Behind the last one the exchange
+kernel collects: it takes the own blocks from where the matmuls put them and the others from the slot. Transport takes no SM.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from ..attention import sent_shapes
 from ..fresh import maker
 from ..template import register_template, torch_dtype
 from .all_to_all import strides_of
-from .call import EPOCH, SOURCE, Call, parcel_step
-from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
+from .call import EPOCH, SOURCE, Call, send_steps
+from .channel import MAIN, DeviceChannel, DeviceLink
 from .exchange import ExchangeLaunch
 from .kernels.config import SMS, WORD_BYTES
 from .projected import Chunk, Projection, project
 from .refusal import exchange_refusal
+
+# The most that a peer gets of a leg of the last chunk for one call of the driver to set all flags, behind all copies. To collect that
+# much takes 5 us at 3.5 TB/s, no longer than a call of its own would take the host (projected.py has both).
+_TOGETHER_BYTES = 8 << 20
 
 
 @register_template("matmul_all_to_all", "nvlink")
@@ -40,7 +44,7 @@ class NvlinkGemmAllToAll:
         found = project(plan, problem.group_size, problem.gemms, sizes)
         if found is None:
             return "what is sent lies in no few runs of whole words of 16 bytes in the matmul's result"
-        if len(found.legs) == 1:
+        if not found.divisible:
             return "one exchange sends all that is computed: nothing would be left to compute while it travels"
         return None
 
@@ -120,15 +124,14 @@ class _Recipe:
         """Leg by leg to all peers, the next rank first, so that every rank sends to another one; exchange.h says where to."""
         found, size = self._projection, channel.size
         part = found.batches.count * found.batches.words * WORD_BYTES  # of a slot, for each rank that sends
-        steps: list[Step] = []
+        sends = []
         for number in chunk.legs:
             for distance in range(1, size):
-                peer, place = (channel.rank + distance) % size, size - 1 - distance
-                for parcel in found.parcels[number]:
-                    placed = replace(parcel, target=place * part + parcel.target)
-                    steps.append(parcel_step(channel, placed, peer, SIDE))
-                steps.append(channel.signal_step(peer, place * len(found.legs) + number))
-        return steps
+                place = size - 1 - distance
+                parcels = [replace(p, target=place * part + p.target) for p in found.parcels[number]]
+                sends.append(((channel.rank + distance) % size, parcels, place * len(found.legs) + number))
+        # The kernel that waits for them comes behind the last chunk.
+        return send_steps(channel, sends, None if chunk is not found.chunks[-1] else _TOGETHER_BYTES)
 
     def run(
         self,
@@ -140,18 +143,21 @@ class _Recipe:
         call = self._calls.get(channel.slot)
         if call is None:
             call = self._calls[channel.slot] = self._call(channel)
-        buffer = self._new((self._projection.items,), (1,), self._dtype)
-        call.words[SOURCE], call.words[EPOCH] = buffer.data_ptr(), channel.epoch
-        for chunk, steps in zip(self._projection.chunks, call.early, strict=True):
-            out = buffer.as_strided((chunk.rows, chunk.columns), (chunk.columns, 1), chunk.start)
-            columns = rhs[chunk.matmul].narrow(1, chunk.first, chunk.columns)
-            bias = biases[chunk.matmul]
+        call.words[EPOCH] = channel.epoch
+        results = []
+        for number, (chunk, steps) in enumerate(zip(self._projection.chunks, call.early, strict=True)):
+            columns, bias = rhs[chunk.matmul], biases[chunk.matmul]
+            if chunk.columns != columns.shape[1]:
+                columns = columns.narrow(1, chunk.first, chunk.columns)
+                bias = None if bias is None else bias.narrow(0, chunk.first, chunk.columns)
             if bias is None:
-                torch.mm(lhs[chunk.matmul], columns, out=out)
+                result = torch.mm(lhs[chunk.matmul], columns)
             else:
-                torch.addmm(bias.narrow(0, chunk.first, chunk.columns), lhs[chunk.matmul], columns, out=out)
+                result = torch.addmm(bias, lhs[chunk.matmul], columns)
+            call.words[SOURCE + number] = result.data_ptr()
             channel.link.issue(steps)
+            results.append(result)
         outputs = [self._new(shape, strides, self._dtype) for shape, strides in self._outputs]
-        self._launch.patch(call.values[0], [buffer], outputs, channel.epoch)
+        self._launch.patch(call.values[0], results, outputs, channel.epoch)
         channel.link.issue(call.steps)
         return outputs

@@ -13,16 +13,25 @@ from ...nvshmem.stream import Step, steps_of
 from ...problem import GatherUse, Plan
 from ..fresh import maker
 from ..template import torch_dtype
-from .call import EPOCH, SOURCE, Call, parcel_step
-from .channel import MAIN, SIDE, DeviceChannel, DeviceLink
+from .call import EPOCH, SOURCE, Call, parcel_step, send_steps
+from .channel import MAIN, DeviceChannel, DeviceLink
 from .gather_blocks import BlocksLaunch
 from .gather_rows import RowsLaunch
 from .operands import pointer_of
 from .panels import Parcel
 
+# Of what a peer gets, at most, for one call of the driver to set all flags: a copy takes no longer than the call that would set its own
+# flag, 5 us at 372 GB/s (projected.py, docs/dev/gpu.md), so the kernel waits no longer than it would for the host.
+_TOGETHER_BYTES = 2 << 20
+
 
 class Recipe:
     """What the calls of one site with the same layout share.
+
+    What follows a call on the main stream may write where its copies read, so it must come behind them. In an eager call the copy
+    stream sets a flag of this rank behind all copies, and the last kernel waits for it as for those of the peers (tiles.joined): to
+    join the streams would take two calls of the driver. The stream itself writes such a flag and takes no SM, of which the kernel may
+    hold all. In a captured call a flag is a copy, which within a GPU might take one: there the streams join.
 
     Args:
         full: shape [P, R*Q] of what is in the slot in the end.
@@ -53,22 +62,22 @@ class Recipe:
     def _call(self, channel: DeviceChannel) -> Call:
         """The steps of a call in the channel's slot."""
         known = channel.values()
-        values = [launch.values(known) for launch in self._launches]
+        values = [launch.values(known, channel.captured) for launch in self._launches]
         local = [parcel_step(channel, parcel, channel.rank, MAIN) for parcel in self._local]
         launches = [launch.kernel.step(v, MAIN) for launch, v in zip(self._launches, values, strict=True)]
-        side: list[Step] = []
         # The flags of the last chunk are those of a gather. The previous rank's copies first, so that at any time every rank sends to
         # another one.
+        peers = [(channel.rank - distance) % channel.size for distance in range(1, channel.size)]
+        side: list[Step] = []
         for number, parcels in enumerate(reversed(self._chunks)):
-            sends: list[Step] = []
-            for distance in range(1, channel.size):
-                peer = (channel.rank - distance) % channel.size
-                sends += [parcel_step(channel, parcel, peer, SIDE) for parcel in parcels]
-                sends.append(channel.signal_step(peer, number * MAX_RANKS + channel.rank))
-            side = sends + side
+            flag = number * MAX_RANKS + channel.rank
+            side = send_steps(channel, [(peer, parcels, flag) for peer in peers], _TOGETHER_BYTES) + side
+        joins = bool(side and launches) and not channel.captured
+        if joins:
+            side.append(channel.signal_step(channel.rank, channel.rank))
         if channel.captured:
             channel.link.pinned.append(self)
-        return Call(channel, [*local, *launches], side, values)
+        return Call(channel, [*local, *launches], side, values, joins=joins)
 
     def run(
         self,

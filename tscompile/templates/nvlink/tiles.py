@@ -4,7 +4,7 @@ A table is a list of rows of eight numbers, in the order in which the tiles are 
 ROW, COL: first row and column of the tile in the operands. ROWS: how many of its rows are stored. OWNER: 1 if the tile is this
 rank's own matter (its rows lie in its own shard; it sums the tile). INDEX: place of a travelling tile. OUT_ROW: first row in the
 output. MASK: ranks whose data the tile needs, or the peer that it goes to. GROUP: number of the weight, or a flag, or a tile's place in
-its tile row.
+its tile row. A mask may have the rank itself: then its own copies are waited for (`joined`).
 
 Where the gathered operand is a row of blocks (gather_blocks.py), INDEX is the block in the own shard or in the slot, or where the
 tile's walk over the blocks begins; OUT_ROW is the tile's first row or column in the output on the gathered side, and GROUP the
@@ -93,6 +93,25 @@ def gather_tiles(
         group, col = columns[c]
         rows.append((start, col, min(TILE_M, total - start), 0, 0, start, mask, group))
     return Gather(rows, spans and not pushed)
+
+
+def joined(rows: Sequence[Row], rank: int, walk: int = 0) -> list[Row]:
+    """The table of a gather whose kernel does not end before this rank's own copies have ended: behind them stands its own flag.
+
+    The last tile waits for it and no other one does, so copies that end late hold up nothing else.
+
+    Args:
+        walk: rows of a walk, if the table ends in walks. The last tile gets one of its own, which waits where it ends.
+    """
+    found = list(rows)
+    last = sum(row[2] > 0 for row in rows) - 1
+    if walk:
+        first = found[last][4]
+        found[last] = (*found[last][:4], len(rows), *found[last][5:])
+        found += rows[first : first + walk]
+        last = len(found) - 1
+    found[last] = (*found[last][:6], found[last][6] | 1 << rank, found[last][7])
+    return found
 
 
 def block_tiles(
