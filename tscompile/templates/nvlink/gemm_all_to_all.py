@@ -28,8 +28,8 @@ from .projected import Chunk, Projection, project
 from .refusal import exchange_refusal
 
 # The most that a peer gets of a leg of the last chunk for one call of the driver to set all flags, behind all copies. To collect that
-# much takes 5 us at 3.5 TB/s, no longer than a call of its own would take the host (projected.py has both).
-_TOGETHER_BYTES = 8 << 20
+# much takes 3 us at 3.5 TB/s, no longer than a call of its own would take the host (projected.py has both).
+_TOGETHER_BYTES = 5 << 20
 
 
 @register_template("matmul_all_to_all", "nvlink")

@@ -29,9 +29,9 @@ _MOST_PITCH = (1 << 31) - 1  # bytes between two rows of a copy
 # The pass that collects: its start, and reading and writing what a rank receives, at 3.5 TB/s [measured likewise].
 _COLLECT_US = 6.0
 _COLLECTED_BYTES_PER_US = 3.5e6
-# Host time of a matmul of torch's and of a call of the CUDA driver. [measured 2026-11-28, 4x H200 in a virtual machine: torch.mm takes
-# 30 us, gathers of twelve calls 44 to 75]
-_MATMUL_HOST_US, _CALL_HOST_US = 30.0, 5.0
+# Host time of a matmul of torch's and of a call of the CUDA driver. [measured 2026-11-28, H200s in a virtual machine,
+# benchmarks/driver_calls.py: with one rank at work torch.mm 19 us, a copy 1.9, flags 1.5; with four torch.mm 30, the others scaled]
+_MATMUL_HOST_US, _CALL_HOST_US = 30.0, 3.0
 # The driver's calls of each chunk beside its copies: two that fork, the flags. Those of the end: the kernel, two that join, the event.
 _CHUNK_CALLS, _LAST_CALLS = 3, 4
 _AS_GOOD = 1.05  # times that differ by less are the same: predictions of large ops are 5 % off at best

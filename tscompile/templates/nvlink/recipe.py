@@ -21,8 +21,8 @@ from .operands import pointer_of
 from .panels import Parcel
 
 # Of what a peer gets, at most, for one call of the driver to set all flags: a copy takes no longer than the call that would set its own
-# flag, 5 us at 372 GB/s (projected.py, docs/dev/gpu.md), so the kernel waits no longer than it would for the host.
-_TOGETHER_BYTES = 2 << 20
+# flag, 3 us at 372 GB/s (projected.py, docs/dev/gpu.md), so the kernel waits no longer than it would for the host.
+_TOGETHER_BYTES = 1 << 20
 
 
 class Recipe:
