@@ -98,8 +98,8 @@ def exchanges(result: Mapping[str, Any]) -> str:
     return machine(result["environment"]) + said + table(header, rows)
 
 
-def ulysses(result: Mapping[str, Any]) -> str:
-    """A block with exchanges around its attention."""
+def ulysses(result: Mapping[str, Any], mask: str = "causal") -> str:
+    """A program around an attention."""
     rows = []
     for case in result["cases"]:
         rounds = case["rounds"]["eager"]
@@ -113,7 +113,7 @@ def ulysses(result: Mapping[str, Any]) -> str:
                 f"{median(t['roof'] / t['tilescale'] for t in rounds):.2f}",
             ]
         )
-    what = f"{case['attention']} attention, causal, {case['heads']} heads of {case['dim']}"
+    what = f"{case['attention']} attention, {mask}, {case['heads']} heads of {case['dim']}"
     said = f"{what}; milliseconds, eager calls, slowest rank.\n\n"
     header = ["", "Inductor", "tilescale", "roof", "speed-up", "at the roof", "of the roof"]
     return machine(result["environment"]) + said + table(header, rows)

@@ -168,7 +168,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-ulysses": lambda: examples_on_gpus("ulysses", example_tables.ulysses),
     "measured-projected": lambda: examples_on_gpus("projected", example_tables.ulysses),
     "measured-exchange-matmul": lambda: examples_on_gpus("exchange-matmul", example_tables.exchange_matmuls),
-    "measured-kv-gather": lambda: examples_on_gpus("kv-gather", example_tables.ulysses),
+    "measured-kv-gather": lambda: examples_on_gpus("kv-gather", partial(example_tables.ulysses, mask="no mask")),
     "measured-meshes": lambda: examples_on_gpus("mesh", example_tables.meshes),
     "measured-experts": lambda: examples_on_gpus("deepep", example_tables.experts),
     "measured-gpu-models": lambda: gpu_in_full("model"),

@@ -76,8 +76,9 @@ def test_merged_chunks_are_the_whole(problem: Problem) -> None:
             for step in steps(problem.order, problem.causal, rank, keys[0].shape[2], problem.rows):
                 cut = [t.narrow(2, step.start, step.length) for t in keys]
                 merged.add(*attend(chunks, q[:, :, step.row :], cut, step.causal)[:2], step.row)
-        torch.testing.assert_close(merged.output, out)
-        torch.testing.assert_close(merged.logsumexp, lse)
+        found = merged.results()
+        torch.testing.assert_close(found[0], out)
+        torch.testing.assert_close(found[1], lse)
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,8 +149,9 @@ def test_partial_results_are_merged_in_float32(dtype: torch.dtype) -> None:
     for rank in (0, 1):
         merged.add(*attend(chunks, q, [chunk_of(largest.order, rank, t) for t in (k, v)], False)[:2], 0)
     whole = attend(chunks, q, [k, v])
-    assert merged.output.dtype == dtype and merged.logsumexp.dtype == torch.float32
-    for got, plain, want in ((merged.output, whole[0], out), (merged.logsumexp, whole[1], lse)):
+    output, logsumexp = merged.results()
+    assert output.dtype == dtype and logsumexp.dtype == torch.float32
+    for got, plain, want in ((output, whole[0], out), (logsumexp, whole[1], lse)):
         error, allowed = ((t.double() - want).norm() / want.norm() for t in (got, plain))
         assert error <= 2 * allowed
     given = {"grad_out": out.to(dtype), "query": q, "out": whole[0], "logsumexp": whole[1]}

@@ -17,7 +17,7 @@ from ..templates.template import CompiledTemplate, find_template
 from . import cost_model
 
 EXECUTORS = {"cpu": "shm", "cuda": "nvlink"}
-# Compiled, modelled and tested without GPUs only: never chosen where the user has not asked for it.
+# Not proved on several GPUs: never chosen where the user has not asked for it.
 UNPROVEN = {
     ("all_gather_attention", "nvlink"),
     ("attention_reduce_scatter", "nvlink"),
@@ -57,7 +57,7 @@ def plan(problem: FusionProblem, plan: Plan, options: Options) -> Decision:
         return Keep("no-room", f"it takes {need} bytes four times, more than tilescale.heap_bytes allows")
     if options.fuse == "auto" and (plan.kind, executor) in UNPROVEN:
         instead = f", so it runs {_LESS[plan.kind]}" if plan.kind in _LESS else ""
-        return Keep("unproven", f"its kernel has not run on several GPUs yet{instead}; tilescale.fuse=always uses it")
+        return Keep("unproven", f"it is not proved on several GPUs yet{instead}; tilescale.fuse=always uses it")
     prediction = cost_model.predict(problem, plan.uses, plan)
     if options.fuse == "auto" and not cost_model.pays(problem, prediction):
         other = f"{prediction.original_us:.0f} us as it is"

@@ -66,5 +66,6 @@ class ShmGatheredAttention:
                 merged.add(out, lse, step.row)
             for number, block in enumerate(held):
                 gathered.deliver(number, rank, block.unsqueeze(0))
-        results = [(merged.output, merged.logsumexp)[number] for number in chunks.results]
+        merged_results = merged.results()
+        results = [merged_results[number] for number in chunks.results]
         return [*in_memory(results, chunks.layouts), *gathered.tensors]

@@ -172,9 +172,11 @@ def gradients(
 
 
 class Merged:
-    """The output and the logsumexp over all chunks that were added, in float32 (float64 for float64 queries).
+    """The output and the logsumexp over all chunks that were added, summed in float32 (float64 for float64 queries).
 
-    Every score must be finite: for a row whose scores are all -inf torch's op on CPU says that their logsumexp is 0.
+    Partial results are kept until all are there: then each is read once, in its own dtype. Weighing the sum so far anew for each chunk
+    would read and write all of it as often. Every score must be finite: for a row whose scores are all -inf torch's op on CPU
+    says that their logsumexp is 0.
 
     Args:
         query: `[B, heads, L, E]`.
@@ -184,30 +186,28 @@ class Merged:
     def __init__(self, query: Tensor, width: int) -> None:
         self._query, self._width = query, width
         self._wide = torch.promote_types(query.dtype, torch.float32)
-        self._out = self._lse = query.new_empty(0)
+        self._parts: list[tuple[int, Tensor, Tensor]] = []
 
     def add(self, out: Tensor, lse: Tensor, row: int) -> None:
         """The results of a chunk, fresh memory, for the queries from `row` on; `lse` may have a dim more, or rows of padding."""
         batch, heads, rows, _ = self._query.shape
-        part = lse.reshape(batch, heads, -1, 1)[:, :, : rows - row].to(self._wide)
-        if not self._lse.numel():
-            if not row:
-                self._out, self._lse = out.to(self._wide), part
-                return
-            self._out = self._query.new_zeros((batch, heads, rows, self._width), dtype=self._wide)
-            self._lse = self._query.new_full((batch, heads, rows, 1), float("-inf"), dtype=self._wide)
-        before = self._lse[:, :, row:]
-        after = torch.logaddexp(before, part)
-        # `before` is -inf in rows for which no key has counted so far; exp makes the right weight of that, 0.
-        self._out[:, :, row:].mul_(torch.exp(before - after)).addcmul_(out.to(self._wide), torch.exp(part - after))
-        before.copy_(after)
+        self._parts.append((row, out, lse.reshape(batch, heads, -1, 1)[:, :, : rows - row].to(self._wide)))
 
-    @property
-    def output(self) -> Tensor:
-        """`[B, heads, L, E]` in the dtype of the queries."""
-        return self._out.to(self._query.dtype)
-
-    @property
-    def logsumexp(self) -> Tensor:
-        """`[B, heads, L]`."""
-        return self._lse.squeeze(-1)
+    def results(self) -> tuple[Tensor, Tensor]:
+        """`[B, heads, L, E]` in the dtype of the queries, and `[B, heads, L]`."""
+        batch, heads, rows, _ = self._query.shape
+        if len(self._parts) == 1 and not self._parts[0][0]:
+            _, out, lse = self._parts[0]
+            return out, lse.squeeze(-1)
+        total = self._query.new_full((batch, heads, rows, 1), float("-inf"), dtype=self._wide)
+        for row, _, lse in self._parts:
+            total[:, :, row:] = torch.logaddexp(total[:, :, row:], lse)
+        (row, out, lse), *others = sorted(self._parts, key=lambda part: part[0])  # the first one has all rows
+        if row:
+            others.insert(0, (row, out, lse))
+            merged = self._query.new_zeros((batch, heads, rows, self._width), dtype=self._wide)
+        else:
+            merged = out * torch.exp(lse - total)
+        for row, out, lse in others:
+            merged[:, :, row:].addcmul_(out, torch.exp(lse - total[:, :, row:]))
+        return merged.to(self._query.dtype), total.squeeze(-1)

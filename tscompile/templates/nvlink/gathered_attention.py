@@ -66,7 +66,8 @@ class NvlinkGatheredAttention:
             for number, block in enumerate(held):
                 gathered.deliver(number, rank, block.unsqueeze(0))
         # What is neither output nor logsumexp is about random numbers, and the same for every chunk without dropout.
-        results = [merged.output, as_returned(merged.logsumexp, first[1]), *first[2:]]
+        output, logsumexp = merged.results()
+        results = [output, as_returned(logsumexp, first[1]), *first[2:]]
         outputs = [*in_memory([results[n] for n in chunks.results], chunks.layouts), *gathered.tensors]
         call.end(floating(outputs))
         return outputs
