@@ -207,8 +207,8 @@ PERMUTE = Link(4.0, 1.65)
 PUSH_EXCHANGE = (Link(35.0, 2.87), Link(22.6, 3.43))
 # Copying own panels into the slot, each by a copy of the main stream. Not measured.
 OWN_PANEL = Link(3.0, 0.6)
-# Attention by chunks of keys: the rate of attention, the launches of a chunk, and reading a partial result. [one measurement, 2026-11-28,
-# 2x H200, 16K tokens of 32 heads: 4.17 ms where 4.2 are predicted; benchmarks/results/gpu-kv-gather-2xh200-2026-11-28.json]
+# Attention by chunks of keys: the rate of attention, the launches of a chunk, and reading a partial result. [one measurement,
+# 2026-11-28, 2x H200, 16K tokens of 32 heads: 4.17 ms where 4.2 are predicted; gpu-kv-gather-2xh200-2026-11-28.json]
 ATTENTION_TFLOPS = 550.0
 CHUNK_LAUNCHES_US = 25.0
 MERGE_GPU_US_PER_MIB = 1.5
