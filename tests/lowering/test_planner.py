@@ -561,3 +561,16 @@ def test_forms_of_few_rows_are_chosen_as_they_were_measured(case: dict[str, Any]
         assert times[form] < times["original"]
     else:
         assert times[form] > 0.89 * times["original"]
+
+
+PANELS = json.loads((RESULTS.parent / "gpu-exchange-matmul-2xh200-2026-11-28.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", PANELS, ids=lambda case: case["name"])
+def test_panels_meet_what_was_measured(case: dict[str, Any]) -> None:
+    """All three ways within a tenth, and the fastest one is chosen."""
+    problem, plan = projected(3 if case["what"].startswith("gradients") else 1, case["tokens"], 2)
+    found, us = cost_model.predict(problem, plan.uses), case["graph"]["us"]
+    for predicted, side in ((found.fused_us, "ours"), (found.partial_us, "apart"), (found.original_us, "nccl")):
+        assert predicted == pytest.approx(us[side], rel=1 / 10)
+    assert isinstance(planner.plan(problem, plan, Options()), Fuse) and us["ours"] < min(us["apart"], us["nccl"])
