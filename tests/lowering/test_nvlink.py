@@ -89,6 +89,20 @@ def test_a_record_says_who_waited_for_whom_where_and_how_long(ranks: list[Rank])
     assert "tilescale.timeout_s" in text
 
 
+def test_a_record_of_a_rank_that_waited_for_its_own_copies(ranks: list[Rank]) -> None:
+    ranks[0].enqueue()
+    ranks[0].record(peer=0)
+    failure = ranks[0].executor.failed()
+    assert failure is not None and failure[0] == 0
+    for words in (
+        "copies of rank 4 to its peers did not end within 2.5 s",
+        "site forward-1/down",
+        "tilescale.timeout_s",
+    ):
+        assert words in failure[1]
+    assert "waited for" not in failure[1]
+
+
 def test_a_record_of_a_site_that_this_rank_does_not_know(ranks: list[Rank]) -> None:
     ranks[0].record(peer=1, site="another")
     failure = ranks[0].executor.failed()

@@ -186,6 +186,11 @@ class NvlinkExecutor:
             return self._hearsay(found.peer)
         site = self._sites.get(found.site, f"number {found.site}")
         waited = f"{link.timeout_s:g} s"
+        if found.peer == found.rank:  # kernels of gathers wait for their own copies as well (Recipe)
+            return found.peer, (
+                f"copies of rank {self.ranks[found.rank]} to its peers did not end within {waited} at site {site}: look for other "
+                "programs that use its GPU or the links, or raise tilescale.timeout_s; outputs of that op are NaN"
+            )
         return found.peer, (
             f"rank {self.ranks[found.peer]} did not send within {waited} what rank {self.ranks[found.rank]} waited for at site "
             f"{site} (its flag says epoch {found.seen} of {found.expected}): look for a rank that ended or runs another program "
