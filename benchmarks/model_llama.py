@@ -8,7 +8,8 @@ sizes in place of collectives: no overlap can be faster. Before any timing the l
 the same model in float32, and a mode whose error is not of Inductor's size is reported and not timed.
 
 `collectives_left` is what the report says the compiled steps still run as collectives; `nccl_kernels` is what the profiler
-saw in one step, which checks it. `--tiny` runs on two CPU ranks, to try the benchmark itself.
+saw in one step, which checks it. `profiles` has the busiest kernels of that step, `sites` the predicted and the last measured time of
+each fused op. `--tiny` runs on two CPU ranks, to try the benchmark itself.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from benchmarks import gpu_harness as gpu
 from benchmarks import gpu_results, harness, model_report
 from benchmarks.bench_cpu import find_backend
 from benchmarks.llama import Config, build, build_local, configs, local_input, loss_of, tiny_configs
+from benchmarks.step_profile import profile_step
 from tscompile.observe import ledger
 
 MODES = ("inductor", "async_tp", "tilescale", "roof")
 GRAPHED = ("inductor_graphs", "tilescale_graphs")  # mode="reduce-overhead"; only if asked for
 SEED = 0
+SITE_KEYS = ("site", "phase", "pattern", "shapes", "predicted_us", "measured_us")
 
 
 def compiled(mode: str, config: Config, mesh: DeviceMesh, dtype: torch.dtype, fuse: str) -> nn.Module:
@@ -117,24 +120,6 @@ def compare(
     return errors
 
 
-def kernels(step: Callable[[], object], timer: gpu.Timer) -> dict[str, int] | None:
-    """Kernels of NCCL and ops of async TP in one step, by name; the latter shows whether async TP took part at all."""
-    if not timer.cuda:
-        return None
-    from torch.profiler import ProfilerActivity, profile
-
-    dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
-        step()
-        torch.cuda.synchronize()
-    counts: dict[str, int] = {}
-    for event in run.events():
-        if event.name.startswith(("ncclDevKernel", "ncclKernel", "symm_mem::fused")):
-            name = event.name.split("(")[0]
-            counts[name] = counts.get(name, 0) + 1
-    return counts
-
-
 def make_trainers(
     config: Config, args: argparse.Namespace, mesh: DeviceMesh, dtype: torch.dtype, failures: dict[str, str]
 ) -> dict[str, Trainer]:
@@ -170,7 +155,7 @@ def run_config(
         errors = compare(trainers, config, mesh, dtype, failures) if args.check and "inductor" in trainers else {}
     with gpu.limit(args.limit):
         seen = {
-            mode: gpu.attempt(f"profile {mode}", lambda t=t: kernels(t.step, timer), failures)
+            mode: gpu.attempt(f"profile {mode}", lambda t=t: profile_step(t.step, timer), failures)
             for mode, t in trainers.items()
         }
     with gpu.limit(args.limit):
@@ -186,7 +171,9 @@ def run_config(
         "length": config.length,
         "rounds": {"eager": raced.eager},
         "errors": {mode: {"worst": max(found.values()), "loss": found["loss"]} for mode, found in errors.items()},
-        "nccl_kernels": {mode: counts for mode, counts in seen.items() if counts is not None},
+        "nccl_kernels": {mode: found["nccl"] for mode, found in seen.items() if found is not None},
+        "profiles": {mode: found for mode, found in seen.items() if found is not None},
+        "sites": [{key: row[key] for key in SITE_KEYS} for row in rows if row["decision"] == "fused"],
         "collectives": sum(len(row["collectives"]) for row in rows),
         "collectives_left": sum(len(row["collectives"]) for row in left),
         "kept": [{key: row[key] for key in model_report.KEPT_KEYS} for row in left],

@@ -45,6 +45,9 @@ def case_lines(case: Mapping[str, Any]) -> list[str]:
     lines = [f"{side:18} {number(milliseconds(case, side)):>8} ms" for side in SIDES if milliseconds(case, side)]
     lines += [f"error of {mode}: worst {e['worst']:.1e}, loss {e['loss']:.1e}" for mode, e in case["errors"].items()]
     lines += [f"{mode} in one step: {counts}" for mode, counts in case["nccl_kernels"].items() if counts]
+    for mode, found in case.get("profiles", {}).items():
+        spans = f"{found['busy_us'] / 1e3:.2f} ms of kernels in {found['span_us'] / 1e3:.2f} ms"
+        lines.append(f"{mode}, profiled: {spans}, most in {found['busiest'][:3]}")
     lines.append(f"report: {case['collectives_left']} of {case['collectives']} collectives left")
     lines += [
         f"{r['site']}: {r['decision']} [{r['code']}] {r['reason']} {', '.join(r['shapes'])}" for r in case["kept"]

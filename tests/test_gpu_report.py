@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import gpu_cases, gpu_plan, gpu_report, model_report, plot
+from benchmarks import gpu_cases, gpu_plan, gpu_report, model_report, plot, step_profile
 from benchmarks.gpu_report import GATHER, REDUCE, SCATTER
 
 ENVIRONMENT = {"date": "2026-01-31 10:00 UTC", "gpu": "A GPU", "ranks": 4, "dtype": "bfloat16", "torch": "2.11"}
@@ -102,6 +104,25 @@ def test_failures_and_hangs_show() -> None:
     assert "| a case that hung | - |" in text and "did not end" in text
     assert "`matmul_reduce_scatter`" in gpu_report.summary(data)
     assert any("FAILED" in line for line in gpu_report.case_lines(data["cases"][0]))
+
+
+def event(name: str, start: float, end: float, cuda: bool = True) -> Any:
+    span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=False)
+
+
+def test_a_profile_of_a_step() -> None:
+    """The busiest kernels first, overlapping ones counted twice; ops of the host count only where they name async TP."""
+    events = [event("aten::mm", 0, 90, cuda=False), event("symm_mem::fused_x", 0, 9, cuda=False)]
+    events += [event("gemm", 10, 30), event("gemm", 40, 45), event("ncclDevKernel_a(args)", 12, 52)]
+    assert step_profile.summed(events) == {
+        "nccl": {"symm_mem::fused_x": 1, "ncclDevKernel_a": 1},
+        "busiest": [["ncclDevKernel_a(args)", 1, 40.0], ["gemm", 2, 25.0]],
+        "busy_us": 65.0,
+        "span_us": 42.0,
+    }
+    assert step_profile.summed([]) == {"nccl": {}, "busiest": [], "busy_us": 0.0, "span_us": 0.0}
 
 
 def models() -> dict[str, Any]:
