@@ -511,14 +511,15 @@ MEASURED = {case["name"]: case for case in json.loads(RESULTS.read_text())["case
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_predictions_meet_what_was_measured(name: str) -> None:
-    """Large ones within a seventh, small ones within a fifth. No site is fused that ran slower so, and large ones are."""
+    """From 1024 rows on within a seventh, fewer within a fifth. No site is fused that ran slower so, and large ones are."""
     case = MEASURED[name]
     asked, plan = question(case, 4, "bfloat16")
-    large = case["m"] > 2048
-    rounds = case["rounds"]["eager" if large else "graph"]  # small ones would tell of the host
+    large = case["m"] >= 1024
+    rounds = case["rounds"]["eager" if case["m"] > 2048 else "graph"]  # small ones would tell of the host
     fused, original = (1e6 * statistics.median(times[side] for times in rounds) for side in ("tscompile", "original"))
     predicted = cost_model.predict(asked, plan.uses)
-    assert predicted.fused_us == pytest.approx(fused, rel=1 / 7 if large else 1 / 5)
+    pulled = asked.kind == "matmul_reduce_scatter" and case["m"] <= 2048  # up to 2048 rows a pull is predicted too long
+    assert predicted.fused_us == pytest.approx(fused, rel=1 / 7 if large and not pulled else 1 / 5)
     assert predicted.original_us == pytest.approx(original, rel=1 / 7 if large else 1 / 5)
     if isinstance(planner.plan(asked, plan, Options()), Fuse):
         assert fused < original
@@ -543,7 +544,7 @@ def captured_us(case: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize(("case", "ranks"), FORMS)
 def test_forms_of_few_rows_are_chosen_as_they_were_measured(case: dict[str, Any], ranks: int) -> None:
-    """Captured: within a fifth (or 8 us), the form within a seventh of the best one, and none is fused that ran slower."""
+    """Captured: within a fifth (or 8 us), the form within a tenth of the best one, on 4 ranks a seventh; none is fused that ran slower."""
     asked, plan = question(case, ranks, "bfloat16")
     times = captured_us(case)
     predicted = cost_model.predict(asked, plan.uses)
@@ -553,7 +554,7 @@ def test_forms_of_few_rows_are_chosen_as_they_were_measured(case: dict[str, Any]
         chosen = sums.problem_plan(asked)
         form = chosen.form if chosen.form in times else f"{chosen.form} {chosen.width}"
     best = min(us for name, us in times.items() if name not in ("gemm", "collective", "original"))
-    assert times[form] <= 1.15 * best
+    assert times[form] <= (1.1 if ranks == 2 else 8 / 7) * best
     # A pull of few rows is predicted too long, and never chosen where anything else is there.
     assert form.startswith("pull") or predicted.fused_us == pytest.approx(times[form], rel=1 / 5, abs=8)
     assert predicted.original_us == pytest.approx(times["original"], rel=1 / 5, abs=6)

@@ -198,7 +198,7 @@ NCCL = {
     "matmul_all_reduce": (Link(27.0, 4.9), Link(11.0, 12.0)),
     "matmul_all_gather": (Link(43.0, 2.6), Link(12.0, 8.0)),
 }
-_NCCL_RANK_US = {"matmul_all_reduce": 4.0}
+_NCCL_RANK_US = {**dict.fromkeys(NCCL, 1.0), "matmul_all_reduce": 4.0}
 # One all_to_all of NCCL by what a rank sends to others, one permuting copy by what it holds, and the op that does all of this for
 # several exchanges at once, by what a rank sends in all; of two links the lesser time. [measured 2026-11-28, 2x H200, 4 to 384 MiB
 # sent: benchmarks/results/gpu-exchange-2xh200-2026-11-28.json; ours within 4 %]
@@ -360,7 +360,7 @@ def _predict_mesh_gpu(problem: FusionProblem, uses: Sequence[GatherUse]) -> Pred
 def _collective_us(kind: str, received: float, ranks: int) -> float:
     """One collective of NCCL, of which a rank receives so many MiB."""
     large, small = NCCL[kind]
-    latency = _NCCL_RANK_US.get(kind, 1.0) * (ranks - 2)
+    latency = _NCCL_RANK_US[kind] * (ranks - 2)
     return min(large.us(received * 4 / 3), latency + small.us(received * 4 / 3))
 
 

@@ -49,7 +49,7 @@ class ShmGatheredAttention:
             offset += aligned(shard.numel() * shard.element_size())
         channel.signal_all()
         gathered = Outputs(plan.deliveries, plan.joins, gathered_shapes(shards, channel.size), query)
-        merged = Merged(query, keys_view(chunks.keys[1], shards[chunks.keys[1].shard]).shape[3])
+        merged = Merged(query)
         rows = query.shape[SEQUENCE]
         for rank in (channel.rank, *channel.peers()):
             held = list(shards)
@@ -66,6 +66,6 @@ class ShmGatheredAttention:
                 merged.add(out, lse, step.row)
             for number, block in enumerate(held):
                 gathered.deliver(number, rank, block.unsqueeze(0))
-        merged_results = merged.results()
-        results = [merged_results[number] for number in chunks.results]
+        both = merged.results()
+        results = [both[number] for number in chunks.results]
         return [*in_memory(results, chunks.layouts), *gathered.tensors]

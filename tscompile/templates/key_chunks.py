@@ -180,11 +180,10 @@ class Merged:
 
     Args:
         query: `[B, heads, L, E]`.
-        width: of a value, `E` of the output.
     """
 
-    def __init__(self, query: Tensor, width: int) -> None:
-        self._query, self._width = query, width
+    def __init__(self, query: Tensor) -> None:
+        self._query = query
         self._wide = torch.promote_types(query.dtype, torch.float32)
         self._parts: list[tuple[int, Tensor, Tensor]] = []
 
@@ -195,19 +194,12 @@ class Merged:
 
     def results(self) -> tuple[Tensor, Tensor]:
         """`[B, heads, L, E]` in the dtype of the queries, and `[B, heads, L]`."""
-        batch, heads, rows, _ = self._query.shape
-        if len(self._parts) == 1 and not self._parts[0][0]:
-            _, out, lse = self._parts[0]
-            return out, lse.squeeze(-1)
-        total = self._query.new_full((batch, heads, rows, 1), float("-inf"), dtype=self._wide)
-        for row, _, lse in self._parts:
-            total[:, :, row:] = torch.logaddexp(total[:, :, row:], lse)
-        (row, out, lse), *others = sorted(self._parts, key=lambda part: part[0])  # the first one has all rows
-        if row:
-            others.insert(0, (row, out, lse))
-            merged = self._query.new_zeros((batch, heads, rows, self._width), dtype=self._wide)
-        else:
-            merged = out * torch.exp(lse - total)
+        # Some part has all rows: whatever the mask, the first query sees a key.
+        (_, out, lse), *others = sorted(self._parts, key=lambda part: part[0])
+        total = lse.clone()
+        for row, _, part in others:
+            total[:, :, row:] = torch.logaddexp(total[:, :, row:], part)
+        merged = out * torch.exp(lse - total)
         for row, out, lse in others:
             merged[:, :, row:].addcmul_(out, torch.exp(lse - total[:, :, row:]))
         return merged.to(self._query.dtype), total.squeeze(-1)

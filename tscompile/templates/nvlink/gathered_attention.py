@@ -53,7 +53,7 @@ class NvlinkGatheredAttention:
             call.send(peer)
         chunks = chunked(plan)
         gathered = Outputs(plan.deliveries, plan.joins, gathered_shapes(own, channel.size), query)
-        merged = Merged(query, keys_view(chunks.keys[1], own[chunks.keys[1].shard]).shape[3])
+        merged = Merged(query)
         first: tuple[Any, ...] = ()
         for rank in (channel.rank, *peers(channel)):
             held = own
