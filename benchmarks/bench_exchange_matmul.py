@@ -73,8 +73,7 @@ def right(all_sides: Mapping[str, gpu.Side]) -> bool:
     for side in all_sides.values():
         first, *others = side.run()
         error = (first.float() - product.float()).norm() / product.float().norm()
-        exact = torch.finfo(product.dtype).bits > 16  # then the order of a sum shows
-        same &= bool(error <= (16 if exact else 1) * torch.finfo(product.dtype).eps)
+        same &= bool(error <= gpu.order_eps(product.dtype))
         same &= all(torch.equal(a.view(b.shape), b) for a, b in zip(others, rest, strict=True))
     return not gpu.on_any_rank(not same)
 

@@ -268,6 +268,12 @@ def errors_of(got: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, fl
     return norm, largest
 
 
+def order_eps(dtype: torch.dtype) -> float:
+    """What sums of the same in another order may differ by, norm by norm: in float32 it shows, in 16 bits rounding hides it."""
+    info = torch.finfo(dtype)
+    return (16 if info.bits > 16 else 1) * info.eps
+
+
 def allowed(base: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
     """What a fused op may be off where the original ops in the same dtype are `base` off: twice that, and one rounding."""
     eps = torch.finfo(dtype).eps

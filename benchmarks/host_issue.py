@@ -6,8 +6,8 @@ The path is the product's, from the runtime to stream.c; only the calls of the C
 Times are microseconds of a call, the least of many short rounds, and inclusive: a row has those below it in it.
 
 Traps: what the driver's calls, torch's matmuls and its allocator for GPUs take is not in these times, and comes on top (a launch 2 to 4
-us, other calls about 1; in a virtual machine 5 each, and 30 for a matmul). So the calls are counted as well. Other programs on the same
-cores spoil some rounds; the least ones differ by 10 % from run to run.
+us, other calls 1 to 3, a matmul in a virtual machine 19 to 30: benchmarks/driver_calls.py). So the calls are counted as well. Other
+programs on the same cores spoil some rounds; the least ones differ by 10 % from run to run.
 """
 
 from __future__ import annotations

@@ -139,8 +139,7 @@ def run_case(
             got = runs["tilescale"].step()
             errors.append(harness.slowest([gpu.errors_of([a], [b])[0] for a, b in zip(got, want, strict=True)]))
         worst = max(map(max, errors))
-        info = torch.finfo(x.dtype)
-        if not worst <= (16 if info.bits > 16 else 1) * info.eps:  # in float32 the order of a sum shows
+        if not worst <= gpu.order_eps(x.dtype):
             failures["tilescale"] = f"wrong: off Inductor by {worst:.1e}"
             del runs["tilescale"]
     with gpu.limit(args.limit):

@@ -14,12 +14,15 @@ BUSIEST = 30  # names that are kept
 COLLECTIVES = ("ncclDevKernel", "ncclKernel", "symm_mem::fused")
 
 
-def profile_step(step: Callable[[], object], timer: gpu.Timer) -> dict[str, Any] | None:
+Profile = tuple[dict[str, int], dict[str, Any]]
+
+
+def profile_step(step: Callable[[], object], timer: gpu.Timer) -> Profile | None:
     """One step on GPUs, behind a queue of matmuls as in a race; None on CPUs.
 
-    `nccl`: kernels of NCCL and ops of async TP by name; the latter shows whether async TP took part at all. `busiest`: [name, calls,
-    us] of kernels and copies, this rank's. `busy_us`: of all of them, those that ran side by side counted twice. `span_us`: from the
-    first one's start to the last one's end.
+    First the kernels of NCCL and the ops of async TP by name; the latter show whether async TP took part at all. Then `busiest`: [name,
+    calls, us] of kernels and copies, this rank's; `busy_us`: of all of them, those that ran side by side counted twice; `span_us`: from
+    the first one's start to the last one's end.
     """
     if not timer.cuda:
         return None
@@ -34,7 +37,7 @@ def profile_step(step: Callable[[], object], timer: gpu.Timer) -> dict[str, Any]
     return summed(run.events() or ())
 
 
-def summed(events: Iterable[Any]) -> dict[str, Any]:
+def summed(events: Iterable[Any]) -> Profile:
     """The summary of a profiler's events."""
     counts: dict[str, int] = {}
     spent: dict[str, list[float]] = {}
@@ -49,8 +52,7 @@ def summed(events: Iterable[Any]) -> dict[str, Any]:
             calls_us[1] += event.time_range.elapsed_us()
             start, end = min(start, event.time_range.start), max(end, event.time_range.end)
     ordered = sorted(spent.items(), key=lambda item: -item[1][1])
-    return {
-        "nccl": counts,
+    return counts, {
         "busiest": [[name, int(calls), round(us, 1)] for name, (calls, us) in ordered[:BUSIEST]],
         "busy_us": round(sum(us for _, us in spent.values()), 1),
         "span_us": round(max(end - start, 0.0), 1) if spent else 0.0,

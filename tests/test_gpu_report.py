@@ -116,13 +116,14 @@ def test_a_profile_of_a_step() -> None:
     """The busiest kernels first, overlapping ones counted twice; ops of the host count only where they name async TP."""
     events = [event("aten::mm", 0, 90, cuda=False), event("symm_mem::fused_x", 0, 9, cuda=False)]
     events += [event("gemm", 10, 30), event("gemm", 40, 45), event("ncclDevKernel_a(args)", 12, 52)]
-    assert step_profile.summed(events) == {
-        "nccl": {"symm_mem::fused_x": 1, "ncclDevKernel_a": 1},
+    collectives, found = step_profile.summed(events)
+    assert collectives == {"symm_mem::fused_x": 1, "ncclDevKernel_a": 1}
+    assert found == {
         "busiest": [["ncclDevKernel_a(args)", 1, 40.0], ["gemm", 2, 25.0]],
         "busy_us": 65.0,
         "span_us": 42.0,
     }
-    assert step_profile.summed([]) == {"nccl": {}, "busiest": [], "busy_us": 0.0, "span_us": 0.0}
+    assert step_profile.summed([]) == ({}, {"busiest": [], "busy_us": 0.0, "span_us": 0.0})
 
 
 def models() -> dict[str, Any]:

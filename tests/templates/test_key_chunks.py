@@ -69,7 +69,7 @@ def test_merged_chunks_are_the_whole(problem: Problem) -> None:
     out, lse = truth(problem, q, k, v)
     chunks = problem.chunks(FORWARD)
     for first in range(len(problem.order)):  # whichever rank computes, and begins with its own chunk
-        merged = Merged(q, problem.width)
+        merged = Merged(q)
         for distance in range(len(problem.order)):
             rank = (first + distance) % len(problem.order)
             keys = [chunk_of(problem.order, rank, t) for t in (k, v)]
@@ -145,7 +145,7 @@ def test_partial_results_are_merged_in_float32(dtype: torch.dtype) -> None:
     q, k, v = (t.to(dtype) for t in largest.tensors())
     out, lse = truth(largest, q.double(), k.double(), v.double())
     chunks = largest.chunks(FORWARD)
-    merged = Merged(q, largest.width)
+    merged = Merged(q)
     for rank in (0, 1):
         merged.add(*attend(chunks, q, [chunk_of(largest.order, rank, t) for t in (k, v)], False)[:2], 0)
     whole = attend(chunks, q, [k, v])
