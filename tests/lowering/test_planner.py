@@ -544,7 +544,7 @@ def captured_us(case: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize(("case", "ranks"), FORMS)
 def test_forms_of_few_rows_are_chosen_as_they_were_measured(case: dict[str, Any], ranks: int) -> None:
-    """Captured: within a fifth (or 8 us), the form within a tenth of the best one, on 4 ranks a seventh; none is fused that ran slower."""
+    """Captured: within a fifth (or 8 us), the form within a tenth of the best one (4 ranks: a seventh), none fused that was slower."""
     asked, plan = question(case, ranks, "bfloat16")
     times = captured_us(case)
     predicted = cost_model.predict(asked, plan.uses)
